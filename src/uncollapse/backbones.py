@@ -1,0 +1,88 @@
+"""Encoders: timm models by name, and a three-convolution one for images of a few pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.config import BackboneConfig, ConfigError
+
+
+class Conv3(nn.Sequential):
+    """Three strided 3×3 convolutions with batch norm and average pooling: ``(n, 3, H, W)`` → ``(n, 4·width)``.
+
+    For the built-in digits, where any timm model is far too large.
+    """
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.num_features = 4 * width
+        channels = [3, width, 2 * width, 4 * width]
+        for i in range(3):
+            conv = nn.Conv2d(channels[i], channels[i + 1], 3, stride=2, padding=1, bias=False)
+            self.extend([conv, nn.BatchNorm2d(channels[i + 1]), nn.ReLU(inplace=True)])
+        self.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+
+
+def build_backbone(config: BackboneConfig, drop_path: bool = True) -> tuple[nn.Module, int]:
+    """The encoder and the length of its feature vector (class token, or pooled map).
+
+    ``drop_path=False`` builds the teacher's copy, which has no stochastic depth. Vision transformers take
+    every view size (their position embedding is interpolated).
+
+    Raises:
+        ConfigError: an unknown model, or options that it does not take.
+    """
+    if config.name == "conv3":
+        try:
+            conv = Conv3(**config.options)
+        except TypeError as error:
+            raise ConfigError(f"backbone.options: conv3 does not take them ({error})") from None
+        return conv, conv.num_features
+    import timm
+
+    options: dict[str, Any] = dict(config.options)
+    if "vit" in config.name or "deit" in config.name:
+        options.setdefault("dynamic_img_size", True)
+    if config.drop_path and drop_path:
+        options["drop_path_rate"] = config.drop_path
+    try:
+        model = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"backbone.name: timm cannot build {config.name!r} with {options} ({reason}); "
+            "timm.list_models() names what it has"
+        ) from None
+    features: Any = getattr(model, "head_hidden_size", None) or model.num_features
+    return model, int(features)
+
+
+class Encoder(nn.Module):
+    """Backbone and projection head in one module, so that data-parallel wrappers see one ``forward``."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, views: list[Tensor]) -> list[Tensor]:
+        """Projections of each view; views of one size go through the backbone together.
+
+        As in DINO's multi-crop wrapper, the head sees all views at once, so that batch norm in it (where
+        there is any) averages over all of them.
+        """
+        sizes = [v.shape[-1] for v in views]
+        groups = [[i for i, s in enumerate(sizes) if s == size] for size in dict.fromkeys(sizes)]
+        parts: list[Tensor] = [views[0]] * len(views)
+        for group in groups:
+            features = self.backbone(_stack([views[i] for i in group]))
+            for i, part in zip(group, features.chunk(len(group)), strict=True):
+                parts[i] = part
+        return list(self.head(_stack(parts)).chunk(len(views)))
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,106 @@
+"""A run's own checkpoints: written whole or not at all, verified before they are loaded."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """No usable checkpoint; the message says where it looked and what it found."""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces ``path`` by ``content``: a reader or a crash sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> bool:
+    """Writes ``step-########.pt`` and its digest, then drops all but the newest ``keep``.
+
+    The digest is written last and is what makes a checkpoint count. A full disk does not stop training:
+    the partial file is removed, the older checkpoints stay, and a warning says so.
+
+    Returns:
+        Whether the checkpoint was written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = _digest(temporary)
+        temporary.replace(path)
+        write_atomically(path.with_suffix(".json"), json.dumps({"step": step, "sha256": digest}).encode())
+    except (OSError, RuntimeError) as error:  # torch's zip writer wraps a failed write in a RuntimeError
+        temporary.unlink(missing_ok=True)
+        if not path.with_suffix(".json").exists():
+            path.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "write failed" in str(error)
+        why = "the disk is full" if full else str(error).splitlines()[0]
+        warnings.warn(
+            f"checkpoint at step {step} not written to {folder}: {why}. Older checkpoints are untouched; "
+            "training goes on and tries again at the next one. Free some space now.",
+            stacklevel=2,
+        )
+        return False
+    for old in _steps(folder)[keep:]:
+        (folder / f"step-{old:08d}.json").unlink(missing_ok=True)
+        (folder / f"step-{old:08d}.pt").unlink(missing_ok=True)
+    return True
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted((int(p.stem.removeprefix("step-")) for p in folder.glob("step-*.json")), reverse=True)
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint whose digest matches, on the CPU; None where there is none at all.
+
+    Loaded with ``weights_only``, so a tampered file cannot run code.
+
+    Raises:
+        CheckpointError: there are checkpoints, but every one is damaged.
+    """
+    steps = _steps(folder)
+    for step in steps:
+        path = folder / f"step-{step:08d}.pt"
+        try:
+            recorded = json.loads(path.with_suffix(".json").read_text())["sha256"]
+            if _digest(path) != recorded:
+                raise CheckpointError("its contents do not match its digest")
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            if state.get("format") != FORMAT:
+                raise CheckpointError(f"format {state.get('format')} is not {FORMAT}")
+            return state
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.warn(f"skipping damaged checkpoint {path}: {reason}", stacklevel=2)
+    if steps:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged (steps {steps}); start a new run")
+    return None

@@ -1,0 +1,384 @@
+"""Everything that decides what a run computes: nested dataclasses, read from a YAML recipe and validated.
+
+A recipe names only what differs from the defaults below. :func:`load_config` merges recipe and overrides,
+checks types and ranges, and reports the first problem as one line that names the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "fixed"]
+KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed")
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+Unit = Annotated[float, Field(ge=0, le=1)]
+Scale = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
+Triple = tuple[float, float, float]
+
+_strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used; the message is one line and names the key."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and which of them are kept for evaluation."""
+
+    path: str = ""
+    """Image folder, Parquet file or folder of them, or ``builtin:digits``; ``--data`` sets it."""
+    val_path: str = ""
+    """Held-out images, where they are not found beside the training images."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the images held out (by class, where there are labels) when the data have no test split."""
+    held_out_max: Positive = 5000
+    """At most this many held-out images are used by the evaluations."""
+    memory_gb: Rate = 2.0
+    """Image sets whose decoded pixels fit in this are kept in memory; larger ones are read by workers."""
+    workers: Count = 4
+    """Loader processes per rank for image sets that do not fit in memory."""
+    max_bad: Unit = 0.05
+    """Largest share of unreadable images that is tolerated (they are skipped and listed)."""
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """Multi-crop views; the defaults are DINO's published augmentation for ViTs."""
+
+    global_size: Positive = 224
+    global_scale: Scale = (0.25, 1.0)
+    local_size: Positive = 96
+    local_scale: Scale = (0.05, 0.25)
+    local_count: Count = 10
+    flip: Unit = 0.5
+    jitter: Unit = 0.8
+    jitter_strength: tuple[Rate, Rate, Rate, Annotated[float, Field(ge=0, le=0.5)]] = (0.4, 0.4, 0.2, 0.1)
+    """Largest relative change of brightness, contrast, saturation, and largest shift of hue (turns)."""
+    grey: Unit = 0.2
+    blur: tuple[Unit, Unit, Unit] = (1.0, 0.1, 0.5)
+    """Probability of Gaussian blur on the first global, second global and local views."""
+    blur_sigma: tuple[Above0, Above0] = (0.1, 2.0)
+    """Standard deviation of the blur, in pixels of the view."""
+    solarise: tuple[Unit, Unit, Unit] = (0.0, 0.2, 0.0)
+    mean: Triple = (0.485, 0.456, 0.406)
+    std: Triple = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A timm model by name, or ``conv3`` (three convolutions, for images of a few pixels)."""
+
+    name: str = "vit_small_patch16_224"
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Stochastic depth of the student (the teacher has none)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of ``timm.create_model``."""
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Projection head: an MLP to ``bottleneck`` dimensions, then the unit sphere."""
+
+    hidden: Positive = 2048
+    layers: Positive = 3
+    bottleneck: Positive = 256
+    batch_norm: bool = False
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """The online Gaussian mixture of the decoupled modes. ``null`` means: the mode's own default."""
+
+    covariance: Literal["shared", "isotropic", "diagonal"] | None = None
+    memory_steps: Above0 | None = None
+    """Forgetting, as the number of training steps after which half of a component's evidence is new."""
+    balance: Literal["none", "sinkhorn"] | None = None
+    """How the E-step keeps components alive: not at all, or by equal masses over batch and queue."""
+    temperature: Above0 | None = None
+    """Fixed temperature of the E-step over cosines; null with no default of the mode: the variances rule."""
+    queue: Count | None = None
+    """Earlier projections that balancing looks at besides the batch's own."""
+    anneal_start: Annotated[float, Field(gt=0, le=1)] | None = None
+    """First inverse temperature β of the annealed E-step (1: no annealing)."""
+    anneal_steps: Unit | None = None
+    """Share of training after which β has reached 1."""
+    target: Literal["posterior", "centred"] | None = None
+    """The teacher's target: the mixture's posterior, or DINO's centred softmax over cosines."""
+
+
+@dataclass(frozen=True)
+class PrototypeConfig:
+    kind: PrototypeKind = "joint"
+    count: Annotated[int, Field(ge=2)] = 65536
+    learn_norm: bool = True
+    """Whether the length of each prototype is learned (DINO's ``norm_last_layer=False``)."""
+    freeze_epochs: Rate = 1.0
+    """Joint prototypes get no gradient during these first epochs."""
+    lr_scale: Rate = 1.0
+    """Learning rate of joint prototypes relative to the encoder's."""
+    weight_decay: Rate | None = None
+    """Weight decay of joint prototypes; null: the encoder's."""
+    koleo_weight: Rate = 0.1
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    momentum: Unit = 0.996
+    momentum_end: Unit = 1.0
+    temperature: Above0 = 0.07
+    temperature_start: Above0 = 0.04
+    temperature_warmup_epochs: Count = 30
+    center_momentum: Unit = 0.9
+    student_temperature: Above0 = 0.1
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    lr: Above0 = 5e-4
+    """Learning rate per ``lr_batch`` images; the rate used is lr × batch / lr_batch."""
+    lr_batch: Positive = 256
+    min_lr: Rate = 1e-5
+    """Final learning rate, not scaled by the batch."""
+    warmup_epochs: Rate = 10.0
+    weight_decay: Rate = 0.04
+    weight_decay_end: Rate = 0.4
+    clip: Rate = 0.0
+    """Largest gradient norm of each parameter tensor on its own, as DINO does; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    epochs: Above0 = 800.0
+    batch: Positive = 1024
+    """Images per step over all ranks together."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """How often things are written. None of these changes what is learned."""
+
+    every_steps: Positive = 10
+    sweep_epochs: Above0 = 1.0
+    """The ε-sweep over the prototypes runs every so many epochs."""
+    checkpoint_steps: Count = 1000
+    keep_checkpoints: Positive = 2
+    alive_window: Count = 0
+    """Steps within which a prototype must have been an argmax to count as alive; 0: 20·K / teacher rows."""
+    evaluate_train: Positive = 10000
+    """At most this many training images (a fixed random choice) feed the kNN bank and the linear probe."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. See the recipes for complete examples."""
+
+    seed: Count = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    prototypes: PrototypeConfig = field(default_factory=PrototypeConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+for _cls in (DataConfig, ViewConfig, BackboneConfig, HeadConfig, MixtureConfig, PrototypeConfig,
+             TeacherConfig, OptimConfig, RunConfig, LogConfig, Config):  # fmt: skip
+    _cls.__pydantic_config__ = _strict  # type: ignore[union-attr]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose floats include 1e-3; YAML 1.1 reads that as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d+([eE][-+]?\d+)?)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str) -> Any:
+    """The YAML value of one command-line word (``1e-3`` is a float, ``[0.2, 1.0]`` a list)."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the value {text!r} as YAML: {' '.join(str(error).split())}") from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("uncollapse") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, given by path or by the name of a recipe that ships with the package.
+
+    Raises:
+        ConfigError: no such recipe, unreadable YAML, or something other than a mapping.
+    """
+    path = Path(recipe)
+    if str(recipe) in recipe_names():
+        text = (resources.files("uncollapse") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        raise ConfigError(
+            f"no recipe {str(recipe)!r}: give the path of a YAML file or one of {', '.join(recipe_names())}"
+        )
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{recipe}: expected keys and values, found a {type(content).__name__}")
+    return content
+
+
+def set_key(content: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key (``optim.lr``) in nested mappings, in place."""
+    *parents, last = key.split(".")
+    for i, parent in enumerate(parents):
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"{key}: {'.'.join(parents[: i + 1])} is a value, it has no keys of its own")
+    content[last] = value
+
+
+def _known_keys(prefix: list[str]) -> list[str]:
+    cls: Any = Config
+    for name in prefix:
+        types = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+        cls = types.get(name)
+        if not dataclasses.is_dataclass(cls):
+            return []
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _one_line(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"{source}: unknown key {key!r} ({hint})"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = message if first["type"] == "value_error" else f"should be {message}"
+    return f"{source}: {key}: {message}, got {first['input']!r}"
+
+
+def build_config(content: dict[str, Any], source: str = "config") -> Config:
+    """A validated :class:`Config` from nested mappings.
+
+    Raises:
+        ConfigError: unknown key, wrong type or impossible value; one line that names the key.
+    """
+    try:
+        config = TypeAdapter(Config).validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, source)) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}") from None
+    for key, problem in _impossible(config):
+        raise ConfigError(f"{source}: {key}: {problem}")
+    return config
+
+
+def _impossible(config: Config) -> list[tuple[str, str]]:
+    """Combinations that no single key's range can rule out."""
+    views, teacher, optim, run = config.views, config.teacher, config.optim, config.run
+    problems = []
+    for name in ("global_scale", "local_scale", "blur_sigma"):
+        low, high = getattr(views, name)
+        if low > high:
+            problems.append((f"views.{name}", f"the first number must not exceed the second, got {low} > {high}"))
+    if any(s <= 0 for s in views.std):
+        problems.append(("views.std", f"must be positive, got {list(views.std)}"))
+    if teacher.momentum_end < teacher.momentum:
+        problems.append(
+            (
+                "teacher.momentum_end",
+                f"must be at least teacher.momentum, {teacher.momentum_end} < {teacher.momentum}",
+            )
+        )
+    if optim.min_lr > optim.lr * run.batch / optim.lr_batch:
+        problems.append(
+            (
+                "optim.min_lr",
+                f"{optim.min_lr} exceeds the scaled learning rate {optim.lr * run.batch / optim.lr_batch:g}",
+            )
+        )
+    if teacher.temperature > 1 or teacher.temperature_start > 1:
+        problems.append(("teacher.temperature", "temperatures above 1 make every target uniform over cosines"))
+    return problems
+
+
+def load_config(recipe: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Recipe and overrides (dotted keys), merged and validated.
+
+    Raises:
+        ConfigError: see :func:`read_recipe` and :func:`build_config`.
+    """
+    content = read_recipe(recipe)
+    for key, value in (overrides or {}).items():
+        set_key(content, key, value)
+    return build_config(content, str(recipe))
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML that :func:`load_config` reads back to an equal one."""
+    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
+
+
+def tiny(config: Config) -> Config:
+    """The same recipe shrunk to run in seconds: small encoder, K, batch and views; for smoke tests."""
+    views, head, protos, run = config.views, config.head, config.prototypes, config.run
+    small = {
+        "views": dataclasses.replace(
+            views, global_size=min(32, views.global_size), local_size=min(16, views.local_size),
+            local_count=min(2, views.local_count)),
+        "head": dataclasses.replace(head, hidden=min(64, head.hidden), bottleneck=min(32, head.bottleneck)),
+        "prototypes": dataclasses.replace(protos, count=min(64, protos.count)),
+        "run": dataclasses.replace(run, batch=min(32, run.batch), epochs=min(2.0, run.epochs)),
+        "data": dataclasses.replace(config.data, workers=min(1, config.data.workers)),
+    }  # fmt: skip
+    small["backbone"] = _tiny_backbone(config.backbone)
+    small["log"] = dataclasses.replace(config.log, every_steps=1, checkpoint_steps=min(5, config.log.checkpoint_steps))
+    shrunk = dataclasses.replace(config, **small)  # type: ignore[arg-type]
+    low = min(shrunk.optim.min_lr, shrunk.optim.lr * shrunk.run.batch / shrunk.optim.lr_batch)
+    return dataclasses.replace(shrunk, optim=dataclasses.replace(shrunk.optim, min_lr=low))
+
+
+def _tiny_backbone(backbone: BackboneConfig) -> BackboneConfig:
+    """The smallest member of the same family that still takes 16-pixel views."""
+    if backbone.name.startswith("vit_"):
+        options = {"patch_size": 8, "img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2}
+        return BackboneConfig("vit_tiny_patch16_224", backbone.drop_path, options)
+    if backbone.name.startswith("resnet"):
+        return BackboneConfig("resnet10t", 0.0, {})
+    return backbone

@@ -1,0 +1,127 @@
+"""The demonstration: one objective, five ways to learn its prototypes, from one start on the same batches."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import queue
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from uncollapse.checkpoint import write_atomically
+from uncollapse.config import ConfigError, load_config
+from uncollapse.progress import bars
+from uncollapse.report import write_report
+from uncollapse.runs import read_run
+from uncollapse.table import print_table
+
+NOTE = (
+    "The prototypes' learning rate (×10) and weight decay (1) are raised on purpose: they fit into a minute the "
+    "collapse that a full-size run reaches over its hundred epochs. Digits are easy (an untrained encoder already "
+    "does well), so this page claims nothing about kNN on harder images."
+)
+
+_messages: Any = None
+
+
+def _start_worker(messages: Any, threads: int) -> None:
+    import torch
+
+    global _messages
+    _messages = messages
+    torch.set_num_threads(threads)
+
+
+def _train_arm(kind: str, seed: int, out: str, max_steps: int | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    from uncollapse.train import train
+
+    config = load_config("demo", {**overrides, "prototypes.kind": kind, "seed": seed})
+    started = Path(out) / "config.yaml"
+    if started.exists() and load_config(started) != config:
+        raise ConfigError(f"{out} holds a run of another configuration; choose another --out")
+    task = f"{kind} {seed}"
+    last = 0.0
+
+    def progress(done: int, total: int, loss: float) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 0.25:
+            last = time.monotonic()
+            _messages.put((task, done, total, loss))
+
+    return train(config, Path(out), max_steps, started.exists(), progress, lambda line: None, "cpu")
+
+
+def run_demo(
+    out: Path, seeds: int, arms: list[str], max_steps: int | None, jobs: int | None, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Trains every arm × seed in processes of its own and writes table, ``summary.json`` and ``report.html``.
+
+    A demo that was interrupted goes on where its arms stopped, and finished arms are not trained again.
+
+    Returns:
+        ``{"arms": [one summary per run]}``, as in ``summary.json``.
+
+    Raises:
+        ConfigError: ``out`` holds something else than a demo, or one of another configuration.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / "arms").is_dir():
+        raise ConfigError(f"--out {out}: holds something else than a demo; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    runs = [(arm, seed) for seed in range(seeds) for arm in arms]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = min(jobs or cores, len(runs))
+    console.print(
+        f"{len(runs)} runs of DINO on real 8×8 digits ({', '.join(arms)}; {seeds} seed{'s' * (seeds > 1)}), "
+        f"{jobs} at a time on {cores} cores → {out}",
+        highlight=False,
+    )
+    context = multiprocessing.get_context("spawn")
+    messages = context.Manager().Queue()
+    threads = max(1, cores // jobs)
+    with ProcessPoolExecutor(jobs, context, _start_worker, (messages, threads)) as pool:
+        started = {
+            pool.submit(_train_arm, arm, seed, str(out / "arms" / f"{arm}-seed{seed}"), max_steps, overrides): (
+                arm,
+                seed,
+            )
+            for arm, seed in runs
+        }
+        _follow(started, messages, console)
+        summaries = [future.result() for future in started]
+    result = {"arms": summaries}
+    write_atomically(out / "summary.json", (json.dumps(result, indent=1) + "\n").encode())
+    console.print()
+    print_table(summaries, console)
+    records = [read_run(out / "arms" / f"{arm}-seed{seed}") for arm, seed in runs]
+    write_report(records, out / "report.html", "Do the prototypes collapse?", [NOTE])
+    console.print(NOTE, highlight=False)
+    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    return result
+
+
+def _follow(started: dict[Future[dict[str, Any]], tuple[str, int]], messages: Any, console: Console) -> None:
+    """Shows a bar per run until all have ended; the first failure ends the wait."""
+    with bars(console) as display:
+        tasks = {
+            f"{arm} {seed}": display.add_task(f"{arm:<16}seed {seed}", total=None, loss=float("nan"))
+            for arm, seed in started.values()
+        }
+        waiting = set(started)
+        while waiting:
+            try:
+                name, done, total, loss = messages.get(timeout=0.5)
+                display.update(tasks[name], completed=done, total=total, loss=loss)
+            except queue.Empty:
+                pass
+            for future in [f for f in waiting if f.done()]:
+                waiting.discard(future)
+                if future.exception() is not None:
+                    for other in waiting:
+                        other.cancel()
+                    return

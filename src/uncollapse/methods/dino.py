@@ -1,0 +1,50 @@
+"""DINO: self-distillation with no labels (Caron et al., ICCV 2021, Algorithm 1 and Section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.assign import centred_softmax
+from uncollapse.losses import fused_dino_loss
+from uncollapse.prototypes import Prototypes
+
+
+class DINO(nn.Module):
+    """Targets, loss and centre. The only state is the centre, a buffer that is checkpointed.
+
+    Works with any prototype set: a set that has a posterior of its own supplies the target, otherwise it
+    is the centred and sharpened softmax of the teacher's logits.
+    """
+
+    center: Tensor
+
+    def __init__(self, prototypes: int, center_momentum: float = 0.9) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(prototypes))
+        self.center_momentum = center_momentum
+
+    @torch.no_grad()
+    def targets(self, z_teacher: list[Tensor], prototypes: Prototypes, temperature: float) -> list[Tensor]:
+        """One ``(n, K)`` distribution per global view, from the teacher's projections ``(n, D)``."""
+        own = prototypes.posterior(torch.cat(z_teacher), temperature)
+        if own is not None:
+            return list(own.chunk(len(z_teacher)))
+        return [centred_softmax(prototypes.logits(z, "teacher"), self.center, temperature) for z in z_teacher]
+
+    def loss(
+        self, z_student: list[Tensor], targets: list[Tensor], prototypes: Prototypes, temperature: float
+    ) -> Tensor:
+        """Cross-entropy over all pairs (global teacher view, other student view)."""
+        weight, bias = prototypes.affine("student")
+        return fused_dino_loss(z_student, weight, targets, temperature, bias)
+
+    @torch.no_grad()
+    def update_center(self, z_mean: Tensor, prototypes: Prototypes) -> None:
+        """After the loss: ``c ← m c + (1 - m) · mean of the raw teacher logits``.
+
+        Logits are linear in z, so their mean over views, batch and ranks is the logit of the mean
+        projection ``z_mean (D,)``; no ``(batch, K)`` array is read again and ranks exchange D numbers.
+        """
+        mean_logits = prototypes.logits(z_mean.unsqueeze(0), "teacher").squeeze(0)
+        self.center.lerp_(mean_logits, 1 - self.center_momentum)

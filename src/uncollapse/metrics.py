@@ -1,0 +1,291 @@
+"""What the prototypes carry: which are used, how many differ among those, and what survives augmentation.
+
+The share of unique prototypes alone can be gamed: prototypes that were never trained are all unique. These
+numbers cannot be, because they look at the hard argmax of the raw cosine (no centring, no balancing) on
+held-out images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .unique import EPSILONS, cosine_argmax, greedy_cover, nearest_kept, unique_prototypes
+
+
+def prototype_argmax(z: Tensor, w: Tensor, block: int | None = None) -> Tensor:
+    """The prototype of each projection: argmax of the raw cosine, ties to the lowest index.
+
+    Args:
+        z: (n, D) projections of held-out images, floating, any norm but zero.
+        w: (K, D) prototypes, floating, any norm but zero, on the same device.
+        block: projections handled at a time; affects memory (block x K), never the result.
+
+    Returns:
+        (n,) int64 in [0, K).
+
+    Raises:
+        ValueError: shapes disagree, or a row of either is zero or non-finite.
+    """
+    return cosine_argmax(z, w, block)
+
+
+def usage_counts(argmax: Tensor, prototypes: int) -> Tensor:
+    """How many images chose each prototype: (n,) int64 in [0, K) -> (K,) int64, summing to n.
+
+    Raises:
+        ValueError: an index is outside [0, K).
+    """
+    argmax = argmax.reshape(-1)
+    if len(argmax) and (int(argmax.min()) < 0 or int(argmax.max()) >= prototypes):
+        raise ValueError(
+            f"argmax runs from {int(argmax.min())} to {int(argmax.max())}, outside [0, {prototypes}); "
+            "pass the number of rows of the prototypes it was taken over"
+        )
+    return torch.bincount(argmax, minlength=prototypes)
+
+
+def used(counts: Tensor) -> int:
+    """Number of prototypes chosen at least once: (K,) counts -> int in [0, K]. Print n beside it."""
+    return int((counts > 0).sum())
+
+
+def unique_among_used(w: Tensor, counts: Tensor, eps: float = 0.025) -> int:
+    """Unique prototypes (`greedy_cover`) when only the used ones are looked at; 0 if none is used.
+
+    Args:
+        w: (K, D) prototypes. counts: (K,) usage counts. eps: cosine distance in (0, 2].
+
+    Raises:
+        ValueError: as `greedy_cover`, or ``counts`` does not have one entry per prototype.
+    """
+    _check_counts(counts, w)
+    chosen = w[(counts > 0).to(w.device)]
+    return unique_prototypes(chosen, eps) if len(chosen) else 0
+
+
+def merged(argmax: Tensor, w: Tensor, eps: float = 0.025) -> Tensor:
+    """argmax with every prototype replaced by its nearest kept one (`greedy_cover` of all at eps).
+
+    Args:
+        argmax: int64 of any shape, values in [0, K). w: (K, D) prototypes. eps: cosine distance in (0, 2].
+
+    Returns:
+        int64, the shape and device of ``argmax``.
+    """
+    return nearest_kept(w, greedy_cover(w, eps)).to(argmax.device)[argmax]
+
+
+def effective_prototypes(counts: Tensor, w: Tensor, eps: float = 0.025) -> float:
+    """N_eff(eps): as how many equally used, distinct prototypes these count.
+
+    The exponential of the entropy of the usage counts after every prototype's count is added to its nearest
+    kept one, kept being the greedy cover of all prototypes at eps.
+
+    Args:
+        counts: (K,) usage counts. w: (K, D) prototypes. eps: cosine distance in (0, 2].
+
+    Returns:
+        Between 1 and the number of used prototypes.
+
+    Raises:
+        ValueError: as `greedy_cover`; counts do not fit ``w``, are negative or all zero.
+    """
+    _check_counts(counts, w)
+    return _effective(counts, nearest_kept(w, greedy_cover(w, eps)))
+
+
+def _effective(counts: Tensor, nearest: Tensor) -> float:
+    if int(counts.sum()) == 0 or int(counts.min()) < 0:
+        raise ValueError("counts must be non-negative and not all zero; count at least one image")
+    together = torch.zeros_like(counts).index_add_(0, nearest.to(counts.device), counts)
+    return float(np.exp(_entropy(together.cpu().numpy())))
+
+
+def _check_counts(counts: Tensor, w: Tensor) -> None:
+    if counts.shape != (len(w),):
+        raise ValueError(f"counts has shape {tuple(counts.shape)}; expected one per prototype, ({len(w)},)")
+
+
+def _entropy(counts: np.ndarray) -> float:
+    """Plug-in entropy in nats of the distribution proportional to counts."""
+    p = counts[counts > 0].astype(np.float64)
+    p /= p.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def view_information(argmaxes: Tensor, shuffles: int = 8, seed: int = 0) -> float:
+    """Bits that the prototype of one augmented view tells about the prototype of another of the same image.
+
+    The plug-in mutual information of the argmaxes of two views, over all ordered pairs of distinct views
+    pooled into one joint table, minus the mean of the same after each view's images are permuted separately.
+    Permuted views are independent, so what the subtraction takes away is the upward bias of the plug-in
+    estimate on few images. Where the true information is high the bias is smaller than what is subtracted:
+    with n not much larger than the number of prototypes in use, read the result as a lower estimate.
+
+    Args:
+        argmaxes: (V, n) int64, non-negative: V >= 2 views of the same n held-out images. Merge near-copies
+            first (`merged`), or telling copies apart counts as information.
+        shuffles: permutations averaged over, at least 1.
+        seed: of the permutations.
+
+    Returns:
+        Bits; about 0 for independent views (it can be slightly negative), at most the entropy of the argmax.
+
+    Raises:
+        ValueError: fewer than two views or images, negative values, or shuffles < 1.
+    """
+    if argmaxes.ndim != 2 or argmaxes.shape[0] < 2 or argmaxes.shape[1] < 2 or shuffles < 1:
+        raise ValueError(
+            f"need (V, n) argmaxes of at least 2 views and 2 images and shuffles >= 1, "
+            f"got shape {tuple(argmaxes.shape)} and shuffles {shuffles}"
+        )
+    if int(argmaxes.min()) < 0:
+        raise ValueError(f"argmaxes holds {int(argmaxes.min())}; prototype indices start at 0")
+    codes = np.unique(argmaxes.cpu().numpy(), return_inverse=True)[1].reshape(tuple(argmaxes.shape))
+    rng = np.random.default_rng(seed)
+    broken = [_joint_entropy(rng.permuted(codes, axis=1)) for _ in range(shuffles)]
+    # I(X;Y) = H(X) + H(Y) - H(X,Y), and permuting leaves both marginals as they are.
+    return (float(np.mean(broken)) - _joint_entropy(codes)) / float(np.log(2))
+
+
+def _joint_entropy(codes: np.ndarray) -> float:
+    """Entropy in nats of (code in one view, code in another), all ordered pairs of distinct views pooled."""
+    size = int(codes.max()) + 1
+    first, second = np.triu_indices(len(codes), 1)
+    a, b = codes[first].ravel(), codes[second].ravel()
+    # Joint codes instead of a table: a table over K = 65,536 would have 4 billion cells.
+    pairs = np.concatenate([a * size + b, b * size + a])
+    return _entropy(np.unique(pairs, return_counts=True)[1])
+
+
+def effective_rank(z: Tensor) -> float:
+    """Exponential of the entropy of the normalised singular values of z (Roy & Vetterli, 2007), uncentred.
+
+    Args:
+        z: (n, D) floating, finite, not all zero.
+
+    Returns:
+        Between 1 and min(n, D).
+
+    Raises:
+        ValueError: ``z`` is not such a matrix.
+    """
+    z = _finite(z).double()
+    z = z / z.abs().max().clamp_min(1e-300)
+    gram = z.T @ z if len(z) > z.shape[1] else z @ z.T
+    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    if float(values.sum()) == 0:
+        raise ValueError("z is all zero and has no rank; check that the encoder's output is alive")
+    return float(np.exp(_entropy(values.cpu().numpy())))
+
+
+def uniformity(z: Tensor, max_points: int = 4096, seed: int = 0) -> float:
+    """log of the mean of exp(-2 ||a - b||^2) over pairs of distinct rows, on the unit sphere.
+
+    Wang & Isola (2020) with t = 2. Lower is more uniform: 0 if all rows coincide, near -4 for points spread
+    over a high-dimensional sphere.
+
+    Args:
+        z: (n, D) floating, n >= 2, rows non-zero.
+        max_points: above this many rows, a random subset (by seed) is used.
+
+    Raises:
+        ValueError: fewer than two rows, or a zero or non-finite row.
+    """
+    z = _finite(z)
+    if len(z) < 2:
+        raise ValueError(f"uniformity compares pairs of rows, got {len(z)}; pass at least 2")
+    if len(z) > max_points:
+        chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:max_points]
+        z = z[chosen.to(z.device)]
+    z = z.double()
+    if not bool((z.abs().amax(1) > 0).all()):
+        raise ValueError("z has a zero row, which has no direction; check that the encoder's output is alive")
+    z = torch.nn.functional.normalize(z, dim=1, eps=0.0)
+    total = torch.zeros((), dtype=torch.float64, device=z.device)
+    for rows in z.split(512):
+        total += torch.exp(4 * (rows @ z.T - 1)).sum()
+    n = len(z)
+    # Each row met itself once, at distance 0.
+    return float(torch.log(((total - n) / (n * (n - 1))).clamp(1e-300, 1.0)))
+
+
+def _finite(z: Tensor) -> Tensor:
+    if z.ndim != 2 or not z.is_floating_point() or 0 in z.shape:
+        raise ValueError(f"z must be a non-empty floating (n, D) tensor, got {tuple(z.shape)} of {z.dtype}")
+    if not bool(torch.isfinite(z).all()):
+        raise ValueError("z holds NaN or infinite values; look for the step where training diverged")
+    return z.detach()
+
+
+@dataclass(frozen=True)
+class PrototypeReport:
+    """What K prototypes carry, seen through the projections of n held-out images.
+
+    Dicts go from eps (cosine distance) to the number; see the functions of the same names.
+    """
+
+    prototypes: int
+    n: int
+    unique: dict[float, int]
+    used: int
+    unique_used: dict[float, int]
+    effective: dict[float, float]
+    view_information: float | None
+    """Bits, after merging at `view_epsilon`; None without views."""
+    views: int
+    view_epsilon: float
+    effective_rank: float
+    uniformity: float | None
+    """Of the projections, like `effective_rank`; None for a single image."""
+
+
+def prototype_report(
+    w: Tensor,
+    z: Tensor,
+    z_views: Tensor | None = None,
+    epsilons: Sequence[float] = EPSILONS,
+    view_epsilon: float = 0.025,
+) -> PrototypeReport:
+    """All of the above at once.
+
+    Args:
+        w: (K, D) prototypes, floating.
+        z: (n, D) projections of held-out images, one view each, on the device of ``w``.
+        z_views: (V, n, D) projections of V >= 2 augmented views of the same images, for `view_information`.
+        epsilons: cosine distances, at least one.
+        view_epsilon: at which near-copies are merged before `view_information`.
+
+    Raises:
+        ValueError: no epsilons, shapes disagree, or a row is zero or non-finite.
+    """
+    if not epsilons:
+        raise ValueError("epsilons is empty; pass at least one cosine distance, such as 0.025")
+    if z_views is not None and (z_views.ndim != 3 or z_views.shape[1:] != z.shape):
+        raise ValueError(
+            f"z_views has shape {tuple(z_views.shape)}; expected (V, {', '.join(map(str, z.shape))}), "
+            "views of the same images in the same order"
+        )
+    counts = usage_counts(prototype_argmax(z, w), len(w))
+    kept = {eps: greedy_cover(w, eps) for eps in {*epsilons, view_epsilon}}
+    nearest = {eps: nearest_kept(w, kept[eps]) for eps in kept}
+    information = None
+    if z_views is not None:
+        chosen = prototype_argmax(z_views.flatten(0, 1), w).view(z_views.shape[:2])
+        information = view_information(nearest[view_epsilon][chosen])
+    return PrototypeReport(
+        prototypes=len(w),
+        n=len(z),
+        unique={eps: len(kept[eps]) for eps in epsilons},
+        used=used(counts),
+        unique_used={eps: unique_among_used(w, counts, eps) for eps in epsilons},
+        effective={eps: _effective(counts, nearest[eps]) for eps in epsilons},
+        view_information=information,
+        views=0 if z_views is None else len(z_views),
+        view_epsilon=view_epsilon,
+        effective_rank=effective_rank(z),
+        uniformity=uniformity(z) if len(z) > 1 else None,
+    )

@@ -1,0 +1,125 @@
+"""Watching prototypes while they train: cheap statistics often, the ε-sweep now and then."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from uncollapse.unique import EPSILONS, epsilon_sweep
+
+
+class PrototypeMonitor:
+    """Follows one set of prototypes in any training loop.
+
+    Example::
+
+        monitor = PrototypeMonitor(prototypes=K, rows=2 * batch)
+        for step, batch in enumerate(loader):
+            ...
+            monitor.observe(teacher_logits)           # or cosines; (n, K), raw
+            if step % 100 == 0:
+                log(monitor.statistics(), monitor.sweep(prototype_matrix))
+
+    Args:
+        prototypes: K.
+        rows: teacher rows per call of :meth:`observe`; sets the window when none is given.
+        window: a prototype is *alive* when it was the argmax of a row within this many calls;
+            0: ``20 · K / rows``, in which a prototype with a fair share is expected 20 times.
+    """
+
+    def __init__(self, prototypes: int, rows: int, window: int = 0, device: torch.device | str = "cpu") -> None:
+        self.prototypes = prototypes
+        self.window = window or math.ceil(20 * prototypes / rows)
+        self.calls = 0
+        self.last_used = torch.full((prototypes,), -1, dtype=torch.long, device=device)
+
+    def observe(self, cosines: Tensor) -> None:
+        """Notes the argmax of every row of raw cosines ``(n, K)``: uncentred, unbalanced."""
+        cosines = cosines.detach()
+        # NumPy's argmax is several times faster than torch's on a CPU, and this runs every step.
+        on_cpu = cosines.device.type == "cpu" and cosines.dtype == torch.float32
+        self.observe_argmax(torch.from_numpy(cosines.numpy().argmax(-1)) if on_cpu else cosines.argmax(-1))
+
+    def observe_argmax(self, argmax: Tensor) -> None:
+        """As :meth:`observe`, from argmaxes ``(n,)``."""
+        self.calls += 1
+        self.last_used[argmax] = self.calls
+
+    def alive(self) -> int:
+        """How many prototypes were an argmax within the window."""
+        return int((self.last_used > max(0, self.calls - self.window)).sum())
+
+    @property
+    def window_full(self) -> bool:
+        """Whether as many calls were seen as the window holds; before that, alive is still growing."""
+        return self.calls >= self.window
+
+    def sweep(self, vectors: Tensor) -> dict[str, int]:
+        """Unique prototypes (greedy ε-cover) of a ``(K, D)`` matrix at each ε, keyed by ε as text."""
+        return {f"{eps:g}": count for eps, count in epsilon_sweep(vectors, EPSILONS).items()}
+
+    def state_dict(self) -> dict[str, object]:
+        return {"calls": self.calls, "last_used": self.last_used.cpu(), "window": self.window}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.calls = int(state["calls"])  # type: ignore[call-overload]
+        self.window = int(state["window"])  # type: ignore[call-overload]
+        self.last_used.copy_(state["last_used"])  # type: ignore[arg-type]
+
+
+def assignment_statistics(targets: Tensor) -> dict[str, float]:
+    """Of a batch of teacher targets ``(n, K)``: mean entropy of a row and entropy of their mean, in nats.
+
+    The marginal's entropy is near ln K whenever the assignment is balanced, collapsed or not; it is logged
+    to be compared with the number of *unique* prototypes.
+    """
+    entropy = torch.special.entr(targets).sum(-1).mean()
+    marginal = torch.special.entr(targets.mean(0)).sum()
+    return {"teacher_entropy": float(entropy), "marginal_entropy": float(marginal)}
+
+
+def nearest_cosine(vectors: Tensor, sample: int = 128) -> float:
+    """Mean cosine of an evenly spaced sample of prototypes to their nearest other one."""
+    unit = F.normalize(vectors.float(), dim=-1)
+    chosen = torch.linspace(0, len(unit) - 1, min(sample, len(unit)), device=unit.device).long()
+    cosines = unit[chosen] @ unit.T
+    cosines[torch.arange(len(chosen), device=unit.device), chosen] = -2
+    return float(cosines.max(1).values.mean())
+
+
+class LossWatch:
+    """Notices a loss that stays at ln K, and an assignment in which most components are dead; says so once."""
+
+    def __init__(self, prototypes: int, patience: int = 200) -> None:
+        self.uniform = math.log(prototypes)
+        self.prototypes = prototypes
+        self.patience = patience
+        self.stuck = 0
+        self.told: set[str] = set()
+
+    def loss(self, loss: float) -> str | None:
+        """A message when the loss has been within 0.5 % of ln K for ``patience`` steps running."""
+        self.stuck = self.stuck + 1 if abs(loss - self.uniform) < 0.005 * self.uniform else 0
+        if self.stuck < self.patience or "loss" in self.told:
+            return None
+        self.told.add("loss")
+        return (
+            f"the loss has stayed at ln K = {self.uniform:.3f} for {self.patience} steps: the student predicts "
+            "every prototype alike. Usual causes: the projections coincide (try head.batch_norm true, or a "
+            "larger optim.lr), the teacher's target is uniform (lower teacher.temperature), teacher and "
+            "student share weights, or the warm-up is still too early to judge."
+        )
+
+    def alive(self, alive: int, window: int) -> str | None:
+        """A message when fewer than half of the prototypes were used in the window."""
+        if alive >= 0.5 * self.prototypes or "alive" in self.told:
+            return None
+        self.told.add("alive")
+        return (
+            f"only {alive} of {self.prototypes} prototypes were any image's nearest in the last {window} steps; "
+            "the others are dead or copies. A share of unique prototypes counts the dead ones as healthy: read "
+            "it with 'used' and N_eff. Consider fewer prototypes, or --prototypes decoupled."
+        )

@@ -1,0 +1,189 @@
+"""Prototype sets: K vectors seen from a student's and a teacher's side, and how they are learned.
+
+Every way to learn prototypes answers the same calls, so every objective runs with each of them. One set
+belongs to one head; a method with several heads has several named sets.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uncollapse.config import MixtureConfig, PrototypeConfig
+from uncollapse.diversity import koleo_proto
+from uncollapse.mixture import OnlineMixture
+
+Side = Literal["student", "teacher"]
+
+
+class Prototypes(nn.Module):
+    """What an objective may ask of a set. The defaults do nothing, which is right for most ways to learn."""
+
+    def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
+        """``weight (K, D)`` and optional ``bias (K,)`` with ``logits = z @ weight.T / temperature + bias``."""
+        raise NotImplementedError
+
+    def logits(self, z: Tensor, side: Side, temperature: float = 1.0) -> Tensor:
+        """``(n, D)`` projections → ``(n, K)`` logits. The temperature is in the call because a vMF normaliser
+        and a mixture's variance depend on it."""
+        weight, bias = self.affine(side)
+        logits = z @ weight.T / temperature
+        return logits if bias is None else logits + bias
+
+    def vectors(self, side: Side) -> Tensor:
+        """``(K, D)`` unit vectors, detached: what diagnosis looks at."""
+        return F.normalize(self.affine(side)[0].detach().float(), dim=-1)
+
+    def regulariser(self) -> Tensor | None:
+        """A term to add to the loss, already weighted."""
+        return None
+
+    def observe(self, z: Tensor, progress: float, weight: Tensor | None = None, level: str = "cls") -> None:
+        """The decoupled update from the teacher's projections ``(n, D)`` of all ranks.
+
+        ``progress`` is the share of training done; ``weight (n,)`` and ``level`` let a head that class and
+        patch tokens share balance two of the one against hundreds of the other.
+        """
+
+    def posterior(self, z: Tensor, temperature: float) -> Tensor | None:
+        """The set's own target ``(n, K)`` for teacher projections, or None: the objective makes it."""
+        return None
+
+    def after_step(self) -> None:
+        """Runs after the optimiser's step (re-normalisation, a clustering step of its own)."""
+
+    def update_teacher(self, momentum: float) -> None:
+        """Moves the teacher's side towards the student's."""
+
+
+class JointPrototypes(Prototypes):
+    """Prototypes learned by the encoder's own gradient: DINO's weight-normalised last layer.
+
+    The student's rows are ``g · v / |v|``; the teacher's are an EMA of v and g. With a positive
+    ``koleo_weight`` the student's rows are pushed apart by KoLeo-Proto.
+    """
+
+    teacher_v: Tensor
+    teacher_g: Tensor
+
+    def __init__(self, count: int, dim: int, learn_norm: bool, koleo_weight: float, generator: torch.Generator) -> None:
+        super().__init__()
+        # The distribution of PyTorch's linear layer, which DINO's last layer keeps.
+        start = (torch.rand(count, dim, generator=generator) * 2 - 1) / dim**0.5
+        self.student_v = nn.Parameter(start)
+        self.student_g = nn.Parameter(torch.ones(count, 1), requires_grad=learn_norm)
+        self.register_buffer("teacher_v", start.clone())
+        self.register_buffer("teacher_g", torch.ones(count, 1))
+        self.koleo_weight = koleo_weight
+
+    def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
+        v, g = (self.student_v, self.student_g) if side == "student" else (self.teacher_v, self.teacher_g)
+        return F.normalize(v, dim=-1) * g, None
+
+    def regulariser(self) -> Tensor | None:
+        return self.koleo_weight * koleo_proto(self.student_v) if self.koleo_weight else None
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        self.teacher_v.lerp_(self.student_v.detach(), 1 - momentum)
+        self.teacher_g.lerp_(self.student_g.detach(), 1 - momentum)
+
+
+class FixedPrototypes(Prototypes):
+    """Random directions that never move: the control every comparison needs."""
+
+    weight: Tensor
+
+    def __init__(self, count: int, dim: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.register_buffer("weight", F.normalize(torch.randn(count, dim, generator=generator), dim=-1))
+
+    def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
+        return self.weight, None
+
+
+class MixturePrototypes(Prototypes):
+    """Prototypes that are the means of an online Gaussian mixture; no gradient ever reaches them."""
+
+    def __init__(
+        self, mixture: OnlineMixture, own_target: bool, anneal_start: float = 1.0, anneal_steps: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.mixture = mixture
+        self.own_target = own_target
+        self.anneal_start = anneal_start
+        self.anneal_steps = anneal_steps
+
+    def beta(self, progress: float) -> float:
+        """Inverse temperature of the E-step: geometric from ``anneal_start`` to 1."""
+        if progress >= self.anneal_steps:
+            return 1.0
+        return self.anneal_start ** (1 - progress / self.anneal_steps)
+
+    def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
+        return F.normalize(self.mixture.mean, dim=-1), None
+
+    def observe(self, z: Tensor, progress: float, weight: Tensor | None = None, level: str = "cls") -> None:
+        self.mixture.observe(z, weight, self.beta(progress))
+
+    def posterior(self, z: Tensor, temperature: float) -> Tensor | None:
+        """Softmax over cosines at the teacher's temperature, with the mixture's own balance of masses.
+
+        Offsets are transport potentials divided by the E-step's temperature; they are carried over to the
+        target's temperature as potentials.
+        """
+        if not self.own_target:
+            return None
+        mixture = self.mixture
+        if mixture.temperature is None:
+            return mixture.responsibilities(z)
+        own = mixture.temperature if mixture.temperature is not None else mixture.variance.mean()
+        return torch.softmax((self.logits(z, "teacher") + mixture.offset * own) / temperature, dim=-1)
+
+
+def build_prototypes(config: PrototypeConfig, dim: int, rows: int, seed: int) -> Prototypes:
+    """The set that ``config.kind`` names, started from ``seed`` alone.
+
+    Args:
+        config: validated.
+        dim: D, length of a projection.
+        rows: teacher projections per step over all ranks.
+        seed: of the initial vectors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if config.kind in ("joint", "koleo"):
+        koleo = config.koleo_weight if config.kind == "koleo" else 0.0
+        return JointPrototypes(config.count, dim, config.learn_norm, koleo, generator)
+    if config.kind == "fixed":
+        return FixedPrototypes(config.count, dim, generator)
+    return _mixture(mixture_defaults(config.kind, config.mixture), config.count, dim, rows, generator)
+
+
+def mixture_defaults(kind: str, chosen: MixtureConfig) -> MixtureConfig:
+    """The mode's own value wherever the recipe says nothing.
+
+    ``decoupled-paper`` reads the paper as literally as its published parts allow: one diagonal, annealed,
+    unbalanced mixture over all K, and the objective's usual target.
+    """
+    defaults = {
+        "decoupled": MixtureConfig("shared", 20.0, "sinkhorn", 0.04, 4096, 1.0, 0.0, "posterior"),
+        "decoupled-paper": MixtureConfig("diagonal", 20.0, "none", None, 0, 0.05, 0.3, "centred"),
+    }[kind]
+    names = MixtureConfig.__dataclass_fields__
+    merged = {n: getattr(defaults, n) if getattr(chosen, n) is None else getattr(chosen, n) for n in names}
+    return MixtureConfig(**merged)
+
+
+def _mixture(config: MixtureConfig, count: int, dim: int, rows: int, generator: torch.Generator) -> MixturePrototypes:
+    assert config.covariance
+    assert config.memory_steps
+    assert config.balance
+    assert config.anneal_start
+    mixture = OnlineMixture(
+        count, dim, rows, config.covariance, config.memory_steps, config.balance, config.temperature,
+        config.queue or 0, generator=generator,
+    )  # fmt: skip
+    return MixturePrototypes(mixture, config.target == "posterior", config.anneal_start, config.anneal_steps or 0.0)

@@ -1,0 +1,114 @@
+"""What a run writes while it goes: metrics as JSON lines and TensorBoard events, and where its time goes."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class RunLog:
+    """Appends rows to ``metrics.jsonl`` and scalars to ``tensorboard/``.
+
+    A write that fails (full disk) loses nothing: rows wait in memory and go out with the next one.
+    ``start_step`` > 0 drops what a killed run wrote beyond the checkpoint that is resumed.
+    """
+
+    def __init__(self, folder: Path, start_step: int = 0) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.waiting: list[str] = []
+        self.warned = False
+        if self.path.exists():
+            kept = [r for r in read_rows(self.path) if int(r["step"]) <= start_step and start_step]
+            self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board: SummaryWriter | None = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
+        )
+
+    def row(self, kind: str, step: int, **values: Any) -> None:
+        self.waiting.append(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(self.waiting))
+            self.waiting.clear()
+        except OSError as error:
+            if not self.warned:
+                warnings.warn(f"{self.path}: {error.strerror}; rows are kept and written later", stacklevel=2)
+            self.warned = True
+        self._scalars(kind, step, values)
+
+    def _scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self.board is None or kind == "warning":
+            return
+        try:
+            for name, value in values.items():
+                inner = value.items() if isinstance(value, dict) else [("", value)]
+                for key, scalar in inner:
+                    if isinstance(scalar, int | float):
+                        tag = f"{kind}/{name}/{key}" if key else f"{kind}/{name}"
+                        self.board.add_scalar(tag, scalar, step)
+        except Exception as error:
+            warnings.warn(f"TensorBoard events stop at step {step}: {error}", stacklevel=2)
+            self.board = None
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``; a line torn by a kill, or still being written, is skipped."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+class Stopwatch:
+    """Seconds spent in each part of a step. On a GPU, events are recorded and read only by :meth:`totals`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds: dict[str, float] = {}
+        self.pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.last: Any = None
+        self.begin()
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self) -> None:
+        self.last = self._now()
+
+    def lap(self, part: str) -> None:
+        """Books the time since the last lap under ``part``."""
+        now = self._now()
+        if self.cuda:
+            self.pending.append((part, self.last, now))
+        else:
+            self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def totals(self) -> dict[str, float]:
+        if self.pending:
+            torch.cuda.synchronize()
+            for part, start, end in self.pending:
+                elapsed = start.elapsed_time(end) / 1000
+                self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
+            self.pending.clear()
+        return dict(self.seconds)

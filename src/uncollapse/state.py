@@ -1,0 +1,142 @@
+"""What a run trains: student, teacher, prototypes, objective and optimiser, built from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.backbones import Encoder, build_backbone
+from uncollapse.config import Config, ConfigError
+from uncollapse.head import ProjectionHead
+from uncollapse.methods.dino import DINO
+from uncollapse.prototypes import Prototypes, build_prototypes
+
+
+@dataclass
+class TrainState:
+    """Everything a checkpoint holds besides the step."""
+
+    student: Encoder
+    teacher: Encoder
+    prototypes: Prototypes
+    objective: DINO
+    optimizer: torch.optim.Optimizer
+
+    def to(self, device: torch.device) -> TrainState:
+        for module in (self.student, self.teacher, self.prototypes, self.objective):
+            module.to(device)
+        return self
+
+
+def build_encoder(config: Config, drop_path: bool) -> Encoder:
+    """Backbone and head started from the seed alone: equal in every arm and on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone, features = build_backbone(config.backbone, drop_path)
+        head = config.head
+        return Encoder(backbone, ProjectionHead(features, head.hidden, head.bottleneck, head.layers, head.batch_norm))
+
+
+def initial_prototypes(config: Config) -> Prototypes:
+    """The prototype set before any step. Its seed differs from the encoder's, so that neither mirrors the other."""
+    return build_prototypes(config.prototypes, config.head.bottleneck, 2 * config.run.batch, config.seed + 7919)
+
+
+def build_state(config: Config) -> TrainState:
+    """A fresh state on the CPU.
+
+    Raises:
+        ConfigError: a backbone that cannot be built.
+    """
+    student = build_encoder(config, drop_path=True)
+    teacher = build_encoder(config, drop_path=False)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    assert_separate(student, teacher)
+    prototypes = initial_prototypes(config)
+    objective = DINO(config.prototypes.count, config.teacher.center_momentum)
+    return TrainState(student, teacher, prototypes, objective, build_optimizer(config, student, prototypes))
+
+
+def assert_separate(student: nn.Module, teacher: nn.Module) -> None:
+    """Checks that no storage is shared: a teacher that *is* the student keeps the loss at ln K for ever.
+
+    Raises:
+        RuntimeError: naming the first shared parameter.
+    """
+    ours = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    for name, parameter in teacher.named_parameters():
+        if parameter.untyped_storage().data_ptr() in ours:
+            raise RuntimeError(f"the teacher's {name} shares its storage with the student: copy it")
+
+
+def build_optimizer(config: Config, encoder: nn.Module, prototypes: nn.Module) -> torch.optim.Optimizer:
+    """Groups as DINO has them: matrices decay; biases, 1-D tensors and such do not; prototypes on their own."""
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in encoder.named_parameters():
+        (plain if parameter.ndim == 1 or name.endswith(".bias") else decay).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decay, "role": "decay", "weight_decay": 0.0},
+        {"params": plain, "role": "plain", "weight_decay": 0.0},
+    ]
+    learned = [p for p in prototypes.parameters() if p.requires_grad]
+    if learned:
+        groups.append({"params": learned, "role": "prototypes", "weight_decay": 0.0})
+    name, lr = config.optim.name, config.optim.lr
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    from timm.optim.lars import Lars
+
+    optimizer: torch.optim.Optimizer = Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
+    return optimizer
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """EMA over parameters in order; batch-norm statistics are the teacher's own, as in DINO."""
+    torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 1 - momentum)
+
+
+def clip_each(parameters: list[nn.Parameter], limit: float) -> None:
+    """Scales every gradient tensor on its own to a norm of at most ``limit``, as DINO, iBOT and EsViT do."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            norm = parameter.grad.norm()
+            parameter.grad.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+
+
+def state_dicts(state: TrainState) -> dict[str, Any]:
+    return {
+        "student": state.student.state_dict(),
+        "teacher": state.teacher.state_dict(),
+        "prototypes": {"cls": state.prototypes.state_dict()},
+        "objective": state.objective.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+    }
+
+
+def load_state_dicts(state: TrainState, saved: dict[str, Any]) -> None:
+    """Raises :class:`ConfigError` when the checkpoint belongs to another configuration."""
+    try:
+        state.student.load_state_dict(saved["student"])
+        state.teacher.load_state_dict(saved["teacher"])
+        state.prototypes.load_state_dict(saved["prototypes"]["cls"])
+        state.objective.load_state_dict(saved["objective"])
+        state.optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ConfigError(f"the checkpoint does not fit config.yaml: {str(error).splitlines()[0]}") from None
+
+
+def non_finite(state: TrainState) -> list[str]:
+    """Names of tensors of the state that hold NaN or infinity."""
+    modules = {"student": state.student, "teacher": state.teacher, "prototypes": state.prototypes}
+    named: list[tuple[str, Tensor]] = [
+        (f"{m}.{n}", t) for m, module in modules.items() for n, t in module.state_dict().items()
+    ]
+    return [name for name, tensor in named if tensor.is_floating_point() and not tensor.isfinite().all()]

@@ -1,0 +1,195 @@
+"""The numbers of a finished run, all on held-out images: ``summary.json`` and ``diagnosis.npz``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from uncollapse.backbones import Encoder
+from uncollapse.checkpoint import write_atomically
+from uncollapse.config import Config
+from uncollapse.images import ImageSet, MemoryImages, subset
+from uncollapse.loading import eval_batches, view_loader
+from uncollapse.metrics import PrototypeReport, prototype_report, usage_counts
+from uncollapse.monitor import PrototypeMonitor
+from uncollapse.probes import confidence95, knn_accuracy, linear_accuracy
+from uncollapse.state import TrainState, build_encoder, initial_prototypes
+from uncollapse.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
+from uncollapse.views import ViewSpec, multicrop, view_specs
+
+VIEWS = 6
+"""Augmented views of every held-out image behind the view information."""
+VIEW_STEP = 2**31
+"""A step no training reaches: the key of the evaluation's views."""
+SWEEP = tuple(float(e) for e in np.round(np.linspace(0.0125, 0.5, 40), 4))
+K_NEIGHBOURS = 20
+
+
+@torch.no_grad()
+def extract(
+    encoder: Encoder, images: ImageSet, config: Config, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of unaugmented images: backbone features ``(n, d)``, projections ``(n, D)`` and labels ``(n,)``, on the CPU.
+
+    Images that turn out to be unreadable are left out of all three.
+    """
+    encoder.eval()
+    features, projections, read = [], [], []
+    views = config.views
+    for indices, batch in eval_batches(images, views.global_size, views.mean, views.std, 256, config.data.workers):
+        read.append(indices)
+        f = encoder.backbone(batch.to(device))
+        features.append(f.float().cpu())
+        projections.append(encoder.head(f).float().cpu())
+    encoder.train()
+    labels = None if images.labels is None else images.labels[torch.cat(read)]
+    return torch.cat(features), torch.cat(projections), labels
+
+
+@torch.no_grad()
+def project_views(encoder: Encoder, images: ImageSet, config: Config, device: torch.device) -> Tensor:
+    """Projections ``(VIEWS, n, D)`` of global views, keyed by the seed: equal views for every arm."""
+    encoder.eval()
+    first = view_specs(config.views)[0]
+    specs: list[ViewSpec] = [first] * VIEWS
+    n = len(images)
+    chunks = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
+    if isinstance(images, MemoryImages):
+        batches: Iterator[list[Tensor]] = (multicrop(images, c, config.seed, VIEW_STEP, specs, c) for c in chunks)
+    else:
+        plan = [(VIEW_STEP, c, c) for c in chunks]
+        batches = view_loader(images, plan, specs, config.seed, config.data.workers)
+    rows = []
+    for views in batches:
+        rows.append(torch.stack([encoder.head(encoder.backbone(v.to(device))).float().cpu() for v in views]))
+    encoder.train()
+    return torch.cat(rows, dim=1)
+
+
+def finish_run(
+    config: Config, state: TrainState, monitor: PrototypeMonitor, train_images: ImageSet, held_out: ImageSet,
+    out: Path, steps: int, loss: float, seconds: dict[str, float], device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluates the teacher's side and writes ``summary.json`` and ``diagnosis.npz``; returns the summary."""
+    vectors = state.prototypes.vectors("teacher").cpu()
+    features, z, labels = extract(state.teacher, held_out, config, device)
+    z_views = project_views(state.teacher, held_out, config, device)
+    report = prototype_report(vectors, z, z_views, EPSILONS)
+    total = sum(seconds.values())
+    summary: dict[str, Any] = {
+        "name": config.prototypes.kind,
+        "seed": config.seed,
+        "prototypes": len(vectors),
+        "dim": vectors.shape[1],
+        "steps": steps,
+        "n_train": len(train_images),
+        "n_held_out": len(held_out),
+        **_jsonable(report),
+        "alive": monitor.alive(),
+        "alive_window": min(monitor.window, monitor.calls),
+        "loss": loss,
+        "seconds_per_step": total / max(1, steps),
+        "step_parts": {part: value / max(1, steps) for part, value in seconds.items()},
+        "diagnosis_share": seconds.get("diagnosis", 0.0) / total if total else 0.0,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "data": Path(config.data.path).name,
+        "encoder": config.backbone.name,
+        **_probes(config, state, train_images, held_out, features, labels, device),
+    }
+    write_atomically(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    arrays: dict[str, Any] = _arrays(config, vectors, z, held_out)
+    np.savez_compressed(out / "diagnosis.npz", **arrays)
+    return summary
+
+
+def _jsonable(report: PrototypeReport) -> dict[str, Any]:
+    """ε as text keys, as JSON has no numbers there."""
+    values = dataclasses.asdict(report)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            values[name] = {f"{eps:g}": number for eps, number in value.items()}
+    values.pop("n", None)
+    return values
+
+
+def _probes(
+    config: Config, state: TrainState, train_images: ImageSet, held_out: ImageSet, features: Tensor,
+    labels: Tensor | None, device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """kNN and linear accuracy of the teacher's features, and kNN of the untrained encoder beside it."""
+    none = dict.fromkeys(("knn", "knn_ci95", "linear", "linear_ci95", "knn_untrained"))
+    if labels is None or train_images.labels is None or len(train_images) <= K_NEIGHBOURS:
+        return none
+    chosen = np.random.default_rng([config.seed, 2]).permutation(len(train_images))
+    bank = subset(train_images, np.sort(chosen[: config.log.evaluate_train]))
+    bank_features, _, bank_labels = extract(state.teacher, bank, config, device)
+    assert bank_labels is not None
+    knn = knn_accuracy(bank_features, bank_labels, features, labels, K_NEIGHBOURS)
+    linear = linear_accuracy(bank_features, bank_labels, features, labels, config.seed)
+    untrained = build_encoder(config, drop_path=False).to(device)
+    raw = [extract(untrained, images, config, device)[0] for images in (bank, held_out)]
+    n = len(labels)
+    return {
+        "knn": knn, "knn_ci95": list(confidence95(knn, n)), "knn_k": K_NEIGHBOURS, "n_bank": len(bank_features),
+        "linear": linear.accuracy, "linear_ci95": list(confidence95(linear.accuracy, n)),
+        "knn_untrained": knn_accuracy(raw[0], bank_labels, raw[1], labels, K_NEIGHBOURS),
+    }  # fmt: skip
+
+
+def _arrays(config: Config, vectors: Tensor, z: Tensor, held_out: ImageSet) -> dict[str, np.ndarray]:
+    """What the report draws."""
+    plane = torch.linalg.qr(torch.randn(vectors.shape[1], 2, generator=torch.Generator().manual_seed(0)))[0]
+    argmax = cosine_argmax(z, vectors)
+    counts = usage_counts(argmax, len(vectors))
+    start = initial_prototypes(config).vectors("teacher")
+    unique = epsilon_sweep(vectors, SWEEP)
+    arrays = {
+        "circle": F.normalize(vectors @ plane, dim=-1).numpy(),
+        "usage": counts.numpy(),
+        "sweep_eps": np.array(list(unique)),
+        "sweep_unique": np.array(list(unique.values())),
+        "movement": (1 - (vectors * start).sum(-1)).numpy(),
+    }
+    duplicated, distinct = _example_prototypes(vectors, counts)
+    for name, ids in (("duplicate", duplicated), ("unique", distinct)):
+        if len(ids):
+            arrays[f"{name}_ids"] = ids.numpy()
+            arrays[f"{name}_images"] = _nearest_images(vectors[ids], z, held_out)
+    return arrays
+
+
+def _example_prototypes(vectors: Tensor, counts: Tensor, eps: float = 0.025, most: int = 4) -> tuple[Tensor, Tensor]:
+    """Members of the ε-group with the most images, and the most used prototypes that have no duplicate."""
+    group = nearest_kept(vectors, greedy_cover(vectors, eps))
+    size = torch.bincount(group, minlength=len(vectors))
+    images = torch.zeros(len(vectors), dtype=counts.dtype).index_add_(0, group, counts)
+    crowded = torch.where(size > 1, images, torch.full_like(images, -1))
+    leader = int(crowded.argmax())
+    members = (group == leader).nonzero().squeeze(1) if crowded[leader] >= 0 else group[:0]
+    order = counts[members].argsort(descending=True, stable=True)
+    alone = torch.where((size[group] == 1) & (counts > 0), counts, torch.full_like(counts, -1))
+    top = alone.topk(min(most, len(alone)))
+    return members[order[:most]], top.indices[top.values > 0]
+
+
+def _nearest_images(chosen: Tensor, z: Tensor, held_out: ImageSet, each: int = 8, size: int = 64) -> np.ndarray:
+    """uint8 ``(g, each, H, W, 3)``: the held-out images nearest to each chosen prototype."""
+    from PIL import Image
+
+    nearest = (chosen @ z.T).topk(min(each, len(z)), dim=1).indices
+    rows = []
+    for row in nearest.tolist():
+        small = [held_out.image(i) for i in row]
+        side = min(size, max(32, *(max(i.size) for i in small)))
+        rows.append([np.asarray(i.resize((side, side), Image.Resampling.BICUBIC)) for i in small])
+    side = max(image.shape[0] for row in rows for image in row)
+    same = [[np.asarray(Image.fromarray(i).resize((side, side))) for i in row] for row in rows]
+    return np.array(same, dtype=np.uint8)

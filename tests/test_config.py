@@ -1,0 +1,132 @@
+"""Recipes: what they hold, and that a wrong one is refused in one line that names the key."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uncollapse.config import (
+    KINDS,
+    Config,
+    ConfigError,
+    build_config,
+    dump_config,
+    load_config,
+    parse_value,
+    recipe_names,
+    tiny,
+)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_survives_a_round_trip(name, tmp_path):
+    config = load_config(name)
+    copy = tmp_path / "config.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_shrinks_every_recipe(name, kind):
+    config = tiny(load_config(name, {"prototypes.kind": kind}))
+    assert config.prototypes.count <= 64
+    assert config.run.batch <= 32
+    assert config.prototypes.kind == kind
+    assert config.teacher == load_config(name).teacher  # the method itself is not shrunk
+
+
+def test_published_numbers_of_vits16():
+    c = load_config("dino-vits16")
+    assert (c.run.epochs, c.run.batch, c.optim.lr, c.optim.min_lr) == (800, 1024, 5e-4, 1e-5)
+    assert (c.prototypes.count, c.prototypes.learn_norm, c.prototypes.freeze_epochs) == (65536, True, 1)
+    assert (c.teacher.temperature_start, c.teacher.temperature, c.teacher.temperature_warmup_epochs) == (
+        0.04,
+        0.07,
+        30,
+    )
+    assert (c.views.global_scale, c.views.local_scale, c.views.local_count) == ((0.25, 1), (0.05, 0.25), 10)
+    assert (c.optim.weight_decay, c.optim.weight_decay_end, c.optim.clip) == (0.04, 0.4, 0)
+    assert (c.teacher.momentum, c.teacher.momentum_end, c.teacher.student_temperature) == (0.996, 1.0, 0.1)
+
+
+def test_published_numbers_of_resnet50():
+    c = load_config("dino-resnet50")
+    assert (c.run.epochs, c.run.batch, c.optim.name, c.optim.lr, c.optim.min_lr) == (
+        800,
+        4080,
+        "lars",
+        0.3,
+        0.0048,
+    )
+    assert (c.prototypes.count, c.prototypes.learn_norm, c.head.batch_norm) == (60000, False, True)
+    assert (c.views.global_scale, c.views.local_scale, c.views.local_count) == ((0.14, 1), (0.05, 0.14), 6)
+    assert c.optim.weight_decay == c.optim.weight_decay_end == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"optim.learning_rate": 1.0}, "unknown key 'optim.learning_rate'"),
+        ({"optim.warmup_epoch": 1.0}, "did you mean 'warmup_epochs'"),
+        ({"optimizer": {"lr": 1.0}}, "unknown key 'optimizer'"),
+        ({"run.batch": "many"}, "run.batch"),
+        ({"run.batch": 0}, "run.batch"),
+        ({"run.batch": 1.5}, "run.batch"),
+        ({"run.batch": True}, "run.batch"),
+        ({"prototypes.kind": "jiont"}, "prototypes.kind"),
+        ({"prototypes.count": 1}, "prototypes.count"),
+        ({"views.global_scale": [0.9, 0.2]}, "views.global_scale"),
+        ({"views.global_scale": [0.9]}, "views.global_scale"),
+        ({"teacher.momentum": 1.2}, "teacher.momentum"),
+        ({"teacher.temperature": 0.0}, "teacher.temperature"),
+        ({"teacher.momentum": 0.99, "teacher.momentum_end": 0.9}, "teacher.momentum_end"),
+        ({"optim.lr": float("nan")}, "optim.lr"),
+        ({"optim.min_lr": 5.0}, "optim.min_lr"),
+        ({"optim": 3}, "optim"),
+        ({"optim.lr.start": 3}, "optim.lr"),
+        ({"backbone.drop_path": 1.0}, "backbone.drop_path"),
+    ],
+)
+def test_a_wrong_key_type_or_value_is_one_line_that_names_the_key(overrides, expected):
+    with pytest.raises(ConfigError) as error:
+        load_config("demo", overrides)
+    message = str(error.value)
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_unknown_recipe_names_the_known_ones():
+    with pytest.raises(ConfigError, match="dino-small32"):
+        load_config("dino-vits61")
+
+
+@pytest.mark.parametrize("text", ["a: [1, 2", "- 1\n- 2", "just words"])
+def test_files_that_are_not_recipes(text, tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+
+
+def test_command_line_values():
+    assert parse_value("1e-3") == 1e-3
+    assert parse_value("3") == 3
+    assert parse_value("[0.2, 1.0]") == [0.2, 1.0]
+    assert parse_value("null") is None
+    assert parse_value("true") is True
+    assert parse_value("joint") == "joint"
+
+
+@given(lr=st.floats(1e-4, 10), batch=st.integers(1, 4096), flip=st.floats(0, 1), seed=st.integers(0, 2**40))
+def test_any_valid_value_survives_the_file(lr, batch, flip, seed):
+    config = build_config(
+        {"seed": seed, "optim": {"lr": lr, "min_lr": 0.0}, "run": {"batch": batch}, "views": {"flip": flip}}
+    )
+    import yaml
+
+    again = build_config(yaml.safe_load(dump_config(config)))
+    assert again == config
+    assert dataclasses.replace(Config(), seed=seed).seed == config.seed

@@ -1,0 +1,284 @@
+"""Training through the command line on real digits: resume, bad input, failures that must lose nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from uncollapse.checkpoint import load_checkpoint
+from uncollapse.cli import main
+from uncollapse.config import KINDS, build_config, load_config, tiny
+from uncollapse.runlog import read_rows
+from uncollapse.state import assert_separate, build_state, clip_each
+from uncollapse.train import TrainingError, train
+
+
+def tiny_demo(kind="joint", **overrides):
+    return tiny(load_config("demo", {"prototypes.kind": kind, **overrides}))
+
+
+def run(config, out, **options):
+    return train(config, out, say=lambda line: None, accelerator="cpu", **options)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def learned(folder):
+    state = load_checkpoint(Path(folder) / "checkpoints")
+    return {k: state[k] for k in ("step", "student", "teacher", "prototypes", "objective", "optimizer", "monitor")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_reaches_the_same_bits(kind, tmp_path):
+    config = tiny_demo(kind)
+    run(config, tmp_path / "whole", max_steps=11)
+    run(config, tmp_path / "parts", max_steps=4)
+    run(config, tmp_path / "parts", max_steps=11, resume=True)
+    assert same(learned(tmp_path / "whole"), learned(tmp_path / "parts"))
+    whole, parts = (
+        [{k: v for k, v in r.items() if k != "time"} for r in read_rows(tmp_path / n / "metrics.jsonl")]
+        for n in ("whole", "parts")
+    )
+    assert [r for r in whole if r["kind"] == "step"] == [r for r in parts if r["kind"] == "step"]
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_then_resume_reaches_the_same_bits(tmp_path):
+    config = tiny_demo()
+    run(config, tmp_path / "whole", max_steps=40)
+    command = [sys.executable, "-m", "uncollapse", "train", "demo", "--tiny", "--device", "cpu"]
+    out = tmp_path / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--out", out], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list((out / "checkpoints").glob("step-*.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert learned(out)["step"] < 40, "the run was too fast to be killed midway"
+    subprocess.run(
+        [sys.executable, "-m", "uncollapse", "train", "--resume", out, "--max-steps", "40", "--device", "cpu"],
+        env=environment, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert same(learned(tmp_path / "whole"), learned(out))
+    steps = [r["step"] for r in read_rows(out / "metrics.jsonl") if r["kind"] == "step"]
+    assert steps == list(range(1, 41))
+
+
+def test_arms_share_their_start_and_their_batches(tmp_path):
+    states = [build_state(tiny_demo(kind)) for kind in KINDS]
+    first = states[0].student.state_dict()
+    assert all(same(first, s.student.state_dict()) for s in states)
+    other = build_state(tiny_demo(seed=1)).student.state_dict()
+    assert not same(first, other)
+
+
+def test_decoupled_prototypes_are_out_of_every_optimisers_reach(tmp_path):
+    for kind in ("decoupled", "decoupled-paper", "fixed"):
+        state = build_state(tiny_demo(kind))
+        ours = {p.data_ptr() for p in state.student.parameters()}
+        assert {p.data_ptr() for g in state.optimizer.param_groups for p in g["params"]} == ours
+        assert not [p for p in state.prototypes.parameters() if p.requires_grad]
+
+
+def test_what_moves_and_what_does_not(tmp_path):
+    for kind in KINDS:
+        config = tiny_demo(kind)
+        before = build_state(config).prototypes.vectors("student")
+        run(config, tmp_path / kind, max_steps=3)
+        state = build_state(config)
+        state.prototypes.load_state_dict(learned(tmp_path / kind)["prototypes"]["cls"])
+        moved = float((state.prototypes.vectors("student") - before).abs().max())
+        assert (moved == 0) == (kind == "fixed"), (kind, moved)
+
+
+def test_frozen_prototypes_stay_during_the_first_epochs(tmp_path):
+    config = tiny_demo(**{"prototypes.freeze_epochs": 1.0})
+    start = build_state(config).prototypes.state_dict()["student_v"]
+    run(config, tmp_path / "a", max_steps=3)
+    assert torch.equal(learned(tmp_path / "a")["prototypes"]["cls"]["student_v"], start)
+    run(config, tmp_path / "b", max_steps=46)
+    assert not torch.equal(learned(tmp_path / "b")["prototypes"]["cls"]["student_v"], start)
+
+
+def test_teacher_that_is_the_student_is_refused():
+    state = build_state(tiny_demo())
+    with pytest.raises(RuntimeError, match="shares its storage"):
+        assert_separate(state.student, state.student)
+
+
+def test_clipping_is_per_tensor():
+    a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
+    a.grad, b.grad = torch.full((4,), 10.0), torch.full((4,), 0.1)
+    clip_each([a, b], 3.0)
+    assert float(a.grad.norm()) == pytest.approx(3.0, rel=1e-4)
+    assert torch.equal(b.grad, torch.full((4,), 0.1))
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_weights(tmp_path, monkeypatch):
+    from uncollapse.methods.dino import DINO
+
+    plain, calls = DINO.loss, []
+
+    def poisoned(self, *args):
+        calls.append(1)
+        return plain(self, *args) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(DINO, "loss", poisoned)
+    config = tiny_demo(**{"log.checkpoint_steps": 0})
+    with pytest.raises(TrainingError, match="NaN or infinite at step 3") as error:
+        run(config, tmp_path / "bad", max_steps=8)
+    assert "optim.lr" in str(error.value)
+    monkeypatch.undo()
+    run(config, tmp_path / "good", max_steps=3)
+    kept, expected = learned(tmp_path / "bad"), learned(tmp_path / "good")
+    assert kept["step"] == 3
+    assert same(kept["optimizer"]["state"], expected["optimizer"]["state"])
+    assert same(dict(kept["prototypes"]), dict(expected["prototypes"]))
+    assert [r["step"] for r in read_rows(tmp_path / "bad" / "metrics.jsonl") if r["kind"] == "step"] == [1, 2, 3]
+
+
+def test_a_loss_that_stays_at_ln_k_is_explained(tmp_path):
+    lines = []
+    config = tiny_demo(**{"optim.lr": 1e-12, "optim.min_lr": 0.0, "teacher.student_temperature": 100.0})
+    config = replace(config, run=replace(config.run, epochs=5.0))
+    train(config, tmp_path / "run", 210, say=lines.append, accelerator="cpu")
+    assert any("stayed at ln K" in line for line in lines)
+    assert any(r["kind"] == "warning" for r in read_rows(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_mostly_dead_components_are_pointed_out(tmp_path):
+    lines = []
+    config = tiny_demo("fixed", **{"log.alive_window": 20})
+    config = replace(config, prototypes=replace(config.prototypes, count=512))  # 20 × 64 rows could use them all
+    train(config, tmp_path / "run", 20, say=lines.append, accelerator="cpu")
+    assert any("were any image's nearest" in line for line in lines)
+
+
+def test_summary_is_what_the_readme_promises(tmp_path):
+    summary = run(tiny_demo("koleo"), tmp_path / "run", max_steps=5)
+    written = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert written == json.loads(json.dumps(summary))
+    assert set(written["unique"]) == {"0.025", "0.1", "0.25", "0.5"} == set(written["effective"])
+    assert written["used"] <= written["prototypes"] == 64
+    assert 1 <= written["effective"]["0.025"] <= written["used"]
+    assert written["n_held_out"] == 359
+    assert 0 <= written["knn"] <= 1
+    assert 0 <= written["linear"] <= 1
+    assert sum(written["step_parts"].values()) == pytest.approx(written["seconds_per_step"])
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert {r["kind"] for r in rows} >= {"step", "sweep"}
+
+
+# --- the command line --------------------------------------------------------------------------------------
+
+
+def call(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in argv])
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["train"], "name a recipe"),
+        (["train", "demo", "--run.batch", "0"], "run.batch"),
+        (["train", "demo", "--run.bach", "8"], "did you mean 'batch'"),
+        (["train", "demo", "--run.batch"], "needs a value"),
+        (["train", "demo", "extra", "--out", "x"], "unexpected argument 'extra'"),
+        (["train", "dino-small32"], "--data"),
+        (["train", "dino-small32", "--data", "/no/such/place"], "/no/such/place"),
+        (["train", "demo", "--max-steps", "0"], "--max-steps"),
+        (["train", "--resume", "/no/such/run"], "no config.yaml"),
+        (["train", "demo", "--tiny", "--run.batch", "5000", "--data", "builtin:digits"], ""),
+        (["demo", "--seeds", "0"], "--seeds"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if not expected:
+        argv = ["train", "demo", "--run.batch", "5000", "--optim.min_lr", "0.0"]
+        expected = "needs as many training images"
+    code, err = call(capsys, *argv)
+    assert code == 2
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def test_a_second_run_never_overwrites_the_first(tmp_path, capsys):
+    run(tiny_demo(), tmp_path / "run", max_steps=2)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    code, err = call(capsys, "train", "demo", "--tiny", "--out", tmp_path / "run")
+    assert code == 2
+    assert "already holds a run" in err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_takes_nothing_but_the_folder(tmp_path, capsys):
+    run(tiny_demo(), tmp_path / "run", max_steps=2)
+    code, err = call(capsys, "train", "--resume", tmp_path / "run", "--optim.lr", "1")
+    assert code == 2
+    assert "optim.lr" in err
+    main(["train", "--resume", str(tmp_path / "run"), "--max-steps", "4"])
+    assert learned(tmp_path / "run")["step"] == 4
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_folder_of_odd_and_broken_images_trains(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        folder = tmp_path / "images" / f"class{i % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        mode = ["RGB", "L", "RGBA", "P", "CMYK", "1"][i % 6]
+        pixels = rng.integers(0, 256, (20 + i % 5, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}")
+    Image.fromarray(rng.integers(0, 2**16, (20, 20)).astype(np.uint16)).save(tmp_path / "images/class0/deep.png")
+    (tmp_path / "images" / "class1" / "broken.png").write_bytes(b"not an image")
+    argv = ["train", "dino-small32", "--tiny", "--data", str(tmp_path / "images"), "--out", str(tmp_path / "run")]
+    main([*argv, "--run.batch", "16", "--max-steps", "3", "--data.max_bad", "0.1", "--device", "cpu"])
+    assert "broken.png" in (tmp_path / "run" / "bad_images.txt").read_text()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["knn"] is not None
+
+
+@pytest.mark.parametrize("recipe", ["dino-vits16", "dino-resnet50"])
+def test_published_recipes_run_when_tiny(recipe, tmp_path):
+    config = tiny(load_config(recipe, {"data.path": "builtin:digits"}))
+    summary = run(config, tmp_path / "run", max_steps=2)
+    assert summary["steps"] == 2
+
+
+def test_images_read_by_workers_give_the_same_run_as_images_in_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        folder = tmp_path / "images" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((40, 36))
+        smooth.save(folder / f"{i}.png")
+    losses = []
+    for memory in (1.0, 0.0):
+        content = {"data": {"path": str(tmp_path / "images"), "memory_gb": memory}, "run": {"batch": 16}}
+        config = build_config(
+            {**content, "backbone": {"name": "conv3", "drop_path": 0.0}, "head": {"batch_norm": True}}
+        )
+        run(tiny(config), tmp_path / str(memory), max_steps=2)
+        losses.append([r["loss"] for r in read_rows(tmp_path / str(memory) / "metrics.jsonl") if r["kind"] == "step"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
