@@ -17,9 +17,10 @@ from PIL import Image
 from uncollapse.checkpoint import load_checkpoint
 from uncollapse.cli import main
 from uncollapse.config import KINDS, build_config, load_config, tiny
+from uncollapse.loop import TrainingError
 from uncollapse.runlog import read_rows
 from uncollapse.state import assert_separate, build_state, clip_each
-from uncollapse.train import TrainingError, train
+from uncollapse.train import train
 
 
 def tiny_demo(kind="joint", **overrides):
@@ -132,6 +133,49 @@ def test_clipping_is_per_tensor():
     assert torch.equal(b.grad, torch.full((4,), 0.1))
 
 
+def test_ctrl_c_ends_after_a_whole_step_and_resume_reaches_the_same_bits(tmp_path):
+    config = tiny_demo()
+    run(config, tmp_path / "whole", max_steps=8)
+
+    def interrupt(done, total, loss):
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "parts", max_steps=8, progress=interrupt)
+    assert learned(tmp_path / "parts")["step"] == 4
+    run(config, tmp_path / "parts", max_steps=8, resume=True)
+    assert same(learned(tmp_path / "whole"), learned(tmp_path / "parts"))
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    first = run(tiny_demo(), tmp_path / "run", max_steps=4)
+    before = learned(tmp_path / "run")
+    again = run(tiny_demo(), tmp_path / "run", max_steps=2, resume=True)
+    timing = ("seconds_per_step", "step_parts", "diagnosis_share")
+    assert {k: v for k, v in again.items() if k not in timing} == {k: v for k, v in first.items() if k not in timing}
+    assert same(before, learned(tmp_path / "run"))
+
+
+def test_gone_bad_weights_are_never_saved_over_good_ones(tmp_path, monkeypatch):
+    import uncollapse.loop as loop
+
+    plain = loop.update_teacher
+
+    def poison(teacher, student, momentum):
+        plain(teacher, student, momentum)
+        calls.append(1)
+        if len(calls) == 6:
+            next(student.parameters()).data[0] = float("nan")
+
+    calls: list[int] = []
+    monkeypatch.setattr(loop, "update_teacher", poison)
+    config = tiny_demo(**{"log.checkpoint_steps": 2})
+    with pytest.raises(TrainingError, match="NaN or infinite by step 6"):
+        run(config, tmp_path / "run", max_steps=12)
+    assert learned(tmp_path / "run")["step"] == 4
+
+
 def test_a_nan_stops_the_run_and_keeps_the_last_good_weights(tmp_path, monkeypatch):
     from uncollapse.methods.dino import DINO
 
@@ -166,9 +210,9 @@ def test_a_loss_that_stays_at_ln_k_is_explained(tmp_path):
 
 def test_mostly_dead_components_are_pointed_out(tmp_path):
     lines = []
-    config = tiny_demo("fixed", **{"log.alive_window": 20})
-    config = replace(config, prototypes=replace(config.prototypes, count=512))  # 20 × 64 rows could use them all
-    train(config, tmp_path / "run", 20, say=lines.append, accelerator="cpu")
+    config = tiny_demo("fixed", **{"log.alive_window": 40})
+    config = replace(config, prototypes=replace(config.prototypes, count=2048))  # 40 × 64 rows could use them all
+    train(config, tmp_path / "run", 40, say=lines.append, accelerator="cpu")
     assert any("were any image's nearest" in line for line in lines)
 
 

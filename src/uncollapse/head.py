@@ -42,4 +42,4 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         # fp32 from here on: cosines near 1 are what collapse is measured by, and bf16 cannot hold them.
-        return F.normalize(self.mlp(features).float(), dim=-1, eps=1e-6)
+        return F.normalize(self.mlp(features).float(), dim=-1)

@@ -132,7 +132,9 @@ class OnlineMixture(nn.Module):
         for _ in range(self.iterations):
             mass = torch.softmax(scores + self.offset, dim=-1).sum(0)
             self.offset -= mass.clamp_min(1e-30).log() - fair
+        self.offset -= self.offset.mean()  # the softmax ignores a common constant, float32 does not
         if len(self.queue):
+            x = x[-len(self.queue) :]
             at = (int(self.queued) + torch.arange(len(x), device=x.device)) % len(self.queue)
             self.queue[at] = x
             self.queued += len(x)

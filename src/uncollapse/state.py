@@ -93,6 +93,9 @@ def build_optimizer(config: Config, encoder: nn.Module, prototypes: nn.Module) -
         return torch.optim.SGD(groups, lr=lr, momentum=0.9)
     from timm.optim.lars import Lars
 
+    for group in groups:
+        # timm adapts a tensor's rate only where it decays; DINO's LARS adapts all but 1-D tensors.
+        group["always_adapt"] = group["role"] != "plain"
     optimizer: torch.optim.Optimizer = Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
     return optimizer
 
@@ -135,7 +138,12 @@ def load_state_dicts(state: TrainState, saved: dict[str, Any]) -> None:
 
 def non_finite(state: TrainState) -> list[str]:
     """Names of tensors of the state that hold NaN or infinity."""
-    modules = {"student": state.student, "teacher": state.teacher, "prototypes": state.prototypes}
+    modules = {
+        "student": state.student,
+        "teacher": state.teacher,
+        "prototypes": state.prototypes,
+        "objective": state.objective,
+    }
     named: list[tuple[str, Tensor]] = [
         (f"{m}.{n}", t) for m, module in modules.items() for n, t in module.state_dict().items()
     ]

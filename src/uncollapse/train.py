@@ -1,48 +1,24 @@
-"""The training loop: owns devices, precision, logging and saving. The objective owns what a step computes."""
+"""One training run: checks, set-up, the loop, and the numbers at its end."""
 
 from __future__ import annotations
 
-import math
 import os
-import signal
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor
 
-from uncollapse.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from uncollapse.checkpoint import load_checkpoint, write_atomically
 from uncollapse.config import Config, ConfigError, dump_config
 from uncollapse.data import load_images
 from uncollapse.images import ImageSet, MemoryImages
-from uncollapse.loading import view_loader
-from uncollapse.monitor import LossWatch, PrototypeMonitor, assignment_statistics, nearest_cosine
-from uncollapse.runlog import RunLog, Stopwatch
-from uncollapse.schedules import cosine, linear_epochs
-from uncollapse.state import (
-    TrainState,
-    build_state,
-    clip_each,
-    load_state_dicts,
-    non_finite,
-    state_dicts,
-    update_teacher,
-)
-from uncollapse.views import ViewSpec, multicrop, view_specs
-
-Progress = Callable[[int, int, float], None]
-"""Called after every step with (steps done, steps to do, loss)."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and what was kept."""
+from uncollapse.loop import Loop, Progress
+from uncollapse.monitor import PrototypeMonitor
+from uncollapse.runlog import RunLog
+from uncollapse.state import build_state, load_state_dicts
 
 
 def train(
@@ -93,15 +69,13 @@ def train(
             f"{config.data.path} has {len(train_images)}; set run.batch lower"
         )
     total = max(1, round(config.run.epochs * steps_per_epoch))
-    stop = total if max_steps is None else min(total, max_steps)
+    start = 0 if saved is None else int(saved["step"])
+    stop = max(start, total if max_steps is None else min(total, max_steps))
     state = build_state(config).to(fabric.device)
-    start = 0
-    seconds: dict[str, float] = {}
     monitor = PrototypeMonitor(config.prototypes.count, 2 * config.run.batch, config.log.alive_window, fabric.device)
     if saved is not None:
         load_state_dicts(state, saved)
         monitor.load_state_dict(saved["monitor"])
-        start, seconds = int(saved["step"]), dict(saved["seconds"])
     if fabric.is_global_zero:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.yaml", dump_config(config).encode())
@@ -109,32 +83,22 @@ def train(
             say(line)
         _note_bad(out, train_images, held_out, say)
     log = RunLog(out, start) if fabric.is_global_zero else None
-    loop = _Loop(config, fabric, state, train_images, monitor, log, say, out, total, steps_per_epoch)
-    loop.watch_seconds = seconds
+    loop = Loop(config, fabric, state, train_images, monitor, log, say, out, total, steps_per_epoch)
+    if saved is not None:
+        loop.watch_seconds, loop.last_loss = dict(saved["seconds"]), float(saved["loss"])
     try:
-        with _sigterm_as_interrupt():
-            loop.run(start, stop, progress)
+        loop.run(start, stop, progress)
     finally:
         if log is not None:
             log.close()
-    summary: dict[str, Any] = {}
-    if fabric.is_global_zero:
-        from uncollapse.summary import finish_run
+    if not fabric.is_global_zero:
+        return {}
+    from uncollapse.summary import finish_run
 
-        summary = finish_run(
-            config,
-            state,
-            monitor,
-            train_images,
-            held_out,
-            out,
-            stop,
-            loop.last_loss,
-            loop.all_seconds(),
-            fabric.device,
-        )
-    fabric.barrier()
-    return summary
+    seconds = loop.all_seconds()
+    return finish_run(
+        config, state, monitor, train_images, held_out, out, stop, loop.last_loss, seconds, fabric.device
+    )  # fmt: skip
 
 
 def _fabric(config: Config, accelerator: str) -> Fabric:
@@ -191,248 +155,3 @@ def _note_bad(out: Path, train_images: ImageSet, held_out: ImageSet, say: Callab
     if bad:
         (out / "bad_images.txt").write_text("\n".join(bad) + "\n")
         say(f"skipped     {len(bad)} unreadable images, listed in {out / 'bad_images.txt'}")
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """A scheduler's SIGTERM ends a run as Ctrl-C does: with a checkpoint."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with suppress(ValueError):  # not in the main thread: leave signals alone
-        previous = signal.signal(signal.SIGTERM, interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-        return
-    yield
-
-
-def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
-    """The order of one epoch's images, from (seed, epoch) alone."""
-    return np.random.default_rng([seed, 1, epoch]).permutation(images)
-
-
-class _Loop:
-    """One run's loop and the values its parts share."""
-
-    def __init__(
-        self, config: Config, fabric: Fabric, state: TrainState, images: ImageSet, monitor: PrototypeMonitor,
-        log: RunLog | None, say: Callable[[str], None], out: Path, total: int, steps_per_epoch: int,
-    ) -> None:  # fmt: skip
-        self.config, self.fabric, self.state, self.images = config, fabric, state, images
-        self.monitor, self.log, self.say, self.out = monitor, log, say, out
-        self.total, self.steps_per_epoch = total, steps_per_epoch
-        self.specs: list[ViewSpec] = view_specs(config.views)
-        self.watch = Stopwatch(fabric.device)
-        self.watch_seconds: dict[str, float] = {}
-        self.alarms = LossWatch(config.prototypes.count)
-        self.last_loss = math.nan
-        student = state.student
-        if fabric.world_size > 1 and fabric.device.type == "cuda":
-            for encoder in (state.student, state.teacher):
-                torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
-        self.student = fabric.setup_module(student)
-        optimizer: Any = fabric.setup_optimizers(state.optimizer)
-        self.optimizer: torch.optim.Optimizer = optimizer
-        self.learned = [p for p in state.prototypes.parameters() if p.requires_grad]
-
-    # --- order of images -------------------------------------------------------------------------------
-
-    def _plan(self, start: int, stop: int) -> Iterator[tuple[int, list[int], list[int]]]:
-        """(step, image indices, positions in the global batch) of this rank."""
-        batch, world, rank = self.config.run.batch, self.fabric.world_size, self.fabric.global_rank
-        mine = np.arange(batch).reshape(world, -1)[rank]
-        order, current = np.empty(0, dtype=np.int64), -1
-        for step in range(start, stop):
-            epoch, within = divmod(step, self.steps_per_epoch)
-            if epoch != current:
-                order, current = epoch_order(self.config.seed, epoch, len(self.images)), epoch
-            yield step, order[within * batch + mine].tolist(), mine.tolist()
-
-    def _views(self, start: int, stop: int) -> Iterator[tuple[int, list[Tensor]]]:
-        config, device = self.config, self.fabric.device
-        plan = self._plan(start, stop)
-        if isinstance(self.images, MemoryImages):
-            for step, indices, positions in plan:
-                views = multicrop(self.images, indices, config.seed, step, self.specs, positions, device=device)
-                yield step, views
-            return
-        loader = view_loader(self.images, plan, self.specs, config.seed, config.data.workers)
-        for step, views in zip(range(start, stop), loader, strict=True):
-            yield step, [v.to(device, non_blocking=True) for v in views]
-
-    # --- one step ---------------------------------------------------------------------------------------
-
-    def _set_rates(self, step: int) -> None:
-        config, optim = self.config, self.config.optim
-        lr = cosine(
-            step, self.total, optim.lr * config.run.batch / optim.lr_batch, optim.min_lr,
-            round(optim.warmup_epochs * self.steps_per_epoch),
-        )  # fmt: skip
-        decay = cosine(step, self.total, optim.weight_decay, optim.weight_decay_end)
-        for group in self.optimizer.param_groups:
-            own = group["role"] == "prototypes"
-            group["lr"] = lr * (config.prototypes.lr_scale if own else 1.0)
-            fixed = config.prototypes.weight_decay if own else None
-            group["weight_decay"] = 0.0 if group["role"] == "plain" else decay if fixed is None else fixed
-
-    def _gather(self, z: Tensor) -> Tensor:
-        """``(views, n, D)`` of every rank in the order one rank would have them: ``(views, batch, D)``."""
-        if self.fabric.world_size == 1:
-            return z
-        everyone = self.fabric.all_gather(z)
-        assert isinstance(everyone, Tensor)
-        return everyone.permute(1, 0, 2, 3).reshape(z.shape[0], -1, z.shape[2])
-
-    def step(self, step: int, views: list[Tensor]) -> tuple[float, list[Tensor]]:
-        """Views to updated teacher, in the order the design fixes. Returns the loss and the targets."""
-        config, state, watch = self.config, self.state, self.watch
-        epoch = step // self.steps_per_epoch
-        progress = step / self.total
-        temperatures = config.teacher
-        tau = linear_epochs(
-            epoch, temperatures.temperature_start, temperatures.temperature,
-            temperatures.temperature_warmup_epochs,
-        )  # fmt: skip
-        self._set_rates(step)
-        torch.manual_seed(hash((config.seed, step, self.fabric.global_rank)) % 2**63)  # stochastic depth
-        with torch.no_grad(), self.fabric.autocast():
-            z_teacher = torch.stack(state.teacher(views[:2]))
-        z_all = self._gather(z_teacher)
-        watch.lap("teacher")
-        self._check_finite(z_all, "the teacher's projections", step)
-        state.prototypes.observe(z_all.flatten(0, 1), progress)
-        targets = state.objective.targets(list(z_teacher), state.prototypes, tau)
-        watch.lap("prototypes")
-        self.monitor.observe(z_all.flatten(0, 1) @ state.prototypes.vectors("teacher").T)
-        watch.lap("diagnosis")
-        z_student = self.student(views)
-        with torch.autocast(self.fabric.device.type, enabled=False):
-            loss = state.objective.loss(z_student, targets, state.prototypes, temperatures.student_temperature)
-            regulariser = state.prototypes.regulariser()
-        watch.lap("student")
-        value = self._mean_loss(loss, step)
-        self.optimizer.zero_grad()
-        self.fabric.backward(loss if regulariser is None else loss + regulariser)
-        self._finish_gradients(step)
-        watch.lap("backward")
-        self.optimizer.step()
-        state.prototypes.after_step()
-        watch.lap("optimiser")
-        state.objective.update_center(z_all.mean((0, 1)), state.prototypes)
-        momentum = cosine(step, self.total, temperatures.momentum, temperatures.momentum_end)
-        update_teacher(state.teacher, state.student, momentum)
-        state.prototypes.update_teacher(momentum)
-        watch.lap("ema")
-        return value, targets
-
-    def _mean_loss(self, loss: Tensor, step: int) -> float:
-        mean: Any = loss.detach()
-        if self.fabric.world_size > 1:
-            mean = self.fabric.all_reduce(mean, reduce_op="mean")
-        self._check_finite(mean, "the loss", step)
-        return float(mean)
-
-    def _check_finite(self, tensor: Tensor, what: str, step: int) -> None:
-        """Stops before the bad values reach the weights."""
-        if bool(torch.isfinite(tensor).all()):
-            return
-        bad = non_finite(self.state)
-        kept = "the last checkpoint is the state to go on from"
-        if not bad and self.fabric.is_global_zero and self._save(step):
-            kept = f"the weights before this step are finite and saved as step {step}"
-        raise TrainingError(
-            f"{what} became NaN or infinite at step {step} (learning rate "
-            f"{self.optimizer.param_groups[0]['lr']:.3g}); {kept}. Try a lower optim.lr, optim.clip 3.0, or "
-            f"run.precision 32-true, in a new run; {self.out} keeps everything up to here."
-        )
-
-    def _finish_gradients(self, step: int) -> None:
-        """Averages the prototypes' gradients over ranks, clips, and freezes the prototypes at first."""
-        config = self.config
-        if self.fabric.world_size > 1:
-            for parameter in self.learned:
-                if parameter.grad is not None:
-                    parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]
-        if config.optim.clip:
-            clip_each([*self.state.student.parameters(), *self.learned], config.optim.clip)
-        if step < round(config.prototypes.freeze_epochs * self.steps_per_epoch):
-            for parameter in self.learned:
-                parameter.grad = None
-
-    # --- the run ----------------------------------------------------------------------------------------
-
-    def run(self, start: int, stop: int, progress: Progress | None) -> None:
-        config = self.config
-        sweep_every = max(1, round(config.log.sweep_epochs * self.steps_per_epoch))
-        done = start
-        if start == 0:
-            self._sweep(0)
-        self.watch.begin()
-        try:
-            for step, views in self._views(start, stop):
-                self.watch.lap("views")
-                self.last_loss, targets = self.step(step, views)
-                done = step + 1
-                if done % config.log.every_steps == 0 or done == stop:
-                    self._log(done, targets)
-                if done % sweep_every == 0 or done == stop:
-                    self._sweep(done)
-                self._warn(self.alarms.loss(self.last_loss), done)
-                self.watch.lap("diagnosis")
-                if config.log.checkpoint_steps and done % config.log.checkpoint_steps == 0 and done < stop:
-                    self._save(done)
-                    self.watch.lap("checkpoint")
-                if progress is not None:
-                    progress(done, stop, self.last_loss)
-        except KeyboardInterrupt:
-            self._save(done)
-            self.say(f"stopped at step {done}; continue with: uncollapse train --resume {self.out}")
-            raise
-        if start < stop and not self._save(stop):
-            raise TrainingError(
-                f"the final checkpoint (step {stop}) could not be written to {self.out}; free some space and "
-                f"run: uncollapse train --resume {self.out}"
-            )
-
-    def _log(self, done: int, targets: list[Tensor]) -> None:
-        alive = self.monitor.alive()
-        if self.log is not None:
-            vectors = self.state.prototypes.vectors("teacher")
-            self.log.row(
-                "step", done, epoch=round(done / self.steps_per_epoch, 4), loss=self.last_loss,
-                lr=self.optimizer.param_groups[0]["lr"], alive=alive, nearest_cosine=nearest_cosine(vectors),
-                time=time.time(), **assignment_statistics(torch.cat(targets)),
-            )  # fmt: skip
-        if self.monitor.window_full:
-            self._warn(self.alarms.alive(alive, self.monitor.window), done)
-
-    def _sweep(self, done: int) -> None:
-        if self.log is not None:
-            unique = self.monitor.sweep(self.state.prototypes.vectors("teacher"))
-            self.log.row("sweep", done, epoch=round(done / self.steps_per_epoch, 4), unique=unique)
-
-    def _warn(self, message: str | None, done: int) -> None:
-        if message and self.fabric.is_global_zero:
-            self.say(f"warning: step {done}: {message}")
-            if self.log is not None:
-                self.log.row("warning", done, message=message)
-
-    def all_seconds(self) -> dict[str, float]:
-        """Seconds per part since step 0, resumed parts included."""
-        now = self.watch.totals()
-        return {k: now.get(k, 0.0) + self.watch_seconds.get(k, 0.0) for k in {**self.watch_seconds, **now}}
-
-    def _save(self, step: int) -> bool:
-        if not self.fabric.is_global_zero:
-            return True
-        state = {
-            **state_dicts(self.state),
-            "monitor": self.monitor.state_dict(),
-            "seconds": self.all_seconds(),
-        }
-        state["config"] = asdict(self.config)
-        return save_checkpoint(self.out / "checkpoints", step, state, self.config.log.keep_checkpoints)
