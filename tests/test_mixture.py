@@ -126,7 +126,7 @@ def test_weights_repeat_rows():
 def test_recovers_planted_clusters():
     centres = torch.eye(8)
     g = torch.Generator().manual_seed(0)
-    mixture = OnlineMixture(8, 8, 128, "shared", 5.0, "dual", 0.1, spherical=True, generator=g)
+    mixture = OnlineMixture(8, 8, 128, "shared", 5.0, "sinkhorn", 0.1, generator=g)
     for _ in range(200):
         picked = torch.randint(8, (128,), generator=g)
         mixture.observe(F.normalize(centres[picked] + 0.05 * torch.randn(128, 8, generator=g), dim=-1))
@@ -134,10 +134,11 @@ def test_recovers_planted_clusters():
     assert float(nearest.min()) > 0.99  # every planted cluster has a component of its own
 
 
-def test_dual_offsets_equalise_masses_that_bayes_leaves_unequal():
+@pytest.mark.parametrize("queue", [0, 256])
+def test_balancing_equalises_masses_that_bayes_leaves_unequal(queue):
     def masses(balance):
         g = torch.Generator().manual_seed(0)
-        mixture = OnlineMixture(32, 16, 64, "shared", 20.0, balance, 0.05, spherical=True, generator=g)
+        mixture = OnlineMixture(32, 16, 64, "shared", 20.0, balance, 0.05, queue, generator=g)
         tail = torch.tensor([0.9] + [0.1 / 7] * 7)
         total = torch.zeros(32)
         for step in range(400):
@@ -148,7 +149,7 @@ def test_dual_offsets_equalise_masses_that_bayes_leaves_unequal():
             mixture.observe(x)
         return total / total.mean()
 
-    assert float(masses("dual").min()) > 0.3
+    assert float(masses("sinkhorn").min()) > 0.3
     assert float(masses("none").min()) < 0.1
 
 
@@ -156,3 +157,28 @@ def test_no_parameter_for_an_optimiser_to_touch():
     mixture = build()
     assert list(mixture.parameters()) == []
     assert {"mean", "variance", "evidence", "offset"} <= set(mixture.state_dict())
+
+
+def test_offsets_and_queue_stay_bounded():
+    mixture = OnlineMixture(512, 8, 32, "shared", 20.0, "sinkhorn", 0.05, queue=40)
+    for step in range(100):
+        mixture.observe(rows(32, 8, step))
+    assert abs(float(mixture.offset.mean())) < 1e-4  # a common drift would eat float32's digits
+    newest = torch.cat([rows(32, 8, 98)[-8:], rows(32, 8, 99)])
+    assert torch.equal(mixture.queue.sort(0).values, newest.sort(0).values)
+
+
+def test_a_batch_longer_than_the_queue():
+    mixture = OnlineMixture(16, 8, 32, "shared", 20.0, "sinkhorn", 0.05, queue=10)
+    mixture.observe(rows(32, 8, 0))
+    assert torch.equal(mixture.queue.sort(0).values, rows(32, 8, 0)[-10:].sort(0).values)
+
+
+def test_centred_directions_are_taken_from_the_middle_of_the_means():
+    mixture = OnlineMixture(16, 8, 32, centred=True)
+    mixture.mean += 3 * torch.eye(8)[0]  # a narrow cone: every pair of means is close in cosine
+    expected = torch.stack([m - mixture.mean.sum(0) / 16 for m in mixture.mean])
+    torch.testing.assert_close(mixture.directions(), F.normalize(expected, dim=-1))
+    raw = F.normalize(mixture.mean, dim=-1)
+    assert float((raw @ raw.T).mean()) > 0.8
+    assert abs(float((mixture.directions() @ mixture.directions().T).mean())) < 0.2

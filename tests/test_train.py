@@ -176,6 +176,27 @@ def test_gone_bad_weights_are_never_saved_over_good_ones(tmp_path, monkeypatch):
     assert learned(tmp_path / "run")["step"] == 4
 
 
+def test_full_disk_loses_nothing(tmp_path, monkeypatch):
+    """No checkpoint can be written to the run's own folder: training ends, and its state is put elsewhere."""
+    import uncollapse.loop as loop
+
+    save, spare = loop.save_checkpoint, tmp_path / "spare"
+    spare.mkdir()
+
+    def full(folder, *rest):
+        return save(folder, *rest) if spare in folder.parents else False
+
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    monkeypatch.setattr(loop.tempfile, "tempdir", str(spare))
+    with pytest.raises(TrainingError, match="could not be written") as error:
+        run(tiny_demo(), tmp_path / "full", max_steps=7)
+    monkeypatch.undo()
+    rescued = Path(str(error.value).split()[-1])
+    run(tiny_demo(), tmp_path / "whole", max_steps=7)
+    assert same(learned(rescued), learned(tmp_path / "whole"))
+    assert run(load_config(rescued / "config.yaml"), rescued, max_steps=7, resume=True)["steps"] == 7
+
+
 def test_a_nan_stops_the_run_and_keeps_the_last_good_weights(tmp_path, monkeypatch):
     from uncollapse.methods.dino import DINO
 
@@ -326,3 +347,29 @@ def test_images_read_by_workers_give_the_same_run_as_images_in_memory(tmp_path):
         run(tiny(config), tmp_path / str(memory), max_steps=2)
         losses.append([r["loss"] for r in read_rows(tmp_path / str(memory) / "metrics.jsonl") if r["kind"] == "step"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path):
+    """torchrun with two CPU processes: the same views, prototypes and weights as one process."""
+    from uncollapse.config import dump_config
+
+    config = tiny(load_config("dino-vits16", {"data.path": "builtin:digits", "prototypes.kind": "decoupled"}))
+    config = replace(config, backbone=replace(config.backbone, drop_path=0.0))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(config))
+    run(config, tmp_path / "one", max_steps=3)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["train", recipe, "--max-steps", "3", "--device", "cpu", "--out", tmp_path / "two"]
+    subprocess.run(
+        [*command, "-m", "uncollapse", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
+    for part in ("student", "teacher", "prototypes"):
+        for name, value in one[part].items():
+            tensors = value.items() if isinstance(value, dict) else [(name, value)]
+            other = two[part][name]
+            for key, tensor in tensors:
+                expected = other[key] if isinstance(other, dict) else other
+                torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5, msg=f"{part} {key}")

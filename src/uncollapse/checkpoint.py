@@ -61,7 +61,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         temporary.unlink(missing_ok=True)
         if not path.with_suffix(".json").exists():
             path.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "write failed" in str(error)
+        # torch's writer reports a short write in words of its own.
+        short = "write failed" in str(error) or "unexpected pos" in str(error)
+        full = short or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         why = "the disk is full" if full else str(error).splitlines()[0]
         warnings.warn(
             f"checkpoint at step {step} not written to {folder}: {why}. Older checkpoints are untouched; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from uncollapse.checkpoint import save_checkpoint
-from uncollapse.config import Config
+from uncollapse.config import Config, dump_config
 from uncollapse.images import ImageSet, MemoryImages
 from uncollapse.loading import view_loader
 from uncollapse.monitor import LossWatch, PrototypeMonitor, assignment_statistics, nearest_cosine
@@ -253,8 +254,7 @@ class Loop:
                     raise KeyboardInterrupt
         if start < stop and not self._save(stop):
             raise TrainingError(
-                f"the final checkpoint (step {stop}) could not be written to {self.out}; free some space and "
-                f"run: uncollapse train --resume {self.out}"
+                f"the final checkpoint (step {stop}) could not be written to {self.out}. {self._rescue(stop)}"
             )
 
     def _log(self, done: int, targets: list[Tensor]) -> None:
@@ -285,7 +285,15 @@ class Loop:
         now = self.watch.totals()
         return {k: now.get(k, 0.0) + self.watch_seconds.get(k, 0.0) for k in {**self.watch_seconds, **now}}
 
-    def _save(self, step: int) -> bool:
+    def _rescue(self, step: int) -> str:
+        """Puts the finished weights where there may still be room; says where, and how to go on."""
+        elsewhere = Path(tempfile.mkdtemp(prefix="uncollapse-rescue-"))
+        (elsewhere / "config.yaml").write_text(dump_config(self.config))
+        if self._save(step, elsewhere):
+            return f"Its state is in {elsewhere}: finish with uncollapse train --resume {elsewhere}"
+        return f"Free some space and run: uncollapse train --resume {self.out}"
+
+    def _save(self, step: int, out: Path | None = None) -> bool:
         """Writes a checkpoint on rank 0, unless the state has gone bad: the last good one must stay the newest."""
         bad = non_finite(self.state)
         if bad:
@@ -299,4 +307,4 @@ class Loop:
         state = {**state_dicts(self.state), "monitor": self.monitor.state_dict(), "seconds": self.all_seconds()}
         state["loss"] = self.last_loss
         state["config"] = asdict(self.config)
-        return save_checkpoint(self.out / "checkpoints", step, state, self.config.log.keep_checkpoints)
+        return save_checkpoint((out or self.out) / "checkpoints", step, state, self.config.log.keep_checkpoints)

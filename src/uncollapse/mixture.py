@@ -57,7 +57,7 @@ class OnlineMixture(nn.Module):
             K cannot tell which components are needed: each would be given rows that belong to others.
         iterations: Sinkhorn iterations per update; offsets start from the last update's.
         variance_floor: smallest variance of one dimension.
-        spherical: means are put back on the unit sphere after every update.
+        centred: directions of the components are taken from the middle of all means instead of the origin.
         generator: source of the random initial directions.
     """
 
@@ -80,7 +80,7 @@ class OnlineMixture(nn.Module):
         queue: int = 0,
         iterations: int = 3,
         variance_floor: float = 1e-4,
-        spherical: bool = False,
+        centred: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class OnlineMixture(nn.Module):
         self.temperature = temperature
         self.iterations = iterations
         self.variance_floor = variance_floor
-        self.spherical = spherical
+        self.centred = centred
         self.log_lambda = forgetting_factor(memory_steps, components, rows)
         shape = {"shared": (1, 1), "isotropic": (components, 1), "diagonal": (components, dim)}[covariance]
         # Random directions, not data: an untrained teacher's projections nearly coincide.
@@ -102,10 +102,14 @@ class OnlineMixture(nn.Module):
         self.register_buffer("queue", torch.zeros(queue, dim))
         self.register_buffer("queued", torch.zeros((), dtype=torch.long))
 
+    def directions(self) -> Tensor:
+        """The components as prototypes: ``(K, D)`` unit vectors."""
+        return F.normalize(self.mean - self.mean.mean(0) if self.centred else self.mean, dim=-1)
+
     def log_scores(self, x: Tensor, beta: float = 1.0) -> Tensor:
         """Unnormalised log responsibilities ``(n, K)`` of unit vectors ``x (n, D)``, without the offsets."""
         if self.temperature is not None:
-            return (x @ F.normalize(self.mean, dim=-1).T).mul_(beta / self.temperature)
+            return (x @ self.directions().T).mul_(beta / self.temperature)
         precision = 1 / self.variance
         if self.covariance == "diagonal":
             scores = x @ (self.mean * precision).T
@@ -159,8 +163,6 @@ class OnlineMixture(nn.Module):
         if self.temperature is None:
             self._update_variance(x, posterior, mass, batch_mean, rho)
         self.mean.lerp_(batch_mean, rho)
-        if self.spherical:
-            self.mean.copy_(F.normalize(self.mean, dim=-1))
 
     def _update_variance(self, x: Tensor, posterior: Tensor, mass: Tensor, batch_mean: Tensor, rho: Tensor) -> None:
         """Centred form (Welford): the batch's own spread plus the move of the mean, without cancellation."""

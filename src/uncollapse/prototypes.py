@@ -124,7 +124,7 @@ class MixturePrototypes(Prototypes):
         return self.anneal_start ** (1 - progress / self.anneal_steps)
 
     def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
-        return F.normalize(self.mixture.mean, dim=-1), None
+        return self.mixture.directions(), None
 
     def observe(self, z: Tensor, progress: float, weight: Tensor | None = None, level: str = "cls") -> None:
         self.mixture.observe(z, weight, self.beta(progress))

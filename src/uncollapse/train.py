@@ -54,7 +54,6 @@ def train(
     saved = load_checkpoint(out / "checkpoints") if resume else None
     if not resume and (out / "checkpoints").exists() and any((out / "checkpoints").iterdir()):
         raise ConfigError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out")
-    torch.set_flush_denormal(True)  # sharp softmaxes are full of denormals, which a CPU handles 10 × slower
     train_images, held_out = load_images(
         config.data.path,
         config.data,
@@ -86,9 +85,11 @@ def train(
     loop = Loop(config, fabric, state, train_images, monitor, log, say, out, total, steps_per_epoch)
     if saved is not None:
         loop.watch_seconds, loop.last_loss = dict(saved["seconds"]), float(saved["loss"])
+    torch.set_flush_denormal(True)  # sharp softmaxes are full of denormals, which a CPU handles 10 × slower
     try:
         loop.run(start, stop, progress)
     finally:
+        torch.set_flush_denormal(False)
         if log is not None:
             log.close()
     if not fabric.is_global_zero:

@@ -9,8 +9,8 @@ up to rounding.
 Crops are rounded to 8 bits; what follows is computed in floating point on 0..1, as torchvision's
 functions do for float images (on 8-bit images they round after each operation, by less than one grey level).
 
-The operations, their order and probabilities are those of the original DINO (Caron et al., 2021,
-https://github.com/facebookresearch/dino). Its blur is Pillow's, which approximates a Gaussian of standard
+The operations, their order and probabilities are those of the original DINO (Caron et al., 2021) and its
+released code. Its blur is Pillow's, which approximates a Gaussian of standard
 deviation ``radius`` by box filters; here it is the Gaussian, cut off at ⌈3σ⌉ pixels, reflected at the border.
 """
 
