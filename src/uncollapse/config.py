@@ -113,6 +113,8 @@ class MixtureConfig:
     """Fixed temperature of the E-step over cosines; null with no default of the mode: the variances rule."""
     queue: Count | None = None
     """Earlier projections that balancing looks at besides the batch's own."""
+    centred: bool | None = None
+    """Whether prototypes are the means' directions from the middle of all means, or from the origin."""
     anneal_start: Annotated[float, Field(gt=0, le=1)] | None = None
     """First inverse temperature β of the annealed E-step (1: no annealing)."""
     anneal_steps: Unit | None = None
@@ -181,7 +183,8 @@ class LogConfig:
     checkpoint_steps: Count = 1000
     keep_checkpoints: Positive = 2
     alive_window: Count = 0
-    """Steps within which a prototype must have been an argmax to count as alive; 0: 20·K / teacher rows."""
+    """Steps within which a prototype must have been an argmax to count as alive; 0: 20·K / batch. Counted
+    on the teacher's first global view."""
     evaluate_train: Positive = 10000
     """At most this many training images (a fixed random choice) feed the kNN bank and the linear probe."""
 

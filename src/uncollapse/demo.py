@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import queue
+import signal
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from rich.console import Console
 
 from uncollapse.checkpoint import write_atomically
 from uncollapse.config import ConfigError, load_config
-from uncollapse.progress import bars
+from uncollapse.progress import run_bars
 from uncollapse.report import write_report
 from uncollapse.runs import read_run
 from uncollapse.table import print_table
@@ -27,13 +29,14 @@ NOTE = (
 )
 
 _messages: Any = None
+_stopped: Any = None
 
 
-def _start_worker(messages: Any, threads: int) -> None:
+def _start_worker(messages: Any, stopped: Any, threads: int) -> None:
     import torch
 
-    global _messages
-    _messages = messages
+    global _messages, _stopped
+    _messages, _stopped = messages, stopped
     torch.set_num_threads(threads)
 
 
@@ -49,6 +52,8 @@ def _train_arm(kind: str, seed: int, out: str, max_steps: int | None, overrides:
 
     def progress(done: int, total: int, loss: float) -> None:
         nonlocal last
+        if _stopped.is_set():
+            signal.raise_signal(signal.SIGINT)
         if done == total or time.monotonic() - last > 0.25:
             last = time.monotonic()
             _messages.put((task, done, total, loss))
@@ -82,9 +87,10 @@ def run_demo(
         highlight=False,
     )
     context = multiprocessing.get_context("spawn")
-    messages = context.Manager().Queue()
+    manager = context.Manager()
+    messages, stopped = manager.Queue(), manager.Event()
     threads = max(1, cores // jobs)
-    with ProcessPoolExecutor(jobs, context, _start_worker, (messages, threads)) as pool:
+    with ProcessPoolExecutor(jobs, context, _start_worker, (messages, stopped, threads)) as pool:
         started = {
             pool.submit(_train_arm, arm, seed, str(out / "arms" / f"{arm}-seed{seed}"), max_steps, overrides): (
                 arm,
@@ -92,7 +98,16 @@ def run_demo(
             )
             for arm, seed in runs
         }
-        _follow(started, messages, console)
+        try:
+            _follow(started, messages, console)
+        except KeyboardInterrupt:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            console.print(f"stopped; the same command goes on from here: uncollapse demo --out {out}", soft_wrap=True)
+            raise
+        failed = [e for f in started if not f.cancelled() and (e := f.exception()) is not None]
+        if failed:
+            raise failed[0]
         summaries = [future.result() for future in started]
     result = {"arms": summaries}
     write_atomically(out / "summary.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -106,22 +121,15 @@ def run_demo(
 
 
 def _follow(started: dict[Future[dict[str, Any]], tuple[str, int]], messages: Any, console: Console) -> None:
-    """Shows a bar per run until all have ended; the first failure ends the wait."""
-    with bars(console) as display:
-        tasks = {
-            f"{arm} {seed}": display.add_task(f"{arm:<16}seed {seed}", total=None, loss=float("nan"))
-            for arm, seed in started.values()
-        }
-        waiting = set(started)
+    """Shows every run's progress until all have ended; the first failure cancels those not yet begun."""
+    waiting = set(started)
+    with run_bars(console, [f"{arm} {seed}" for arm, seed in started.values()]) as report:
         while waiting:
-            try:
-                name, done, total, loss = messages.get(timeout=0.5)
-                display.update(tasks[name], completed=done, total=total, loss=loss)
-            except queue.Empty:
-                pass
+            with suppress(queue.Empty):
+                report(*messages.get(timeout=0.5))
+                continue
             for future in [f for f in waiting if f.done()]:
                 waiting.discard(future)
-                if future.exception() is not None:
+                if not future.cancelled() and future.exception() is not None:
                     for other in waiting:
                         other.cancel()
-                    return

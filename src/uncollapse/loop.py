@@ -164,7 +164,7 @@ class Loop:
         state.prototypes.observe(z_all.flatten(0, 1), progress)
         targets = state.objective.targets(list(z_teacher), state.prototypes, tau)
         watch.lap("prototypes")
-        self.monitor.observe(z_all.flatten(0, 1) @ state.prototypes.vectors("teacher").T)
+        self.monitor.observe(z_all[0] @ state.prototypes.vectors("teacher").T)
         watch.lap("diagnosis")
         z_student = self.student(views)
         with torch.autocast(self.fabric.device.type, enabled=False):
@@ -264,7 +264,7 @@ class Loop:
             self.log.row(
                 "step", done, epoch=round(done / self.steps_per_epoch, 4), loss=self.last_loss,
                 lr=self.optimizer.param_groups[0]["lr"], alive=alive, nearest_cosine=nearest_cosine(vectors),
-                time=time.time(), **assignment_statistics(torch.cat(targets)),
+                time=time.time(), **assignment_statistics(targets[0]),
             )  # fmt: skip
         if self.monitor.window_full:
             self._warn(self.alarms.alive(alive, self.monitor.window), done)

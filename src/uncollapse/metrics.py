@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .unique import EPSILONS, cosine_argmax, greedy_cover, nearest_kept, unique_prototypes
+from uncollapse.unique import EPSILONS, cosine_argmax, greedy_cover, nearest_kept, unique_prototypes
 
 
 def prototype_argmax(z: Tensor, w: Tensor, block: int | None = None) -> Tensor:
@@ -211,6 +211,31 @@ def uniformity(z: Tensor, max_points: int = 4096, seed: int = 0) -> float:
     n = len(z)
     # Each row met itself once, at distance 0.
     return float(torch.log(((total - n) / (n * (n - 1))).clamp(1e-300, 1.0)))
+
+
+def alignment(z_views: Tensor) -> float:
+    """Mean squared distance between two views of the same image, on the unit sphere (Wang & Isola, 2020, α = 2).
+
+    Args:
+        z_views: (V, n, D) projections of V >= 2 augmented views of the same n images, rows non-zero.
+
+    Returns:
+        Between 0 (views coincide) and 4; 2 is what unrelated directions have. Low only helps together with a
+        low `uniformity`: a collapsed encoder aligns perfectly.
+
+    Raises:
+        ValueError: fewer than two views, or a zero or non-finite row.
+    """
+    if z_views.ndim != 3 or len(z_views) < 2:
+        raise ValueError(f"alignment compares views: need (V, n, D) with V >= 2, got {tuple(z_views.shape)}")
+    flat = _finite(z_views.flatten(0, 1)).double()
+    if not bool((flat.abs().amax(1) > 0).all()):
+        raise ValueError("z has a zero row, which has no direction; check that the encoder's output is alive")
+    unit = torch.nn.functional.normalize(flat, dim=1, eps=0.0).view(z_views.shape)
+    views = len(unit)
+    # The squared length of the sum of V unit vectors is V plus twice the cosines of its pairs.
+    cosines = (unit.sum(0).square().sum(-1) - views) / (views * (views - 1))
+    return float((2 - 2 * cosines).mean().clamp_min(0))
 
 
 def _finite(z: Tensor) -> Tensor:

@@ -121,5 +121,5 @@ class LossWatch:
         return (
             f"only {alive} of {self.prototypes} prototypes were any image's nearest in the last {window} steps; "
             "the others are dead or copies. A share of unique prototypes counts the dead ones as healthy: read "
-            "it with 'used' and N_eff. Consider fewer prototypes, or --prototypes decoupled."
+            "it with 'used' and N_eff. Fewer prototypes, or for joint ones --prototypes decoupled, may help."
         )

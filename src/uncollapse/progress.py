@@ -1,42 +1,71 @@
-"""Progress on the terminal: one bar per run, with the loss and the time left."""
+"""Progress on the terminal: one bar per run, with the loss and the time left; plain lines where there is none."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+LINE_SECONDS = 30.0
+"""A log file gets a line this often."""
 
-def bars(console: Console) -> Progress:
-    """A display of bars with steps done, loss, time taken and time left."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
-    )  # fmt: skip
+Report = Callable[[str, int, int, float], None]
+"""Called with (name of the run, steps done, steps to do, loss)."""
 
 
 @contextmanager
-def training_bar(
-    show: bool = True,
-) -> Iterator[tuple[Callable[[str], None], Callable[[int, int, float], None]]]:
+def run_bars(console: Console, names: list[str]) -> Iterator[Report]:
+    """Shows each named run's steps, loss, time taken and time left."""
+    if not console.is_terminal:
+        yield _lines(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as display:
+        width = max(map(len, names))
+        tasks = {n: display.add_task(f"{n:<{width}}", total=None, start=False, loss="–") for n in names}
+
+        def report(name: str, done: int, total: int, loss: float) -> None:
+            task = tasks[name]
+            if not display.tasks[task].started:
+                display.start_task(task)
+            display.update(task, completed=done, total=total, loss=f"{loss:.3f}")
+
+        yield report
+
+
+def _lines(console: Console) -> Report:
+    first: dict[str, tuple[float, int]] = {}
+    last: dict[str, float] = {}
+
+    def report(name: str, done: int, total: int, loss: float) -> None:
+        now = time.monotonic()
+        began, start = first.setdefault(name, (now, done))
+        if done < total and now - last.setdefault(name, now) < LINE_SECONDS:
+            return
+        last[name] = now
+        left = (now - began) / max(1, done - start) * (total - done)
+        console.print(f"{name}: step {done}/{total}, loss {loss:.3f}, {left:.0f} s left", markup=False, highlight=False)
+
+    return report
+
+
+@contextmanager
+def training_bar(show: bool = True) -> Iterator[tuple[Callable[[str], None], Callable[[int, int, float], None]]]:
     """Yields ``say(line)`` and ``progress(done, total, loss)`` that share one terminal."""
     if not show:
         yield lambda line: None, lambda done, total, loss: None
         return
     console = Console()
-    with bars(console) as display:
-        task = display.add_task("training", total=None, loss=float("nan"), visible=False)
-
-        def progress(done: int, total: int, loss: float) -> None:
-            display.update(task, completed=done, total=total, loss=loss, visible=True)
-
-        yield lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True), progress
+    with run_bars(console, ["training"]) as report:
+        yield (
+            lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+            lambda done, total, loss: report("training", done, total, loss),
+        )

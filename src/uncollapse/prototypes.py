@@ -130,18 +130,17 @@ class MixturePrototypes(Prototypes):
         self.mixture.observe(z, weight, self.beta(progress))
 
     def posterior(self, z: Tensor, temperature: float) -> Tensor | None:
-        """Softmax over cosines at the teacher's temperature, with the mixture's own balance of masses.
+        """The mixture's own responsibilities, as sharp as its variances make them.
 
-        Offsets are transport potentials divided by the E-step's temperature; they are carried over to the
-        target's temperature as potentials.
+        With a fixed E-step temperature, the softmax over cosines at the teacher's: the offsets are transport
+        potentials divided by the E-step's temperature, and are carried over as potentials.
         """
         if not self.own_target:
             return None
         mixture = self.mixture
         if mixture.temperature is None:
             return mixture.responsibilities(z)
-        own = mixture.temperature if mixture.temperature is not None else mixture.variance.mean()
-        return torch.softmax((self.logits(z, "teacher") + mixture.offset * own) / temperature, dim=-1)
+        return torch.softmax((self.logits(z, "teacher") + mixture.offset * mixture.temperature) / temperature, dim=-1)
 
 
 def build_prototypes(config: PrototypeConfig, dim: int, rows: int, seed: int) -> Prototypes:
@@ -169,8 +168,8 @@ def mixture_defaults(kind: str, chosen: MixtureConfig) -> MixtureConfig:
     unbalanced mixture over all K, and the objective's usual target.
     """
     defaults = {
-        "decoupled": MixtureConfig("shared", 20.0, "sinkhorn", 0.04, 4096, 1.0, 0.0, "posterior"),
-        "decoupled-paper": MixtureConfig("diagonal", 20.0, "none", None, 0, 0.05, 0.3, "centred"),
+        "decoupled": MixtureConfig("isotropic", 60.0, "sinkhorn", None, 0, True, 1.0, 0.0, "posterior"),
+        "decoupled-paper": MixtureConfig("diagonal", 20.0, "none", None, 0, False, 0.05, 0.3, "centred"),
     }[kind]
     names = MixtureConfig.__dataclass_fields__
     merged = {n: getattr(defaults, n) if getattr(chosen, n) is None else getattr(chosen, n) for n in names}
@@ -184,6 +183,6 @@ def _mixture(config: MixtureConfig, count: int, dim: int, rows: int, generator: 
     assert config.anneal_start
     mixture = OnlineMixture(
         count, dim, rows, config.covariance, config.memory_steps, config.balance, config.temperature,
-        config.queue or 0, generator=generator,
+        config.queue or 0, centred=bool(config.centred), generator=generator,
     )  # fmt: skip
     return MixturePrototypes(mixture, config.target == "posterior", config.anneal_start, config.anneal_steps or 0.0)

@@ -71,7 +71,7 @@ def train(
     start = 0 if saved is None else int(saved["step"])
     stop = max(start, total if max_steps is None else min(total, max_steps))
     state = build_state(config).to(fabric.device)
-    monitor = PrototypeMonitor(config.prototypes.count, 2 * config.run.batch, config.log.alive_window, fabric.device)
+    monitor = PrototypeMonitor(config.prototypes.count, config.run.batch, config.log.alive_window, fabric.device)
     if saved is not None:
         load_state_dicts(state, saved)
         monitor.load_state_dict(saved["monitor"])
