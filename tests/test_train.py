@@ -388,3 +388,20 @@ def test_bf16_keeps_projections_and_prototypes_in_fp32(tmp_path):
     assert losses["bf16-mixed"] != losses["32-true"]  # it really ran in bf16
     tensors = learned(tmp_path / "bf16-mixed")["prototypes"]["cls"].values()
     assert all(t.dtype == torch.float32 for t in tensors)
+
+
+def test_report_and_recipe_commands(tmp_path, capsys):
+    for kind in ("joint", "fixed"):
+        run(tiny_demo(kind), tmp_path / kind, max_steps=2)
+    main(["report", str(tmp_path / "joint"), str(tmp_path / "fixed"), "--out", str(tmp_path / "both.html")])
+    page = (tmp_path / "both.html").read_text()
+    assert "joint" in page
+    assert "fixed" in page
+    code, err = call(capsys, "report", tmp_path / "joint", tmp_path / "nothing")
+    assert code == 2
+    assert "nothing" in err
+    capsys.readouterr()
+    main(["recipe", "dino-vits16", "--optim.lr", "1e-3"])
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(capsys.readouterr().out)
+    assert load_config(shown) == load_config("dino-vits16", {"optim.lr": 1e-3})

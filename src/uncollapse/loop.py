@@ -85,6 +85,7 @@ class Loop:
         self.alarms = LossWatch(config.prototypes.count)
         self.last_loss = math.nan
         self.stop_request = StopRequest()
+        self.stopping = False  # what all ranks agree on; a request that comes later waits for the next step
         student = state.student
         if fabric.world_size > 1 and fabric.device.type == "cuda":
             from timm.layers import convert_sync_batchnorm
@@ -194,7 +195,7 @@ class Loop:
             both = gathered
         self._check_finite(both, "the loss", step)
         value, asked = both.tolist()
-        self.stop_request.asked = asked > 0
+        self.stopping = asked > 0
         return float(value)
 
     def _check_finite(self, tensor: Tensor, what: str, step: int) -> None:
@@ -243,13 +244,12 @@ class Loop:
                 self._warn(self.alarms.loss(self.last_loss), done)
                 self.watch.lap("diagnosis")
                 due = config.log.checkpoint_steps and done % config.log.checkpoint_steps == 0
-                asked = self.stop_request.asked
-                if asked or (due and done < stop):
+                if self.stopping or (due and done < stop):
                     self._save(done)
                     self.watch.lap("checkpoint")
                 if progress is not None:
                     progress(done, stop, self.last_loss)
-                if asked:
+                if self.stopping:
                     self.say(f"stopped at step {done}; continue with: uncollapse train --resume {self.out}")
                     raise KeyboardInterrupt
         if start < stop and not self._save(stop):
