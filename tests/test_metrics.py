@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import mutual_info_score
 
 from uncollapse.metrics import (
+    alignment,
     effective_prototypes,
     effective_rank,
     merged,
@@ -210,3 +211,14 @@ def test_report_without_views_and_bad_input() -> None:
         prototype_report(w, z, torch.randn(2, 4, 12))
     with pytest.raises(ValueError, match="epsilons is empty"):
         prototype_report(w, z, epsilons=())
+
+
+def test_alignment():
+    z = torch.nn.functional.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert alignment(torch.stack([z, 3 * z])) == pytest.approx(0, abs=1e-6)
+    assert alignment(torch.stack([z, -z])) == pytest.approx(4)
+    three = torch.stack([z, z.roll(1, 0), z.roll(2, 0)])
+    pairs = [(three[a] - three[b]).square().sum(1).mean() for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert alignment(three) == pytest.approx(float(sum(pairs) / 3), rel=1e-5)
+    with pytest.raises(ValueError, match="views"):
+        alignment(z[None])

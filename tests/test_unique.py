@@ -164,10 +164,10 @@ def test_tiled_path_is_the_definition(eps: float, centres: int, spread: float) -
 def test_prefix_bound_is_used_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(700, 128, generator=torch.Generator().manual_seed(0))
     w[350:] = w[:350] + 0.05 * w[350:]
-    assert unique._Rows(w).prefix(0.025) is not None
+    assert unique.Rows(w).prefix(0.025) is not None
     with_bound = greedy_cover(w, 0.025)
     monkeypatch.setattr(unique, "_PREFIX_FROM", 10**9)
-    assert unique._Rows(w).prefix(0.025) is None
+    assert unique.Rows(w).prefix(0.025) is None
     assert with_bound.tolist() == greedy_cover(w, 0.025).tolist() == brute_greedy(w, 0.025)
 
 
@@ -212,7 +212,7 @@ def test_reduced_precision_products_change_nothing(monkeypatch: pytest.MonkeyPat
     z = clusters(200, 50, 64, 0.5, seed=4)
     expected, chosen = brute_greedy(w, 0.025), (unit64(z) @ unit64(w).T).argmax(1).tolist()
     # Not every CPU takes the setting's offer, so the products are rounded here.
-    monkeypatch.setattr(unique._Rows, "product", lambda self, a, b: a.bfloat16().float() @ b.bfloat16().float().T)
+    monkeypatch.setattr(unique.Rows, "product", lambda self, a, b: a.bfloat16().float() @ b.bfloat16().float().T)
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:

@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from uncollapse.diagnosis import Diagnosis as Diagnosis
+    from uncollapse.diagnosis import diagnose as diagnose
     from uncollapse.diversity import koleo_proto as koleo_proto
     from uncollapse.losses import dino_loss as dino_loss
     from uncollapse.losses import fused_dino_loss as fused_dino_loss
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Diagnosis": "diagnosis",
     "OnlineMixture": "mixture",
     "PrototypeMonitor": "monitor",
+    "diagnose": "diagnosis",
     "dino_loss": "losses",
     "epsilon_sweep": "unique",
     "fused_dino_loss": "losses",

@@ -46,7 +46,7 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, ConfigError):
         return 2
     names = {c.__name__ for c in type(error).__mro__}
-    if "DataError" in names:
+    if names & {"DataError", "InputError"}:
         return 2
     if isinstance(error, OSError) or names & {"TrainingError", "CheckpointError"}:
         return 1
@@ -98,6 +98,29 @@ def _parser() -> argparse.ArgumentParser:
     recipe = commands.add_parser("recipe", help="print a recipe with every key it leaves at its default")
     recipe.add_argument("name", help=f"one of {', '.join(recipe_names())}, or a YAML file")
     recipe.set_defaults(run=_recipe)
+
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="any checkpoint: are its prototypes collapsed?",
+        epilog="Exits 0, 1 where --fail-under fails, 2 where a file cannot be used. No file runs code unless --trust.",
+    )
+    diagnose.add_argument("paths", nargs="+", metavar="PATH", help="checkpoint files, run folders, or bare matrices")
+    diagnose.add_argument("--data", help="images to run the encoder on: what --data of train takes")
+    diagnose.add_argument("--images", type=int, default=2000, help="most images of each part of --data (%(default)s)")
+    diagnose.add_argument("--eps", type=float, nargs="+", help="cosine distances, the headline first")
+    diagnose.add_argument("--key", help="the tensor to take, such as teacher/head.last_layer.weight_v")
+    diagnose.add_argument("--trust", action="store_true", help="load files that run code; only if you know their maker")
+    extent = diagnose.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="count unique prototypes at the headline ε only")
+    extent.add_argument("--complete", action="store_true", help="count everything however large K is")
+    diagnose.add_argument("--json", action="store_true", help="print a JSON list, one object per prototype set")
+    diagnose.add_argument("--html", type=Path, metavar="FILE", help="also write one self-contained page")
+    diagnose.add_argument(
+        "--fail-under", type=float, metavar="SHARE",
+        help="exit 1 if a set has a smaller share of unique prototypes, or is damaged, untrained or unused",
+    )  # fmt: skip
+    diagnose.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    diagnose.set_defaults(run=_diagnose)
 
     report = commands.add_parser("report", help="write report.html again from finished run folders")
     report.add_argument("runs", nargs="+", type=Path, help="run folders")
@@ -189,6 +212,53 @@ def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from uncollapse.demo import run_demo
 
     run_demo(arguments.out, arguments.seeds, arguments.arms, arguments.max_steps, arguments.jobs, overrides)
+
+
+def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    if overrides:
+        raise ConfigError(f"diagnose takes no {', '.join('--' + name for name in overrides)}")
+    under: float | None = arguments.fail_under
+    if under is not None and not 0 <= under <= 1:
+        raise ConfigError(f"--fail-under: a share between 0 and 1, got {under:g}")
+    if arguments.images < 2:
+        raise ConfigError(f"--images: must be at least 2, got {arguments.images}")
+    import torch
+
+    from uncollapse.diagnosis import diagnose_file, failures
+    from uncollapse.unique import EPSILONS
+
+    cuda = torch.cuda.is_available()
+    if arguments.device == "cuda" and not cuda:
+        raise ConfigError("--device cuda: torch finds no CUDA device here; leave it out to use the CPU")
+    device = "cuda" if cuda and arguments.device != "cpu" else "cpu"
+    complete = True if arguments.complete else False if arguments.quick else None
+    from rich.console import Console
+
+    found = []
+    for path in arguments.paths:
+        with Console(stderr=True).status(f"{path}: reading and counting"):
+            found += diagnose_file(
+                path, arguments.eps or EPSILONS, key=arguments.key, trust=arguments.trust, complete=complete,
+                device=device, data=arguments.data, limit=arguments.images,
+            )  # fmt: skip
+    if arguments.html is not None:
+        from uncollapse.diagnosis_page import write_page
+
+        write_page(found, arguments.html)
+    if arguments.json:
+        import json
+
+        print(json.dumps([d.to_json() for d in found], indent=1, allow_nan=False))
+    else:
+        from uncollapse.diagnosis_table import print_diagnoses
+
+        print_diagnoses(found)
+        if arguments.html is not None:
+            print(f"report      {arguments.html}")
+    if under is not None and (failed := failures(found, under)):
+        for line in failed:
+            print(f"uncollapse: {line}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _report(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:

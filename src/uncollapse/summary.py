@@ -162,7 +162,7 @@ def _arrays(config: Config, vectors: Tensor, z: Tensor, held_out: ImageSet) -> d
     for name, ids in (("duplicate", duplicated), ("unique", distinct)):
         if len(ids):
             arrays[f"{name}_ids"] = ids.numpy()
-            arrays[f"{name}_images"] = _nearest_images(vectors[ids], z, held_out)
+            arrays[f"{name}_images"] = nearest_images(vectors[ids], z, held_out)
     return arrays
 
 
@@ -180,7 +180,7 @@ def _example_prototypes(vectors: Tensor, counts: Tensor, eps: float = 0.025, mos
     return members[order[:most]], top.indices[top.values > 0]
 
 
-def _nearest_images(chosen: Tensor, z: Tensor, held_out: ImageSet, each: int = 8, size: int = 64) -> np.ndarray:
+def nearest_images(chosen: Tensor, z: Tensor, held_out: ImageSet, each: int = 8, size: int = 64) -> np.ndarray:
     """uint8 ``(g, each, H, W, 3)``: the held-out images nearest to each chosen prototype."""
     from PIL import Image
 

@@ -44,7 +44,7 @@ def greedy_cover(w: Tensor, eps: float, block: int | None = None) -> Tensor:
         ValueError: ``w`` is not a (K, D) floating tensor or has a zero or non-finite row; eps or block is out
             of range.
     """
-    return _cover(_Rows(w), eps, block).to(w.device)
+    return _cover(Rows(w), eps, block).to(w.device)
 
 
 def unique_prototypes(w: Tensor, eps: float = 0.025) -> int:
@@ -57,7 +57,7 @@ def epsilon_sweep(w: Tensor, epsilons: Sequence[float] = EPSILONS) -> dict[float
 
     Returns a dict from each eps, in the order given, to its count. Raises as `greedy_cover`.
     """
-    rows = _Rows(w)
+    rows = Rows(w)
     if len(rows) > _SMALL:
         return {eps: len(_cover(rows, eps, None)) for eps in epsilons}
     everything = torch.arange(len(rows))
@@ -81,8 +81,11 @@ def nearest_kept(w: Tensor, kept: Tensor) -> Tensor:
     kept = kept.to(w.device)
     if kept.ndim != 1 or not len(kept) or int(kept.min()) < 0 or int(kept.max()) >= len(w):
         raise ValueError(f"kept must list at least one index in [0, {len(w)}); pass what greedy_cover returned")
-    nearest = kept[cosine_argmax(w, w[kept])]
-    nearest[kept] = kept
+    nearest = torch.arange(len(w), device=w.device)
+    others = torch.ones(len(w), dtype=torch.bool, device=w.device)
+    others[kept] = False
+    if bool(others.any()):
+        nearest[others] = kept[cosine_argmax(w[others], w[kept])]
     return nearest
 
 
@@ -92,7 +95,7 @@ def components(w: Tensor, eps: float) -> int:
     Does not depend on the order of the rows; chains of neighbours merge, so it is never more than the greedy
     count. Arguments and errors as `greedy_cover`. Compares all pairs: about half a K x K product.
     """
-    rows = _Rows(w)
+    rows = Rows(w)
     labels = np.arange(len(rows), dtype=np.int32)
     for i, j, near in _near_tiles(rows, eps):
         # One edge per row and column and round: a collapsed matrix has billions, and few rounds are needed.
@@ -111,12 +114,26 @@ def no_neighbour(w: Tensor, eps: float) -> int:
 
     Arguments and errors as `greedy_cover`. Compares all pairs.
     """
-    rows = _Rows(w)
+    rows = Rows(w)
     has = np.zeros(len(rows), bool)
     for i, j, near in _near_tiles(rows, eps):
         has[i] |= near.any(1)
         has[j] |= near.any(0)
     return int((~has).sum())
+
+
+def row_has_neighbour(w: Tensor, which: Tensor, eps: float) -> np.ndarray:
+    """For each of the rows ``which`` (n,) int64 of w, whether any other row lies within eps: (n,) bool."""
+    rows = Rows(w)
+    everything = torch.arange(len(rows), device=rows.unit.device)
+    has = np.zeros(len(which), bool)
+    step = max(1, _ELEMENTS // 4 // len(rows))
+    for start in range(0, len(which), step):
+        mine = which[start : start + step].to(everything.device)
+        cos = rows.product(rows.unit[mine], rows.unit)
+        cos[torch.arange(len(mine), device=cos.device), mine] = -2
+        has[start : start + step] = rows.near(cos.cpu().numpy(), mine, everything, eps).any(1)
+    return has
 
 
 def cosine_argmax(z: Tensor, w: Tensor, block: int | None = None) -> Tensor:
@@ -135,7 +152,7 @@ def cosine_argmax(z: Tensor, w: Tensor, block: int | None = None) -> Tensor:
     Raises:
         ValueError: shapes disagree, or a row of either is zero or non-finite.
     """
-    queries, keys = _Rows(z, "z"), _Rows(w, "w")
+    queries, keys = Rows(z, "z"), Rows(w, "w")
     if z.shape[1] != w.shape[1]:
         raise ValueError(f"z has {z.shape[1]} columns and w has {w.shape[1]}; both must live in the same space")
     block = _checked_block(block) or max(1, _ELEMENTS // 4 // len(keys))
@@ -150,14 +167,14 @@ def cosine_argmax(z: Tensor, w: Tensor, block: int | None = None) -> Tensor:
     return found.to(z.device)
 
 
-def _argmax64(z: Tensor, keys: "_Rows") -> Tensor:
+def _argmax64(z: Tensor, keys: "Rows") -> Tensor:
     step = max(1, _ELEMENTS // 2 // z.shape[1])
     chunks = torch.arange(len(keys), device=z.device).split(step)
     cos = torch.cat([z @ keys.double(chunk).T for chunk in chunks], 1)
     return (cos >= cos.amax(1, keepdim=True) - 1e-12).byte().argmax(1)
 
 
-class _Rows:
+class Rows:
     """The rows of a matrix on the unit sphere, in float32, with what is needed to decide exactly."""
 
     def __init__(self, w: Tensor, name: str = "w") -> None:
@@ -304,7 +321,7 @@ def _resolve(near: np.ndarray) -> np.ndarray:
     return ~removed
 
 
-def _cover(rows: _Rows, eps: float, block: int | None) -> Tensor:
+def _cover(rows: Rows, eps: float, block: int | None) -> Tensor:
     low, high = _band(eps, rows.slack)
     block = _checked_block(block) or (len(rows) if len(rows) <= _SMALL else _BLOCK)
     prefix = rows.prefix(eps)
@@ -344,7 +361,7 @@ def _cover(rows: _Rows, eps: float, block: int | None) -> Tensor:
     return kept[:count].clone()
 
 
-def _kept_inside(rows: _Rows, prefix: Tensor | None, ids: Tensor, eps: float) -> Tensor:
+def _kept_inside(rows: Rows, prefix: Tensor | None, ids: Tensor, eps: float) -> Tensor:
     keep = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     linked = torch.arange(len(ids), device=ids.device)
     if prefix is not None:
@@ -357,7 +374,7 @@ def _kept_inside(rows: _Rows, prefix: Tensor | None, ids: Tensor, eps: float) ->
     return keep
 
 
-def _near_tiles(rows: _Rows, eps: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _near_tiles(rows: Rows, eps: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Tiles (i, j, near) that together hold every pair of rows within eps, in either order, at least once."""
     low, _ = _band(eps, rows.slack)
     prefix = rows.prefix(eps)

@@ -1,0 +1,325 @@
+"""From a checkpoint or a matrix to numbers and a verdict: what `uncollapse diagnose` does, for Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uncollapse.formats import PrototypeSet, find_prototypes
+from uncollapse.judging import FAILING, RandomLikeness, Verdict, judge, random_likeness
+from uncollapse.reading import InputError, checkpoint_of, flatten, read_tensors
+from uncollapse.rebuild import own_directions
+from uncollapse.spanning import Sweep, complete_sweep, spanning_tree
+from uncollapse.unique import EPSILONS, greedy_cover, nearest_kept
+
+SWEEP = tuple(float(e) for e in np.round(np.linspace(0.0125, 0.5, 40), 4))
+COMPLETE_WORK = 1.5e12
+"""K²·D up to which everything is counted unasked: K = 65,536 at D = 256 is 1.1e12, half a minute on one core."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a matrix came from."""
+
+    file: str
+    key: str
+    side: str
+    """``student``, ``teacher``, ``shared`` (one matrix for both) or ``unstated``."""
+    set: str = ""
+    family: str = ""
+
+    def __str__(self) -> str:
+        side = "" if self.side == "unstated" else f"{self.side} "
+        return f"{side}{self.set}".strip() or "tensor"
+
+
+@dataclass
+class Diagnosis:
+    """What is known about one set of K prototypes. Dicts go from ε (cosine distance) to a number."""
+
+    source: Source
+    prototypes: int
+    dim: int
+    dtype: str
+    zero_rows: int
+    non_finite_rows: int
+    """Rows without a direction; every count below is of the other rows."""
+    unique: dict[float, int]
+    """Greedy ε-cover in index order, the papers' definition; 0 where no row has a direction."""
+    components: dict[float, int]
+    """Connected components of the ε-graph; empty where only a single ε was counted."""
+    no_neighbour: dict[float, int]
+    """Prototypes without another one within ε."""
+    sweep: Sweep | None
+    """All three along 40 ε up to 0.5."""
+    groups: np.ndarray
+    """Sizes of the groups at the headline ε (every prototype with its nearest kept one), largest first."""
+    nearest: dict[str, float]
+    """Quantiles of the cosine distance to the nearest other prototype: min, median, max."""
+    norms: dict[str, float]
+    """Lengths of the effective prototypes (g under weight norm): min, median, max."""
+    random: RandomLikeness | None
+    verdict: Verdict
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the single-ε count, of the rest, and (measured on a tile) of the product a single ε needs."""
+    vectors: Tensor | None = field(default=None, repr=False)
+    """(K', D) rows that have a direction, and the group of each, for drawing and for images."""
+    group_of: Tensor | None = field(default=None, repr=False)
+    rows: Tensor | None = field(default=None, repr=False)
+    """(K',) their rows in the file, on the CPU."""
+    images: Any = None
+    """`uncollapse.onimages.ImageFindings`, where images were given."""
+
+    @property
+    def epsilon(self) -> float:
+        return next(iter(self.unique))
+
+    @property
+    def share(self) -> float:
+        """Unique prototypes at the headline ε, of all K."""
+        return self.unique[self.epsilon] / self.prototypes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types only; ε as text keys, without trailing zeros."""
+
+        def keyed(values: dict[float, Any]) -> dict[str, Any]:
+            return {f"{eps:g}": value for eps, value in values.items()}
+
+        out: dict[str, Any] = {
+            "source": dataclasses.asdict(self.source),
+            "prototypes": self.prototypes,
+            "dim": self.dim,
+            "dtype": self.dtype,
+            "unique": keyed(self.unique),
+            "components": keyed(self.components),
+            "no_neighbour": keyed(self.no_neighbour),
+            "verdict": dataclasses.asdict(self.verdict),
+            "zero_rows": self.zero_rows,
+            "non_finite_rows": self.non_finite_rows,
+            "groups": {
+                "epsilon": self.epsilon,
+                "count": len(self.groups),
+                "largest": [int(n) for n in self.groups[:10]],
+                "singletons": int((self.groups == 1).sum()),
+            },
+            "nearest": self.nearest,
+            "norms": self.norms,
+            "random_start": None if self.random is None else dataclasses.asdict(self.random),
+            "sweep": None,
+            "notes": self.notes,
+            "seconds": {name: round(s, 4) for name, s in self.seconds.items()},
+        }
+        if self.sweep is not None:
+            out["sweep"] = {name: keyed(getattr(self.sweep, name)) for name in ("unique", "components", "no_neighbour")}
+        if self.images is not None:
+            out.update(self.images.to_json())
+        return out
+
+
+def diagnose(
+    source: Tensor | np.ndarray | str | os.PathLike[str],
+    eps: float | Sequence[float] = EPSILONS,
+    *,
+    key: str | None = None,
+    trust: bool = False,
+    complete: bool | None = None,
+    device: torch.device | str | None = None,
+) -> Diagnosis:
+    """How many prototypes are distinct, how they are distributed, and whether that is a collapse.
+
+    Args:
+        source: (K, D) prototypes, or a checkpoint file or run folder. Of a file with several sets, the
+            teacher's first is taken; `diagnose_file` returns them all.
+        eps: cosine distances in (0, 2]; the first is the headline.
+        key, trust: as `diagnose_file`.
+        complete: whether to count components, rows without neighbours and the sweep besides the unique
+            prototypes. None: where that takes about half a minute on one core (``COMPLETE_WORK``; 100 times as
+            much on a GPU).
+        device: where to compute; None: where the tensor is.
+
+    Raises:
+        InputError: a file that cannot be read, or holds no prototypes. ValueError: ε out of range.
+    """
+    if isinstance(source, Tensor | np.ndarray):
+        matrix = torch.as_tensor(source).detach()
+        if matrix.ndim != 2 or 0 in matrix.shape or not matrix.is_floating_point():
+            raise InputError(
+                f"expected a floating (prototypes, dimensions) tensor, got {tuple(matrix.shape)} of {matrix.dtype}"
+            )
+        return measure(PrototypeSet("", "", "unstated", "", matrix), "tensor", eps, complete, device)
+    return diagnose_file(source, eps, key=key, trust=trust, complete=complete, device=device, most=1)[0]
+
+
+def diagnose_file(
+    path: str | os.PathLike[str],
+    eps: float | Sequence[float] = EPSILONS,
+    *,
+    key: str | None = None,
+    trust: bool = False,
+    complete: bool | None = None,
+    device: torch.device | str | None = None,
+    most: int | None = None,
+    data: str | None = None,
+    limit: int = 2000,
+) -> list[Diagnosis]:
+    """One `Diagnosis` per prototype set of a file (or run folder), teachers first, aliases left out.
+
+    Args:
+        key: path of one tensor in the file, levels separated by ``/`` or ``.``.
+        trust: let the file run code while it loads, if it wants to.
+        most: stop after so many sets.
+        data: images (what `uncollapse train --data` takes) to run the checkpoint's encoder on; ``images`` of
+            every diagnosis then holds what they tell, or its ``notes`` why they could not.
+        limit: most images of each part of ``data``.
+
+    Raises:
+        InputError, ValueError: as `diagnose`.
+    """
+    file = checkpoint_of(Path(path))
+    began = time.perf_counter()
+    loaded = read_tensors(file, trust)
+    tensors = flatten(loaded)
+    sets = [own_directions(loaded, s) for s in find_prototypes(tensors, str(path), key)[:most]]
+    reading = time.perf_counter() - began
+    found = []
+    for s in sets:
+        d = measure(s, str(path), eps, complete, device)
+        d.seconds["read"] = reading
+        found.append(d)
+        if data is not None and d.vectors is not None:
+            _add_images(d, s, loaded, tensors, data, limit, device)
+    if data is not None and all(d.images is None for d in found):
+        raise InputError(found[0].notes[-1])
+    return found
+
+
+def _add_images(
+    d: Diagnosis, s: PrototypeSet, loaded: Any, tensors: dict[str, Tensor], data: str, limit: int,
+    device: torch.device | str | None,
+) -> None:  # fmt: skip
+    from uncollapse.onimages import look
+    from uncollapse.rebuild import center_of, rebuild_encoder
+
+    try:
+        rebuilt = rebuild_encoder(loaded, tensors, s, d.source.file)
+    except InputError as error:
+        d.notes.append(str(error))
+        return
+    began = time.perf_counter()
+    center = None if s.side == "student" else center_of(tensors, s)
+    look(d, rebuilt, data, center, s.scale, limit, torch.device(device or "cpu"))
+    d.seconds["images"] = time.perf_counter() - began
+
+
+def measure(
+    s: PrototypeSet, file: str, eps: float | Sequence[float] = EPSILONS, complete: bool | None = None,
+    device: torch.device | str | None = None,
+) -> Diagnosis:  # fmt: skip
+    """The diagnosis of one set; see `diagnose`."""
+    epsilons = [float(e) for e in ([eps] if isinstance(eps, float | int) else eps)]
+    if not epsilons or not all(0 < e <= 2 for e in epsilons):
+        raise InputError(f"ε is a cosine distance, 1 - cos, and must lie in (0, 2], got {epsilons or 'none'}")
+    epsilons = list(dict.fromkeys(epsilons))
+    rows = s.directions()
+    rows = rows if device is None else rows.to(device)
+    total, dim = rows.shape
+    finite = torch.isfinite(rows).all(1)
+    zero = finite & (rows == 0).all(1)
+    usable = finite & ~zero
+    w = rows if bool(usable.all()) else rows[usable]
+    bad = total - len(w)
+    notes = list(s.notes)
+    if s.family == "CARP":
+        notes.append("CARP compares prototypes within random blocks, drawn anew each step; counted over all of them")
+    source = Source(file, s.key, s.side, s.name, s.family)
+    common: dict[str, Any] = {
+        "source": source, "prototypes": total, "dim": dim, "dtype": str(s.weight.dtype).removeprefix("torch."),
+        "zero_rows": int(zero.sum()), "non_finite_rows": total - int(finite.sum()),
+        "norms": _quantiles(s.norms()[usable.to(s.weight.device)].cpu().numpy()), "notes": notes,
+    }  # fmt: skip
+    if not len(w):
+        none = dict.fromkeys(epsilons, 0)
+        verdict = judge(total, bad, dim, none, None)
+        return Diagnosis(
+            unique=none, components=dict(none), no_neighbour=dict(none), sweep=None,
+            groups=np.empty(0, np.int64), nearest={}, random=None, verdict=verdict, **common,
+        )  # fmt: skip
+    began = time.perf_counter()
+    kept = greedy_cover(w, epsilons[0])
+    seconds = {"unique": time.perf_counter() - began, "product": product_seconds(w)}
+    began = time.perf_counter()
+    group_of = nearest_kept(w, kept)
+    likeness = random_likeness(w)
+    work = float(total) * total * dim
+    everything = work <= (COMPLETE_WORK if w.device.type == "cpu" else 100 * COMPLETE_WORK)
+    nearest: dict[str, float] = {}
+    if everything if complete is None else complete:
+        tree = spanning_tree(w)
+        sweep: Sweep | None = complete_sweep(w, [*epsilons, *SWEEP], tree)
+        assert sweep is not None
+        unique, linked, alone = (
+            {e: getattr(sweep, n)[e] for e in epsilons} for n in ("unique", "components", "no_neighbour")
+        )
+        sweep = Sweep(*({e: v[e] for e in SWEEP} for v in (sweep.unique, sweep.components, sweep.no_neighbour)))
+        nearest = _quantiles(tree.nearest)
+    else:
+        sweep, linked, alone = None, {}, {}
+        unique = {epsilons[0]: len(kept)}
+        notes.append(f"only ε = {epsilons[0]:g} was counted; --complete adds components, the sweep and the other ε")
+    seconds["rest"] = time.perf_counter() - began
+    return Diagnosis(
+        unique=unique, components=linked, no_neighbour=alone, sweep=sweep,
+        groups=np.sort(np.bincount(group_of.cpu().numpy())[kept.cpu().numpy()])[::-1].copy(), nearest=nearest,
+        random=likeness, verdict=judge(total, bad, dim, unique, likeness), seconds=seconds,
+        vectors=w, group_of=group_of, rows=usable.nonzero()[:, 0].cpu(), **common,
+    )  # fmt: skip
+
+
+def failures(found: Sequence[Diagnosis], under: float) -> list[str]:
+    """One line for each set that a gate at the share ``under`` does not let pass.
+
+    A set fails where fewer of its prototypes are unique, and where its verdict makes the share worthless:
+    random vectors are all unique.
+    """
+    lines = []
+    for d in found:
+        where = f"{d.source.file}: {d.source}"
+        if d.share < under:
+            lines.append(f"{where}: {100 * d.share:.1f} % unique at ε = {d.epsilon:g}, below {100 * under:g} %")
+        elif d.verdict.label in FAILING:
+            lines.append(f"{where}: {d.verdict.label}, whatever the share of unique prototypes ({100 * d.share:.1f} %)")
+    return lines
+
+
+def product_seconds(w: Tensor) -> float:
+    """What half of the K × K product of w takes here in float32, from the time of one tile of it."""
+    rows, columns = min(len(w), 1024), min(len(w), 4096)
+    a, b = w[:rows].float(), w[:columns].float()
+    out = torch.empty(rows, columns, device=w.device)
+    best = float("inf")
+    for _ in range(3):
+        if w.device.type == "cuda":
+            torch.cuda.synchronize(w.device)
+        began = time.perf_counter()
+        torch.mm(a, b.T, out=out)
+        if w.device.type == "cuda":
+            torch.cuda.synchronize(w.device)
+        best = min(best, time.perf_counter() - began)
+    return best * len(w) * len(w) / 2 / (rows * columns)
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    if not len(values):
+        return {}
+    low, middle, high = (float(v) for v in np.quantile(values.astype(np.float64), [0, 0.5, 1]))
+    return {"min": low, "median": middle, "max": high}

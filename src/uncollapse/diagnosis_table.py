@@ -1,0 +1,145 @@
+"""Diagnoses as text: a table of counts, and what they mean in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from uncollapse.diagnosis import Diagnosis
+
+
+def _share(eps: float) -> Callable[[Diagnosis], str]:
+    return lambda d: f"{100 * d.unique[eps] / d.prototypes:.1f}" if eps in d.unique else "–"
+
+
+COLUMNS: tuple[tuple[str, Callable[[Diagnosis], str]], ...] = (
+    ("K", lambda d: f"{d.prototypes:,}"),
+    ("unique", lambda d: f"{d.unique[d.epsilon]:,}"),
+    ("%", lambda d: f"{100 * d.share:.1f}"),
+    ("% at ε .25", _share(0.25)),
+    ("used", lambda d: f"{d.images.used:,}" if d.images else "–"),
+    ("N_eff", lambda d: f"{d.images.effective[d.epsilon]:.1f}" if d.images else "–"),
+    ("verdict", lambda d: d.verdict.label),
+)
+"""Columns of a comparison. The share of unique prototypes never stands without the verdict."""
+
+
+def cells_of(d: Diagnosis) -> list[str]:
+    return [read(d) for _, read in COLUMNS]
+
+
+def names_of(found: Sequence[Diagnosis]) -> list[str]:
+    """The file where there are several, side and set, and the key where that would name two alike."""
+    short = shortened([d.source.file for d in found])
+    several = len(short) > 1
+    named = [f"{short[d.source.file]} {d.source}" if several else str(d.source) for d in found]
+    return [
+        f"{name} ({d.source.key})" if d.source.key and named.count(name) > 1 else name
+        for d, name in zip(found, named, strict=True)
+    ]
+
+
+def shortened(files: Sequence[str]) -> dict[str, str]:
+    """Each path without the folders that all of them share at the start."""
+    parts = {file: Path(file).parts for file in files}
+    shared = 0
+    while len({p[shared : shared + 1] for p in parts.values()}) == 1 and shared < min(map(len, parts.values())) - 1:
+        shared += 1
+    return {file: str(Path(*p[shared:])) if p else "" for file, p in parts.items()}
+
+
+def rows_of(d: Diagnosis) -> list[tuple[str, list[str]]]:
+    """Label and one cell per ε."""
+    rows = [
+        ("unique", [f"{n:,}" for n in d.unique.values()]),
+        ("unique, % of K", [f"{100 * n / d.prototypes:.1f}" for n in d.unique.values()]),
+    ]
+    if d.components:
+        rows.append(("components", [f"{n:,}" for n in d.components.values()]))
+        rows.append(("no neighbour", [f"{n:,}" for n in d.no_neighbour.values()]))
+    if d.images is not None:
+        rows.append(("unique among used", [f"{d.images.unique_used[e]:,}" for e in d.unique]))
+        rows.append(("N_eff", [f"{d.images.effective[e]:.1f}" for e in d.unique]))
+    return rows
+
+
+def facts(d: Diagnosis) -> list[str]:
+    """How the prototypes are distributed and, with images, what they do; one line each."""
+    lines = []
+    if len(d.groups):
+        largest = ", ".join(f"{int(n):,}" for n in d.groups[:5])
+        lines.append(
+            f"{len(d.groups):,} groups at ε = {d.epsilon:g}: {int((d.groups == 1).sum()):,} of one prototype; "
+            f"the largest have {largest}"
+        )
+    if d.nearest:
+        n = d.nearest
+        lines.append(f"nearest other prototype at {n['min']:.3g} to {n['max']:.3g}, median {n['median']:.3g}")
+    if d.norms:
+        lines.append(f"lengths {d.norms['min']:.3g} to {d.norms['max']:.3g}, median {d.norms['median']:.3g}")
+    if "unique" in d.seconds:
+        took, product = d.seconds["unique"], d.seconds["product"]
+        work = d.prototypes * d.prototypes * d.dim / 2
+        text = f"one ε counted in {took:.2f} s"
+        if product > 0.05:  # below, neither can be timed
+            text += (
+                f"; half of the K × K product ({work:.2g} multiply-adds) takes about {product:.2f} s here, so "
+                f"{took / product:.1f} ×"
+            )
+        lines.append(text)
+    if d.images is not None:
+        i = d.images
+        m, h = i.marginal, i.health
+        bits = "" if i.view_information is None else f"; {i.view_information:.2f} bits survive augmentation"
+        lines += [
+            f"{i.n:,} held-out images use {i.used:,} prototypes{bits}",
+            f"{i.alive:,} alive: argmax of one of {i.views} views of {i.n_train:,} training images (a checkpoint does "
+            f"not record training itself); {i.dead:,} neither used nor alive",
+            f"mean target at temperature {m['temperature']:g}{', centred' if m['centred'] else ''}: entropy "
+            f"{m['entropy']:.2f} of {m['entropy_of_prior']:.2f} nats over all K; over the {m['distinct']:,} distinct "
+            f"ones {m['kl_distinct_to_uniform']:.2f} nats from uniform (duplication alone makes "
+            f"{m['kl_of_duplication']:.2f}), the largest gets {100 * m['largest']:.1f} %",
+            f"encoder ({i.encoder}): effective rank {h['effective_rank_features']:.1f} of {h['features']} features, "
+            f"{h['effective_rank_projections']:.1f} of {d.dim} after the head; alignment {h['alignment']:.2f}"
+            + ("" if h["uniformity"] is None else f", uniformity {h['uniformity']:.2f}"),
+        ]
+        lines += [
+            f"{g.prototypes} prototypes (such as {', '.join(map(str, g.members))}) are one vector for {g.images} "
+            f"images; their nearest images overlap by {100 * g.overlap:.0f} %"
+            for g in i.shared[:3]
+        ]
+    return lines
+
+
+def print_diagnoses(found: Sequence[Diagnosis], console: Console | None = None) -> None:
+    """A block per set: where it was found, the counts per ε, how it is distributed, the verdict and its rule."""
+    console = console or Console()
+    names = names_of(found)
+    for d, name in zip(found, names, strict=True):
+        family = f" [{d.source.family}]" if d.source.family else ""
+        console.print(f"{name}{family}  {d.prototypes:,} × {d.dim} {d.dtype}", style="bold", markup=False)
+        console.print(f"{d.source.file}{': ' + d.source.key if d.source.key else ''}", markup=False, highlight=False)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.add_column("ε", overflow="fold")
+        for eps in d.unique:
+            table.add_column(f"{eps:g}", justify="right", overflow="fold")
+        for label, cells in rows_of(d):
+            table.add_row(label, *cells)
+        console.print(table)
+        for line in [*facts(d), *(f"note: {n}" for n in d.notes)]:
+            console.print(f"  {line}", markup=False, highlight=False)
+        console.print(f"{d.verdict.label}: {d.verdict.sentence}", style="bold", markup=False, highlight=False)
+        console.print(f"  rule: {d.verdict.rule}", markup=False, highlight=False)
+        console.print()
+    if len(found) > 1:
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title=f"ε = {found[0].epsilon:g}")
+        table.add_column("set", overflow="fold")
+        for label, _ in COLUMNS:
+            table.add_column(label, justify="right", overflow="fold", no_wrap=label != "verdict")
+        for d, name in zip(found, names, strict=True):
+            table.add_row(name, *cells_of(d))
+        console.print(table)

@@ -1,0 +1,267 @@
+"""Where prototypes are in a checkpoint: layouts as data, and the few lines that apply them.
+
+A layer of prototypes is recognised by the end of its path (``LAYERS``), its weight by one of three spellings
+(``SPELLINGS``), student or teacher by the words along the path. Repositories differ only in rows of these
+tables. Sources: the code that writes each kind of checkpoint (facebookresearch/dino, bytedance/ibot,
+facebookresearch/msn, microsoft/esvit, sthalles/carp, facebookresearch/capi, facebookresearch/dinov2 and dinov3,
+facebookresearch/swav, lightly-ai/lightly, vturrisi/solo-learn).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from uncollapse.reading import InputError
+
+Side = Literal["student", "teacher", "shared", "unstated"]
+
+LAYERS: tuple[tuple[str, str], ...] = (
+    (r"(^|\.)head_dense\.last_layer$", "region"),  # EsViT
+    (r"(^|\.)last_layer2$", "patch"),  # iBOT; an alias of the class head where that is shared
+    (r"(^|\.)\w*ibot_head\.last_layer$", "patch"),  # DINOv2, DINOv3, Web-SSL
+    (r"(^|\.)\w*patch_head\.last_layer$", "patch"),  # lightly's iBOT
+    (r"(^|\.)last_layer$", "cls"),  # DINO, iBOT, EsViT, CARP, CAPI's student, DINOv2, lightly, solo-learn
+    (r"(^|\.)(\w*head|clustering\w*)\.layer$", "clusters"),  # CAPI's teacher
+    (r"^layer$", "clusters"),  # the same module saved alone
+    (r"(^|\.)\w*prototypes(\.prototypes\d+|\.heads\.\d+|\.\d+|\d+)?$", "cls"),  # MSN, SwAV, lightly, solo-learn
+)
+"""End of a layer's path, and the name of the set of prototypes it is. The first that fits counts."""
+
+SPELLINGS: tuple[tuple[str, str | None], ...] = (
+    ("weight_v", "weight_g"),  # weight norm as torch.nn.utils.weight_norm writes it
+    ("parametrizations.weight.original1", "parametrizations.weight.original0"),  # as the newer one does
+    ("weight", None),  # a plain linear layer: rows are normalised for the cosine, lengths are kept as norms
+    ("", None),  # a bare parameter
+)
+"""Name of the directions in a layer and, where the prototype is ``g · v / |v|``, of g."""
+
+WRAPPERS = frozenset(
+    ["module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module"]
+)
+"""Path components that data-parallel, sharding, checkpointing and compiling wrappers insert."""
+
+TEACHER = re.compile(r"teacher|target|momentum|(^|_)ema($|_)")
+STUDENT = re.compile(r"student|^encoder$|(^|_)online($|_)")
+
+OWN = re.compile(r"^prototypes/(\w+)/(?:(student|teacher)_v|weight|mixture\.mean)$")
+"""Prototypes in a checkpoint of this package."""
+
+FAMILIES: tuple[tuple[str, str], ...] = (
+    ("uncollapse", r"^prototypes/\w+/(student_v|weight|mixture\.mean)$"),
+    ("EsViT", r"head_dense\."),
+    ("iBOT", r"last_layer2\.|^ibot_loss"),
+    ("DINOv2 / DINOv3", r"(^|[./])ibot_head\.|(^|[./])dino_head\."),
+    ("CAPI", r"(^|[./])head\.layer\.weight$|^layer\.weight$|^clustering"),
+    ("MSN", r"^target_encoder/"),
+    ("solo-learn", r"momentum_head\.|(^|[./])projector\.\d|^state_dict/classifier\."),
+    ("lightly", r"(^|[./])(student|teacher)_(projection_)?head\.|prototypes\.heads\.\d"),
+    ("SwAV", r"(^|[./])projection_head\.\d"),
+    ("DINO", r"^dino_loss"),
+    ("CARP", r"^teacher/(module\.)?head\.mlp\.1\.running_mean"),  # DINO's layout without its loss's centre
+    ("DINO", r"head\.last_layer\."),
+)
+"""Name of a family, and the path of a tensor that gives it away. Informative only: nothing is decided by it."""
+
+WHERE_ELSE = (
+    "prototypes are in the full training checkpoint: DINO's *_full_checkpoint.pth, iBOT's checkpoint.pth, "
+    "MSN's *.pth.tar, EsViT's and CARP's checkpoint*.pth, Web-SSL's *_ssl_heads.pth, DINOv2's "
+    "teacher_checkpoint.pth (Meta released no DINOv2 or DINOv3 heads)"
+)
+
+
+@dataclass(frozen=True)
+class PrototypeSet:
+    """One matrix of prototypes found in a file."""
+
+    key: str
+    """Its path in the file, levels joined by ``/``; empty for a bare tensor."""
+    name: str
+    """``cls``, ``patch``, ``region``, ``clusters``, or the name a run of ours gave it."""
+    side: Side
+    family: str
+    weight: Tensor
+    """(K, D), any floating dtype: directions, of any length."""
+    scale: Tensor | None = None
+    """(K,) g of weight norm; None where the rows are what they are."""
+    notes: tuple[str, ...] = ()
+
+    def directions(self) -> Tensor:
+        """(K, D): the rows, turned round where g is negative and zero where g is."""
+        return self.weight if self.scale is None else self.weight * self.scale.sign()[:, None].to(self.weight.dtype)
+
+    def norms(self) -> Tensor:
+        """(K,) float64: lengths of the effective prototypes, |g| under weight norm."""
+        return self.weight.double().norm(dim=1) if self.scale is None else self.scale.double().abs()
+
+
+def clean(key: str) -> str:
+    """A path without the components that wrappers insert: ``student/module.head…`` → ``student/head…``."""
+    levels = [".".join(p for p in level.split(".") if p not in WRAPPERS) for level in key.split("/")]
+    return "/".join(level for level in levels if level)
+
+
+def find_prototypes(tensors: Mapping[str, Tensor], where: str, key: str | None = None) -> list[PrototypeSet]:
+    """The prototype sets among the tensors of a file (`flatten`), aliases left out, teachers first.
+
+    Args:
+        tensors: path → tensor. where: the file's name, for messages. key: take this tensor and no other.
+
+    Raises:
+        InputError: none found, or ``key`` names none or one that cannot be prototypes.
+    """
+    if key is not None:
+        return [_picked(tensors, where, key)]
+    found = [s for path, tensor in tensors.items() if (s := _match(path, tensor, tensors, where)) is not None]
+    if not found:
+        return [_bare(tensors, where)]
+    order = {"teacher": 0, "student": 1, "shared": 2, "unstated": 3}
+    found.sort(key=lambda s: order[s.side])
+    return _without_aliases(_told_apart(found))
+
+
+def family_of(tensors: Mapping[str, Tensor]) -> str:
+    paths = [clean(path) for path in tensors]
+    return next((name for name, sign in FAMILIES if any(re.search(sign, p) for p in paths)), "unknown")
+
+
+def _match(path: str, tensor: Tensor, tensors: Mapping[str, Tensor], where: str) -> PrototypeSet | None:
+    cleaned = clean(path)
+    if own := OWN.match(cleaned):
+        side: Side = own[2] or "shared"  # type: ignore[assignment]
+        scale = tensors.get(path.removesuffix("_v") + "_g") if own[2] else None
+        return _checked(PrototypeSet(path, own[1], side, family_of(tensors), tensor, _flat(scale)), where)
+    last = cleaned.rpartition("/")[2]
+    for weight, g in SPELLINGS:
+        if weight and not (last == weight or last.endswith("." + weight)):
+            continue
+        layer = last[: len(last) - len(weight)].rstrip(".") if weight else last
+        name = next((name for sign, name in LAYERS if re.search(sign, layer)), None)
+        if name is None or tensor.ndim != 2:
+            continue
+        stem = path[: len(path) - len(weight)]
+        if name == "clusters" and stem + "bias" not in tensors:
+            continue  # CAPI's layer has a bias; without it, a "layer" can be anything
+        scale = tensors.get(stem + g) if g else None
+        notes: tuple[str, ...] = ()
+        if stem + "bias" in tensors and not g:
+            notes = ("the layer has a bias too; the cosine does not see it",)
+        return _checked(
+            PrototypeSet(path, name, side_of(cleaned), family_of(tensors), tensor, _flat(scale), notes), where
+        )
+    return None
+
+
+def side_of(cleaned: str) -> Side:
+    """Student or teacher, by the first word along a cleaned path that says it."""
+    for part in re.split(r"[/.]", cleaned):
+        if TEACHER.search(part):
+            return "teacher"
+        if STUDENT.search(part):
+            return "student"
+    return "unstated"
+
+
+def _told_apart(found: list[PrototypeSet]) -> list[PrototypeSet]:
+    """Sets that say nothing are the student's where a teacher's stands beside them, and shared otherwise.
+
+    solo-learn writes ``head`` beside ``momentum_head``; MSN and SwAV have one matrix for both sides.
+    """
+    teachers = {s.name for s in found if s.side == "teacher"}
+    single = {s.family for s in found if s.family in ("MSN", "SwAV")}
+    out = []
+    for s in found:
+        if s.side == "unstated" and s.name in teachers:
+            s = replace(s, side="student")
+        elif s.side == "unstated" and single:
+            s = replace(s, side="shared")
+        out.append(s)
+    return out
+
+
+def _without_aliases(found: list[PrototypeSet]) -> list[PrototypeSet]:
+    """Of equal matrices on one side the first is kept: a shared head is saved under two names."""
+    kept: list[PrototypeSet] = []
+    for s in found:
+        twin = next((i for i, other in enumerate(kept) if other.side == s.side and _equal(other, s)), None)
+        if twin is None:
+            kept.append(s)
+        else:
+            note = f"{s.key} ({s.name}) is the same matrix: a shared head, counted once"
+            kept[twin] = replace(kept[twin], notes=(*kept[twin].notes, note))
+    return kept
+
+
+def _equal(a: PrototypeSet, b: PrototypeSet) -> bool:
+    if a.weight.shape != b.weight.shape or a.weight.dtype != b.weight.dtype:
+        return False
+    if (a.scale is None) != (b.scale is None):
+        return False
+    same_scale = a.scale is None or b.scale is None or torch.equal(a.scale, b.scale)
+    # equal_nan, or a damaged shared head would count twice
+    return same_scale and bool(torch.allclose(a.weight, b.weight, rtol=0, atol=0, equal_nan=True))
+
+
+def _flat(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.reshape(-1).float()
+
+
+def _checked(s: PrototypeSet, where: str) -> PrototypeSet:
+    spot = f"{where}{': ' + s.key if s.key else ''}"
+    if s.weight.ndim != 2 or 0 in s.weight.shape:
+        raise InputError(f"{spot}: shape {tuple(s.weight.shape)} is not prototypes × dimensions")
+    if not s.weight.is_floating_point():
+        raise InputError(
+            f"{spot}: holds {str(s.weight.dtype).removeprefix('torch.')}; prototypes are floating-point numbers "
+            "(quantised weights have to be dequantised first)"
+        )
+    if s.weight.element_size() == 1:
+        s = replace(s, weight=s.weight.float())  # 8-bit floats have no arithmetic of their own
+    if s.scale is not None and len(s.scale) not in (1, len(s.weight)):
+        raise InputError(f"{spot}: {len(s.scale)} lengths g for {len(s.weight)} prototypes; one each was expected")
+    if s.scale is not None and len(s.scale) == 1:
+        s = replace(s, scale=s.scale.expand(len(s.weight)))
+    return s
+
+
+def _picked(tensors: Mapping[str, Tensor], where: str, key: str) -> PrototypeSet:
+    wanted = key.replace(".", "/")
+    matching = [p for p in tensors if p.replace(".", "/") == wanted]
+    matching = matching or [p for p in tensors if clean(p).replace(".", "/") == wanted]
+    if not matching:
+        matrices = [p for p, t in tensors.items() if t.ndim == 2]
+        listed = ", ".join(matrices[:8]) + (f" and {len(matrices) - 8} more" if len(matrices) > 8 else "")
+        raise InputError(f"{where}: no tensor {key!r}; its matrices are {listed or 'none'}")
+    path = matching[0]
+    tensor = tensors[path]
+    known = _match(path, tensor, tensors, where) if tensor.ndim == 2 else None
+    return known or _checked(PrototypeSet(path, "picked", side_of(clean(path)), family_of(tensors), tensor), where)
+
+
+def _bare(tensors: Mapping[str, Tensor], where: str) -> PrototypeSet:
+    """The only matrix of a file without any layer that is known."""
+    matrices = [p for p, t in tensors.items() if t.ndim == 2]
+    if len(tensors) <= 3 and len(matrices) == 1:
+        return _checked(PrototypeSet(matrices[0], "bare", "unstated", "bare tensor", tensors[matrices[0]]), where)
+    if not tensors:
+        raise InputError(f"{where}: it holds no tensors, so there are no prototypes in it")
+    if len(tensors) <= 3 and not matrices:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors.values())
+        raise InputError(f"{where}: shape {shapes} is not prototypes × dimensions")
+    if any("_flat_param" in p or p.endswith("flat_param") for p in tensors):
+        raise InputError(
+            f"{where}: FSDP's flattened parameters, whose layers cannot be told apart; save a full state dict"
+        )
+    encoder = [p for p in tensors if re.search(r"patch_embed|blocks?\.\d+\.|layer[1-4]\.\d+\.|stages?\.\d+", p)]
+    if encoder:
+        raise InputError(f"{where}: a backbone without prototypes ({len(tensors)} tensors); {WHERE_ELSE}")
+    listed = ", ".join(f"{p} {tuple(tensors[p].shape)}" for p in matrices[:6])
+    raise InputError(
+        f"{where}: no layer here is known to hold prototypes; "
+        + (f"pick one with --key: {listed}" if matrices else "and it holds no matrix at all")
+    )

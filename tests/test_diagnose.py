@@ -1,0 +1,265 @@
+"""From a checkpoint to verdict, JSON, page and exit code, and the encoder rebuilt for --data."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import uncollapse
+from layouts import EPS, LAYOUTS, S, T, planted
+from uncollapse.cli import main
+from uncollapse.diagnosis import SWEEP, diagnose, failures
+from uncollapse.diagnosis_table import names_of, shortened
+from uncollapse.judging import judge, random_likeness
+from uncollapse.reading import InputError
+
+
+def dino_like() -> torch.Tensor:
+    """Distinct rows that training has moved: an anisotropic cloud off the origin."""
+    rng = torch.Generator().manual_seed(5)
+    return torch.randn(200, 24, generator=rng) * torch.linspace(0.2, 2, 24) + 0.6
+
+
+# ---------------------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize("rows", [64, 1000])
+@pytest.mark.parametrize("dim", [8, 64])
+@pytest.mark.parametrize("start", ["normal", "uniform"])
+def test_a_random_start_is_never_healthy(rows, dim, start):
+    rng = torch.Generator().manual_seed(rows + dim)
+    w = torch.randn(rows, dim, generator=rng) if start == "normal" else torch.rand(rows, dim, generator=rng) * 2 - 1
+    d = diagnose(w)
+    assert d.random.alike
+    assert d.verdict.label == "untrained or unused"
+    assert "random" in d.verdict.rule
+    assert failures([d], 0.5)
+
+
+def test_a_few_trained_rows_among_dead_ones_do_not_hide_them():
+    """A mixture whose components died keeps them at their random start: 99 % unique, ten in use."""
+    w = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0))
+    w[:10] = w[:1] + 0.3 * w[:10]
+    assert diagnose(w).verdict.label == "untrained or unused"
+
+
+def test_training_is_told_from_a_random_start():
+    assert random_likeness(dino_like()).alike is False
+    spread = torch.nn.functional.normalize(torch.randn(400, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    for _ in range(200):  # rows pushed away from their nearest one: the KoLeo way to be unlike chance
+        nearest = (spread @ spread.T).fill_diagonal_(-2).argmax(1)
+        spread = torch.nn.functional.normalize(spread + 0.02 * (spread - spread[nearest]), dim=1)
+    assert random_likeness(spread).alike is False
+
+
+@pytest.mark.parametrize(
+    ("unique", "extra", "label"),
+    [
+        ({0.025: 1}, {}, "total collapse"),
+        ({0.025: 49}, {}, "partial collapse"),
+        ({0.025: 50}, {}, "some duplicates"),
+        ({0.025: 89}, {}, "some duplicates"),
+        ({0.025: 90, 0.25: 40}, {}, "bunched"),
+        ({0.025: 90, 0.25: 60}, {}, "distinct, use unknown"),
+        ({0.025: 100}, {"used": 5, "effective": 3.0, "n": 500}, "mostly unused"),
+        ({0.025: 100}, {"used": 60, "effective": 50.0, "n": 500}, "distinct and used"),
+    ],
+)
+def test_verdicts_follow_their_stated_rules(unique, extra, label):
+    verdict = judge(100, 0, 8, unique, None, **extra)
+    assert verdict.label == label
+    assert verdict.rule
+    assert verdict.sentence.endswith(".")
+
+
+def test_vectors_alone_are_never_called_healthy():
+    d = diagnose(dino_like())
+    assert d.share == 1
+    assert d.verdict.label == "distinct, use unknown"
+    assert "--data" in d.verdict.sentence
+
+
+def test_rows_without_a_direction():
+    w = planted().w.clone()
+    expected = diagnose(w[3:], EPS)
+    w[0], w[1, 2], w[2, 0] = 0, float("nan"), float("inf")
+    d = diagnose(w, EPS)
+    assert (d.zero_rows, d.non_finite_rows, d.prototypes) == (1, 2, len(w))
+    assert d.unique == expected.unique
+    assert d.rows.tolist() == list(range(3, len(w)))
+    assert d.verdict.label == "damaged"
+    json.dumps(d.to_json(), allow_nan=False)
+    nothing = diagnose(torch.full((4, 3), float("nan")))
+    assert nothing.unique == dict.fromkeys(nothing.unique, 0)
+    json.dumps(nothing.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(("w", "count"), [(torch.ones(1, 5), 1), (torch.tensor([[1.0], [-2.0], [3.0]]), 2)])
+def test_one_prototype_and_one_dimension(w, count):
+    d = diagnose(w)
+    assert set(d.unique.values()) == {count}
+    assert d.verdict.label == "nothing to compare"
+
+
+def test_groups_and_complete():
+    p = planted(copies=30)
+    d = diagnose(p.w, EPS)
+    assert d.groups.sum() == len(p.w)
+    assert len(d.groups) == p.unique
+    assert (np.diff(d.groups) <= 0).all()
+    assert list(d.sweep.unique) == list(SWEEP)
+    single = diagnose(p.w, (EPS, 0.5), complete=False)
+    assert single.unique == {EPS: p.unique}
+    assert (single.sweep, single.components) == (None, {})
+    assert "--complete" in single.notes[-1]
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(2, 3, dtype=torch.int64), torch.ones(0, 3)])
+def test_what_is_no_matrix(bad):
+    with pytest.raises(InputError, match="prototypes, dimensions"):
+        diagnose(bad)
+    with pytest.raises(InputError, match="ε"):
+        diagnose(torch.eye(3), 0.0)
+
+
+def test_the_public_name_stays_a_function():
+    """A module of the same name would take its place as soon as it is imported."""
+    assert callable(uncollapse.diagnose)
+    assert isinstance(uncollapse.diagnose(torch.eye(4)), uncollapse.Diagnosis)
+    assert dataclasses.is_dataclass(uncollapse.Diagnosis)
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def epochs(tmp_path):
+    """Two checkpoints of one run: healthy-looking at first, collapsed later."""
+    paths = []
+    for i, w in enumerate((dino_like(), T.w)):
+        paths.append(tmp_path / f"epoch{i}.pth")
+        torch.save({"teacher": {"head.last_layer.weight": w}}, paths[-1])
+    return [str(p) for p in paths]
+
+
+def test_json_lists_one_object_per_set(epochs, capsys):
+    main(["diagnose", *epochs, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [f["source"]["file"] for f in found] == epochs
+    last = found[1]
+    assert last["source"]["key"] == "teacher/head.last_layer.weight"
+    assert last["source"]["side"] == "teacher"
+    assert (last["prototypes"], last["dim"]) == tuple(T.w.shape)
+    assert last["unique"]["0.025"] == T.unique
+    assert last["components"]["0.025"] == T.components
+    assert set(last["unique"]) == set(last["components"]) == {"0.025", "0.1", "0.25", "0.5"}
+    assert last["verdict"]["label"] == "partial collapse"
+    assert last["verdict"]["rule"]
+    assert len(last["sweep"]["unique"]) == len(SWEEP)
+    assert "used" not in last
+
+
+def test_text_says_where_and_what_and_compares(epochs, capsys):
+    main(["diagnose", *epochs])
+    out = capsys.readouterr().out
+    assert "partial collapse" in out
+    assert "less than 50 % unique" in out.replace("\n", " ")
+    assert "teacher/head.last_layer.weight" in out.replace("\n", "")
+    assert "epoch1.pth" in out.rsplit("N_eff", 1)[1]  # a row of the comparison at the end
+
+
+@pytest.mark.parametrize(("which", "share", "code"), [(0, "0.9", 0), (1, "0.9", 1), (1, "0.05", 1), (0, "0", 0)])
+def test_fail_under(which, share, code, epochs, capsys):
+    """A collapse and a random start fail even below the asked share."""
+    arguments = ["diagnose", epochs[which], "--fail-under", share]
+    if code:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == code
+        assert epochs[which] in capsys.readouterr().err
+    else:
+        main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--fail-under", "90"], "between 0 and 1"),
+        (["--eps", "3"], r"\(0, 2\]"),
+        (["--key", "nothing"], "no tensor"),
+        (["--optim.lr", "1"], "takes no"),
+        (["--images", "1"], "at least 2"),
+        (["--data", "builtin:digits"], "no encoder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(extra, says, epochs, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["diagnose", epochs[1], *extra])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.count("\n") == 1
+    assert re.search(says, err)
+
+
+def test_a_damaged_file_exits_2(tmp_path, capsys):
+    (tmp_path / "x").write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        main(["diagnose", str(tmp_path / "x")])
+    assert stop.value.code == 2
+    assert "empty" in capsys.readouterr().err
+
+
+def test_help_does_not_load_torch():
+    script = (
+        "import sys, uncollapse.cli\n"
+        "try: uncollapse.cli.main(['diagnose', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+def test_the_page_is_self_contained(epochs, tmp_path):
+    torch.save(LAYOUTS["EsViT"][0], tmp_path / "esvit.pth")
+    page = tmp_path / "new" / "page.html"
+    main(["diagnose", *epochs, str(tmp_path / "esvit.pth"), "--html", str(page)])
+    text = page.read_text()
+    assert not re.search(r"(src|href)=[\"'](?!data:)", text)
+    assert "<script" not in text
+    for title in ("ε-sweep", "Projected density", "Similarity", "Group sizes", "Map", "Unique prototypes, set by set"):
+        assert f"<b>{title}.</b>" in text
+    assert text.count("<h2>esvit.pth teacher region</h2>") == 1
+
+
+def test_a_page_of_odd_matrices(tmp_path):
+    from uncollapse.diagnosis_page import write_page
+
+    odd = [torch.ones(1, 5), torch.ones(3, 1), torch.ones(2, 2), torch.zeros(2, 2), torch.ones(40, 6)]
+    write_page([diagnose(w) for w in odd], tmp_path / "p.html")
+    assert (tmp_path / "p.html").read_text().count("<h2>tensor</h2>") == len(odd)
+
+
+def test_names():
+    assert shortened(["/a/b/x/1.pt", "/a/b/y/1.pt"]) == {"/a/b/x/1.pt": "x/1.pt", "/a/b/y/1.pt": "y/1.pt"}
+    assert shortened(["/a/b.pt"]) == {"/a/b.pt": "b.pt"}
+    assert shortened(["tensor"]) == {"tensor": "tensor"}
+    d = diagnose(T.w, EPS)
+    assert names_of([d]) == ["tensor"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_diagnosis():
+    assert diagnose(S.w, device="cuda").unique == diagnose(S.w).unique
+    assert diagnose(S.w, device="cuda").sweep == diagnose(S.w).sweep
+
+
+@pytest.mark.gpu
+def test_a_gpu_counts_65536_prototypes_in_under_a_second():
+    w = torch.randn(65536, 256, device="cuda")
+    diagnose(w, EPS, complete=False)
+    assert diagnose(w, EPS, complete=False).seconds["unique"] < 1
