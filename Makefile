@@ -10,8 +10,11 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "uncollapse needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv $(VENV) || \
-	  { rm -rf $(VENV); echo "no virtual environment could be made: install your system's python3-venv, or virtualenv"; exit 1; }
+	@# Debian's python3 may lack the venv module's pip; virtualenv in a folder of its own needs no root either.
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  $(PYTHON) -m pip install -q --target $(VENV)-boot virtualenv && \
+	  PYTHONPATH=$(VENV)-boot $(PYTHON) -m virtualenv -q $(VENV); } || \
+	  { rm -rf $(VENV); echo "no virtual environment could be made: $(PYTHON) has neither venv nor pip"; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev]"
 	@touch $@
 
@@ -32,4 +35,4 @@ bench: install
 	for script in benchmarks/*.py; do $(BIN)/python $$script; done
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-boot
