@@ -1,0 +1,88 @@
+"""The few collectives the mathematics needs, each a no-op without a process group.
+
+Every function that takes ``group`` treats ``None`` as one process alone, so the same code is tested with and
+without ranks. Sums over ranks are plain sums: pass sums and counts, not means, and unequal ranks come out right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+def world() -> Group:
+    """The default process group, or None where none was initialised or it has one process."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+def rank_and_size(group: Group) -> tuple[int, int]:
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def sum_over_ranks(x: Tensor, group: Group) -> Tensor:
+    """Sums ``x`` over ranks in place and returns it; no gradient."""
+    if group is not None:
+        dist.all_reduce(x, dist.ReduceOp.SUM, group)
+    return x
+
+
+def max_over_ranks(x: Tensor, group: Group) -> Tensor:
+    """Largest of ``x`` over ranks, element by element, in place; no gradient."""
+    if group is not None:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group)
+    return x
+
+
+def gather_rows(x: Tensor, group: Group) -> Tensor:
+    """``(n, ...)`` of each rank → ``(W n, ...)`` in rank order on all of them; no gradient. Equal n on all ranks."""
+    if group is None:
+        return x
+    size = dist.get_world_size(group)
+    out = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
+    dist.all_gather(out, x.detach().contiguous(), group)
+    return torch.cat(out)
+
+
+def logsumexp_over_ranks(x: Tensor, group: Group) -> Tensor:
+    """``log Σ_ranks exp x``, element by element; no gradient."""
+    if group is None:
+        return x
+    top = max_over_ranks(x.detach().clone(), group)
+    finite = torch.where(top.isfinite(), top, torch.zeros_like(top))
+    return sum_over_ranks((x.detach() - finite).exp(), group).log() + finite
+
+
+def shard(count: int, group: Group) -> slice:
+    """This rank's contiguous share of ``count`` rows; shares differ by at most one row."""
+    rank, size = rank_and_size(group)
+    return slice(count * rank // size, count * (rank + 1) // size)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return sum_over_ranks(x.detach().clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_over_ranks(grad.clone(), ctx.group), None
+
+
+def differentiable_sum(x: Tensor, group: Group) -> Tensor:
+    """Sum over ranks that a gradient passes through.
+
+    Each rank is taken to add its own share of the total objective, so the gradient is summed over ranks too: the
+    adjoint of a sum whose result every rank uses.
+    """
+    if group is None:
+        return x
+    out: Tensor = _Sum.apply(x, group)
+    return out
