@@ -32,7 +32,8 @@ types: install
 	$(BIN)/mypy
 
 bench: install
-	for script in benchmarks/*.py; do $(BIN)/python $$script; done
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python benchmarks/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-boot

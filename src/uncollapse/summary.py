@@ -104,9 +104,9 @@ def finish_run(
         "encoder": config.backbone.name,
         **_probes(config, state, train_images, held_out, features, labels, device),
     }
-    write_atomically(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     arrays: dict[str, Any] = _arrays(config, vectors, z, held_out)
     np.savez_compressed(out / "diagnosis.npz", **arrays)
+    write_atomically(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable
@@ -70,6 +71,9 @@ def train(
     total = max(1, round(config.run.epochs * steps_per_epoch))
     start = 0 if saved is None else int(saved["step"])
     stop = max(start, total if max_steps is None else min(total, max_steps))
+    if start == stop and (finished := _finished(out, stop)) is not None:
+        say(f"finished    at step {stop} already; its summary.json stands")
+        return finished if fabric.is_global_zero else {}
     state = build_state(config).to(fabric.device)
     monitor = PrototypeMonitor(config.prototypes.count, config.run.batch, config.log.alive_window, fabric.device)
     if saved is not None:
@@ -100,6 +104,16 @@ def train(
     return finish_run(
         config, state, monitor, train_images, held_out, out, stop, loop.last_loss, seconds, fabric.device
     )  # fmt: skip
+
+
+def _finished(out: Path, step: int) -> dict[str, Any] | None:
+    """The summary of a run that was trained and evaluated up to ``step``, or None."""
+    try:
+        summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    # Written last, so it says that nothing of the evaluation is missing.
+    return summary if summary.get("steps") == step and (out / "diagnosis.npz").is_file() else None
 
 
 def _fabric(config: Config, accelerator: str) -> Fabric:

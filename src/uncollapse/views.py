@@ -343,9 +343,8 @@ def multicrop(images: MemoryImages, indices: Sequence[int] | Tensor, seed: int, 
     for spec in dict.fromkeys(specs):  # views made alike are made together: half the calls, the same images
         alike = [view for view, other in enumerate(specs) if other == spec]
         u = np.concatenate([draws[view] for view in alike])
-        made = apply_batch(
-            canvas.repeat(len(alike), 1, 1, 1), sample_params(u, sizes.repeat(len(alike), 1), spec), spec
-        )
+        several = canvas if len(alike) == 1 else canvas.repeat(len(alike), 1, 1, 1)
+        made = apply_batch(several, sample_params(u, sizes.repeat(len(alike), 1), spec), spec)
         for view, part in zip(alike, made.chunk(len(alike)), strict=True):
             views[view] = part
     return views
