@@ -1,22 +1,23 @@
-"""Cross-entropy between the teacher's and the student's assignments over pairs of views."""
+"""Cross-entropy between the teacher's and the student's assignments: over pairs of views, and over masked patches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 22
-"""Logits in flight at once: 16 MiB of float32, which stays near the processor."""
+from uncollapse.cross_entropy import SoftmaxTargets as SoftmaxTargets
+from uncollapse.cross_entropy import fused_cross_entropy
+from uncollapse.distributed import Group, max_over_ranks
 
 
 def dino_loss(student_logits: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Mean cross-entropy over all pairs (teacher view q, student view v) with q ≠ v (Caron et al. 2021, eq. 3).
 
     The targets of one student view are summed first, so each view's log-probabilities are made once.
-    Use :func:`fused_dino_loss` for large K: it never holds a view's logits.
+    This is the form to read. :func:`uncollapse.logit_loss.fused_dino_loss_on_logits` is the same number sooner, and
+    :func:`fused_dino_loss` the one for large K: it never holds a view's logits.
 
     Args:
         student_logits: one ``(n, K)`` per view, divided by the student's temperature; the views that the
@@ -25,8 +26,11 @@ def dino_loss(student_logits: Sequence[Tensor], targets: Sequence[Tensor]) -> Te
 
     Returns:
         Scalar, in nats; ln K when the student knows nothing.
+
+    Raises:
+        ValueError: fewer student views than teacher views, or no pair at all.
     """
-    pairs = _pairs(len(student_logits), len(targets))
+    pairs = pair_count(len(student_logits), len(targets))
     total = student_logits[0].new_zeros(())
     everyone = torch.stack(list(targets)).sum(0)
     for v, logits in enumerate(student_logits):
@@ -38,28 +42,113 @@ def dino_loss(student_logits: Sequence[Tensor], targets: Sequence[Tensor]) -> Te
 def fused_dino_loss(
     z: Sequence[Tensor],
     weight: Tensor,
-    targets: Sequence[Tensor],
+    targets: Sequence[Tensor] | SoftmaxTargets,
     temperature: float,
     bias: Tensor | None = None,
+    group: Group = None,
 ) -> Tensor:
     """:func:`dino_loss` on logits ``z @ weight.T / temperature + bias`` that are never kept.
 
-    The gradient is formed in the forward pass, block by block, so memory beyond the targets is a few
-    blocks of rows whatever the number of views.
+    The gradient is formed in the forward pass, block by block, so memory beyond the targets and the gradient itself
+    is one block of rows whatever the number of views; with :class:`SoftmaxTargets` there are no targets in memory
+    either. With Sinkhorn's targets this is SwAV's objective (Caron et al. 2020, eq. 2).
 
     Args:
-        z: one ``(n, D)`` float32 per student view, the teacher's views first.
+        z: one ``(n, D)`` per student view, the teacher's views first.
         weight: ``(K, D)``; gets a gradient where it requires one.
-        targets: one ``(n, K)`` per teacher view, no gradient.
+        targets: one ``(n, K)`` per teacher view, or :class:`SoftmaxTargets` with z ``(T, n, D)``; no gradient.
         temperature: the student's.
-        bias: ``(K,)`` added to the logits after the temperature; no gradient.
+        bias: ``(K,)`` added to the logits after the temperature; gets a gradient where it requires one.
+        group: ranks that share the prototypes out; :func:`uncollapse.cross_entropy.fused_cross_entropy` says what
+            every rank passes and gets.
+
+    Raises:
+        ValueError: fewer student views than teacher views, no pair at all, or shapes that do not fit.
     """
-    _pairs(len(z), len(targets))
-    loss: Tensor = _FusedCrossEntropy.apply(torch.stack(list(z)), weight, bias, temperature, *targets)
-    return loss
+    views = len(z)
+    seen = len(targets.z) if isinstance(targets, SoftmaxTargets) else len(targets)
+    pairs = pair_count(views, seen)
+    x = torch.stack(list(z))
+    pairing = 1 - torch.eye(views, seen, dtype=x.dtype, device=x.device)
+    row_weight = x.new_full((x.shape[1],), 1 / (x.shape[1] * pairs))
+    return fused_cross_entropy(x, weight, targets, temperature, pairing, row_weight, bias, group)
 
 
-def _pairs(views: int, teacher_views: int) -> int:
+def fused_patch_loss(
+    z: Tensor,
+    weight: Tensor,
+    targets: Tensor | SoftmaxTargets,
+    temperature: float,
+    row_weight: Tensor,
+    bias: Tensor | None = None,
+    group: Group = None,
+) -> Tensor:
+    """``Σ_i a_i · CE(t_i, s_i)`` over masked patches: iBOT's second term (Zhou et al. 2022, eq. 2).
+
+    Student row i is a token that was masked, target row i the teacher's token at the same place of the same crop
+    without the mask.
+
+    Args:
+        z: ``(M, D)``, the student's projections of the masked tokens of all crops.
+        weight: ``(K, D)``; gets a gradient where it requires one.
+        targets: ``(M, K)`` or :class:`SoftmaxTargets` with z ``(M, D)``; no gradient.
+        temperature: the student's.
+        row_weight: ``(M,)``, a; from :func:`patch_weights`.
+        bias: ``(K,)`` added to the logits after the temperature; gets a gradient where it requires one.
+        group: ranks that share the prototypes out, as in :func:`uncollapse.cross_entropy.fused_cross_entropy`; M may
+            differ from rank to rank, and the loss is the mean over ranks.
+
+    Returns:
+        Scalar; 0 with a gradient of zeros where nothing is masked.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    z, row_weight = _pad(z, group), _pad(row_weight, group)
+    if isinstance(targets, SoftmaxTargets):
+        padded = _pad(targets.z, group).unsqueeze(0)
+        views: Sequence[Tensor] | SoftmaxTargets = SoftmaxTargets(
+            padded, targets.weight, targets.temperature, targets.bias
+        )
+    else:
+        views = [targets]
+    return fused_cross_entropy(z.unsqueeze(0), weight, views, temperature, z.new_ones(1, 1), row_weight, bias, group)
+
+
+def _pad(x: Tensor, group: Group) -> Tensor:
+    """Rows of zeros up to the longest of all ranks."""
+    if group is None:
+        return x
+    most = int(max_over_ranks(torch.tensor(len(x), device=x.device), group))
+    return torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+
+
+def patch_weights(mask: Tensor, unmasked_count: bool = True) -> Tensor:
+    """How much each masked patch counts: a mean over an image's masked patches, then over images.
+
+    iBOT averages over images within a crop and then over the two crops, DINOv2 divides by the number of all crops:
+    the same numbers. In both, a crop without a mask counts as one whose loss is 0, which makes the term smaller the
+    fewer crops are masked.
+
+    Args:
+        mask: ``(n, patches)`` boolean, True where the student's token was masked; n counts crops.
+        unmasked_count: False takes the mean over the crops that have a mask, so the term is a mean cross-entropy.
+
+    Returns:
+        ``(M,)`` float32 in the order of ``mask.nonzero()``; sums to the share of crops that have a mask, or to 1.
+    """
+    masked = mask.sum(-1)
+    images = len(mask) if unmasked_count else int((masked > 0).sum())
+    each = 1 / (masked.clamp(min=1).float() * max(1, images))
+    return each.unsqueeze(-1).expand(mask.shape)[mask]
+
+
+def pair_count(views: int, teacher_views: int) -> int:
+    """Pairs (teacher view q, student view v ≠ q), the teacher's views being the student's first.
+
+    Raises:
+        ValueError: fewer student views than teacher views, or no pair at all.
+    """
     pairs = views * teacher_views - min(views, teacher_views)
     if views < teacher_views or pairs < 1:
         raise ValueError(
@@ -67,62 +156,3 @@ def _pairs(views: int, teacher_views: int) -> int:
             f"got {teacher_views} teacher and {views} student views"
         )
     return pairs
-
-
-class _FusedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, *targets: Tensor
-    ) -> Tensor:
-        views, n, _ = z.shape
-        k = weight.shape[0]
-        scale = 1.0 / (n * _pairs(views, len(targets)))
-        grad_z = torch.empty_like(z) if ctx.needs_input_grad[0] else None
-        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        loss = torch.zeros((), dtype=torch.float64, device=z.device)
-        rows = max(1, _BLOCK // k)
-        for start in range(0, n, rows):
-            block = slice(start, start + rows)
-            shown = [t[block] for t in targets]
-            everyone = shown[0].clone() if len(shown) > 1 else shown[0]
-            for t in shown[1:]:
-                everyone += t
-            for v in range(views):
-                if v < len(shown):
-                    # The sum over the other teacher views; with two of them that is just the other one.
-                    others = shown[:v] + shown[v + 1 :]
-                    if not others:
-                        if grad_z is not None:
-                            grad_z[v, block] = 0
-                        continue
-                    target = others[0] if len(others) == 1 else everyone - shown[v]
-                else:
-                    target = everyone
-                logits = z[v, block] @ weight.T
-                logits = logits.div_(temperature) if bias is None else logits.div_(temperature).add_(bias)
-                mass = target.sum(-1, keepdim=True)
-                log_sum = logits.logsumexp(-1, keepdim=True)
-                cross = torch.linalg.vecdot(target, logits)
-                loss += (mass * log_sum).double().sum() - cross.double().sum()
-                if grad_z is None and grad_w is None:
-                    continue
-                error = logits.sub_(log_sum).exp_().mul_(mass).sub_(target)
-                if grad_z is not None:
-                    grad_z[v, block] = error @ weight
-                if grad_w is not None:
-                    grad_w.addmm_(error.T, z[v, block])
-        factor = scale / temperature
-        ctx.grads = (
-            grad_z.mul_(factor) if grad_z is not None else None,
-            grad_w.mul_(factor) if grad_w is not None else None,
-        )
-        return (loss * scale).to(z.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_z, grad_w = ctx.grads
-        return (
-            grad_z * grad if grad_z is not None else None,
-            grad_w * grad if grad_w is not None else None,
-            *[None] * (len(ctx.needs_input_grad) - 2),
-        )

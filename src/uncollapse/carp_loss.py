@@ -1,0 +1,205 @@
+"""CARP's objective: agreement inside random blocks of prototypes (Silva & Ramírez Rivera, NeurIPS 2023).
+
+Every step the K prototypes are dealt at random into blocks of N_B. Within a block b, student and teacher views take a
+softmax over its prototypes alone, and the loss is
+
+    mean over b, images and pairs (v ≠ q) of  -log⟨p_{v,b}, q_{q,b}⟩   +   mean over b of  log N_B - H(p̄_b),
+
+an inner product rather than a cross-entropy, with p̄_b the mean over all student *and* teacher rows of all views.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from uncollapse.cross_entropy import SoftmaxTargets, exponent_floor
+from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
+from uncollapse.losses import pair_count
+
+_BLOCK = 1 << 20
+"""Student logits in flight at once: 4 MiB of float32."""
+
+
+def random_blocks(count: int, size: int, seed: int, step: int) -> Tensor:
+    """``(count // size, size)`` int64: prototypes dealt into blocks, the same on every rank and device.
+
+    Args:
+        count: K.
+        size: N_B, at least 2 and at most K. Where it does not divide K, the rest sit this step out, as in CARP.
+        seed: of the run.
+        step: any integer ≥ 0; another step, another deal.
+
+    Raises:
+        ValueError: ``size`` out of range.
+    """
+    if not 2 <= size <= count:
+        raise ValueError(f"blocks of {size} cannot be dealt from {count} prototypes")
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    return torch.randperm(count, generator=generator)[: count - count % size].view(-1, size)
+
+
+def carp_loss(
+    student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], blocks: Tensor, entropy_weight: float = 1.0
+) -> Tensor:
+    """CARP's loss on logits: the form to read, which keeps every view's probabilities.
+
+    Args:
+        student_logits: one ``(n, K)`` per view, the teacher's views first. CARP's are raw: no temperature, and
+            neither side of the product is normalised.
+        teacher_logits: one ``(n, K)`` per teacher view; no gradient.
+        blocks: ``(blocks, N_B)`` int64 from :func:`random_blocks`.
+        entropy_weight: of the second term; 1 in CARP.
+
+    Returns:
+        Scalar. Inner products are clamped to [ε, 1 - ε], ε the dtype's, so hopeless pairs get no gradient.
+    """
+    pairs = pair_count(len(student_logits), len(teacher_logits))
+    p = [torch.softmax(logits[:, blocks], dim=-1) for logits in student_logits]
+    q = [torch.softmax(logits.detach()[:, blocks], dim=-1) for logits in teacher_logits]
+    eps = torch.finfo(p[0].dtype).eps
+    consistency = p[0].new_zeros(())
+    for i, student in enumerate(p):
+        for j, teacher in enumerate(q):
+            if i != j:
+                consistency = consistency - (student * teacher).sum(-1).clamp(eps, 1 - eps).log().mean()
+    mean = torch.cat([*p, *q]).mean(0)
+    entropy = math.log(blocks.shape[1]) + (mean * mean.clamp(eps, 1 - eps).log()).sum(-1).mean()
+    return consistency / pairs + entropy_weight * entropy
+
+
+def fused_carp_loss(
+    z: Sequence[Tensor],
+    weight: Tensor,
+    targets: SoftmaxTargets,
+    blocks: Tensor,
+    entropy_weight: float = 1.0,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    group: Group = None,
+) -> Tensor:
+    """:func:`carp_loss` with a few blocks of prototypes in memory at a time and the gradient formed in forward.
+
+    Args:
+        z: one ``(n, D)`` per student view, the teacher's views first.
+        weight: ``(K, D)``; gets a gradient where it requires one (rows outside ``blocks`` get zeros).
+        targets: the teacher's side, z ``(T, n, D)``, softmax inside each block; temperature 1 in CARP. No gradient.
+        blocks: ``(blocks, N_B)`` int64 from :func:`random_blocks`, the same on all ranks.
+        entropy_weight: of the second term; 1 in CARP.
+        temperature: the student's; 1 in CARP.
+        bias: ``(K,)`` added after the temperature; no gradient.
+        group: ranks with images of their own and all K prototypes each. p̄ is then taken over all ranks' rows; the
+            loss returned is that of this rank's pairs plus the shared second term, and the mean of gradients over
+            ranks, which DDP forms, is the gradient of the mean loss. As many images on every rank.
+
+    Returns:
+        Scalar, in nats; float32, or float64 where z or ``weight`` is.
+
+    Raises:
+        ValueError: fewer student views than teacher views, no pair at all, or shapes that do not fit.
+    """
+    x = torch.stack(list(z))
+    pair_count(len(x), len(targets.z))
+    if targets.z.shape[1] != x.shape[1] or len(targets.weight) != len(weight):
+        raise ValueError(
+            f"student: {x.shape[1]} images, {len(weight)} prototypes; "
+            f"teacher: {targets.z.shape[1]} images, {len(targets.weight)} prototypes"
+        )
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    fixed = [None if t is None else t.detach().to(dtype) for t in (bias, targets.z, targets.weight, targets.bias)]
+    settings = (temperature, targets.temperature, entropy_weight, group, torch.is_grad_enabled())
+    loss: Tensor = _Carp.apply(x.to(dtype), weight.to(dtype), settings, blocks.to(x.device), *fixed)
+    return loss
+
+
+class _Carp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor, settings: tuple[Any, ...], *fixed: Tensor | None) -> Tensor:
+        ctx.settings = settings
+        ctx.needs = [settings[-1] and needed for needed in ctx.needs_input_grad[:2]]
+        ctx.save_for_backward(z, weight, *fixed)
+        loss, ctx.gradients = _evaluate(z, weight, settings, fixed, ctx.needs)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            # Handed over already, and scaled in place there: a graph that is walked twice pays for it here.
+            z, weight, *fixed = ctx.saved_tensors
+            _, gradients = _evaluate(z, weight, ctx.settings, fixed, ctx.needs)
+        handed = [g if g is None else g.mul_(grad) for g in gradients]
+        return *handed, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+def _evaluate(
+    z: Tensor, weight: Tensor, settings: tuple[Any, ...], fixed: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    with torch.autocast(z.device.type, enabled=False), torch.no_grad():
+        return _sum_blocks(z, weight, settings, fixed, needs)
+
+
+def _sum_blocks(
+    z: Tensor, weight: Tensor, settings: tuple[Any, ...], fixed: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    temperature, teacher_temperature, entropy_weight, group, _ = settings
+    blocks, bias, z_teacher, weight_teacher, bias_teacher = fixed
+    assert blocks is not None
+    assert z_teacher is not None
+    assert weight_teacher is not None
+    views, n, dim = z.shape
+    seen = len(z_teacher)
+    count, size = blocks.shape
+    eps = torch.finfo(z.dtype).eps
+    each = 1 / (count * n * pair_count(views, seen))  # what one inner product counts
+    rows = n * (views + seen)
+    x, y = z.reshape(views * n, dim) / temperature, z_teacher.reshape(seen * n, dim) / teacher_temperature
+
+    loss = torch.zeros((), dtype=torch.float64, device=z.device)
+    grad_z = torch.zeros_like(x) if needs[0] else None
+    # Unless each prototype has its block, some rows are never written.
+    grad_w = (torch.empty_like if blocks.numel() == len(weight) else torch.zeros_like)(weight) if needs[1] else None
+    at_once = max(1, _BLOCK * (32 if z.is_cuda else 1) // (views * n * size))
+    for start in range(0, count, at_once):
+        chosen = blocks[start : start + at_once].reshape(-1)
+        w = weight[chosen]
+        p = _probabilities(x, w, bias, chosen, size).view(views, n, -1, size)
+        q = _probabilities(y, weight_teacher[chosen], bias_teacher, chosen, size).view(seen, n, -1, size)
+        # Second term: every row of the mean has the same slope.
+        total = sum_over_ranks(p.sum((0, 1)) + q.sum((0, 1)), group)
+        mean = total / (rows * rank_and_size(group)[1])
+        log_mean = mean.clamp(eps, 1 - eps).log()
+        loss += entropy_weight / count * (mean.shape[0] * math.log(size) + (mean * log_mean).double().sum())
+        inside = (mean >= eps) & (mean <= 1 - eps)
+        slope = (log_mean + inside) * (entropy_weight / (count * rows))
+        # First term, then the softmax's own derivative: p (g - ⟨p, g⟩).
+        for v in range(views):
+            g = slope.expand(n, -1, -1).clone()
+            for j in range(seen):
+                if v != j:
+                    inner = torch.linalg.vecdot(p[v], q[j])
+                    held = inner.clamp(eps, 1 - eps)
+                    loss -= each * held.log().double().sum()
+                    g.addcmul_(q[j], torch.where(inner == held, 1 / held, 0).unsqueeze(-1), value=-each)
+            g -= torch.linalg.vecdot(p[v], g).unsqueeze(-1)
+            p[v].mul_(g)
+        error = p.view(views * n, -1)
+        if grad_z is not None:
+            grad_z.addmm_(error, w, alpha=1 / temperature)
+        if grad_w is not None:
+            grad_w[chosen] = error.T @ x
+    return loss.to(z.dtype), [None if grad_z is None else grad_z.view_as(z), grad_w]
+
+
+def _probabilities(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, size: int) -> Tensor:
+    """``(rows, blocks, N_B)``, softmax in each block."""
+    logits = x @ weight.T if bias is None else torch.addmm(bias[chosen], x, weight.T)
+    logits = logits.view(len(x), -1, size)
+    logits.sub_(logits.amax(-1, keepdim=True)).clamp_(min=exponent_floor(x.dtype))
+    return torch.softmax(logits, dim=-1)

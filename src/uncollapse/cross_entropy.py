@@ -1,0 +1,368 @@
+"""Cross-entropy between softmax assignments to K prototypes, with no ``(n, K)`` array that outlives a block of rows.
+
+Written out, ``CE(t, s) = mass(t) · log Σ_k exp s_k - Σ_k t_k s_k`` with ``s = W x / τ + b``. The second term is linear
+in s, so ``Σ_k t_k s_k = (t W) · x / τ + t · b``: the targets enter by one product with the prototypes, however many
+student views share them, and each student row needs one pass of exponentials. The gradient is formed on the way.
+
+Not ``torch.compile``: the time is in the matrix products, the passes around them already run in place on what the
+processor holds, and a compiled block costs seconds at the start and a C++ compiler on the user's machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from uncollapse.distributed import Group, gather_rows, logsumexp_over_ranks, rank_and_size, sum_over_ranks
+
+_BLOCK = 1 << 23
+"""Logits in flight at once: 32 MiB of float32. Matrix products with fewer rows run well below the processor's rate."""
+_LEAST_ROWS = 64
+"""Rows of a block however large K is, for the same reason: at K = 1,000,000 a block is 256 MB, a quarter of W."""
+_NEAR = 1 << 18
+"""Logits that stay near the processor between one pass and the next: 1 MiB."""
+
+
+@dataclass(frozen=True)
+class SoftmaxTargets:
+    """Targets ``softmax_k(z · w_k / temperature + bias_k)`` that are made where they are used and never stored.
+
+    DINO's centre is a bias of ``-center / temperature``, a Sinkhorn or mixture posterior one of per-prototype
+    offsets, a vMF model one of log-normalisers. No gradient reaches any of the parts.
+
+    Attributes:
+        z: ``(T, n, D)`` for T teacher views, ``(M, D)`` for M patches; the teacher's projections.
+        weight: ``(K, D)``, the teacher's prototypes.
+        temperature: the teacher's, above 0.
+        bias: ``(K,)``, added after the division by the temperature; -inf rules a prototype out.
+    """
+
+    z: Tensor
+    weight: Tensor
+    temperature: float
+    bias: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """The same targets as an array ``(..., K)``: for small K and for tests."""
+        with torch.no_grad():
+            logits = self.z @ self.weight.T / self.temperature
+            return torch.softmax(logits if self.bias is None else logits + self.bias, dim=-1)
+
+
+Targets = Sequence[Tensor] | SoftmaxTargets
+
+
+def fused_cross_entropy(
+    z: Tensor,
+    weight: Tensor,
+    targets: Targets,
+    temperature: float,
+    pairing: Tensor,
+    row_weight: Tensor,
+    bias: Tensor | None = None,
+    group: Group = None,
+) -> Tensor:
+    """``Σ_i a_i Σ_{v,q} pairing[v, q] · CE(t_{q,i}, s_{v,i})`` with ``s = softmax(z · w_k / temperature + bias_k)``.
+
+    With ``group`` the prototypes are sharded: ``weight``, ``bias`` and those of ``targets`` are this rank's rows, z
+    and the targets' z are this rank's images (as many on every rank), and the loss is the mean over ranks, the same
+    number everywhere. The gradient of z is that of this rank's own share (the sum above over its own images), so
+    that the mean of the encoder's gradients over ranks, which DDP forms, is the gradient of the loss. The gradients
+    of ``weight`` and ``bias`` are complete: keep them out of any averaging.
+
+    Args:
+        z: ``(V, n, D)``, the student's projections.
+        weight: ``(K, D)``; gets a gradient where it requires one, like z and ``bias``.
+        targets: T arrays ``(n, K)`` with rows summing to 1, or :class:`SoftmaxTargets` with z ``(T, n, D)``; no
+            gradient.
+        temperature: the student's, above 0.
+        pairing: ``(V, T)``, how much the pair of student view v and teacher view q counts.
+        row_weight: ``(n,)``, how much image i counts; no gradient.
+        bias: ``(K,)``, finite, added after the temperature.
+        group: ranks that share the prototypes out among them; None: this process has all of them.
+
+    Returns:
+        Scalar, in nats; float32, or float64 where z or ``weight`` is.
+
+    Raises:
+        ValueError: shapes that do not fit, or targets as arrays together with ``group``.
+    """
+    dtype = torch.promote_types(torch.promote_types(z.dtype, weight.dtype), torch.float32)
+    soft = isinstance(targets, SoftmaxTargets)
+    parts: list[Tensor | None] = (
+        [*targets] if not isinstance(targets, SoftmaxTargets) else [targets.z, targets.weight, targets.bias]
+    )
+    _check(z, weight, parts, soft, pairing, row_weight, group)
+    rule = _Rule(
+        temperature,
+        targets.temperature if isinstance(targets, SoftmaxTargets) else None,
+        pairing.detach().to(z.device, dtype),
+        row_weight.detach().to(z.device, dtype),
+        group,
+        torch.is_grad_enabled(),
+    )
+    parts = [None if x is None else x.detach().to(dtype) for x in parts]
+    bias = None if bias is None else bias.to(dtype)
+    loss: Tensor = _CrossEntropy.apply(z.to(dtype), weight.to(dtype), bias, rule, *parts)
+    return loss
+
+
+def _check(
+    z: Tensor,
+    weight: Tensor,
+    parts: list[Tensor | None],
+    soft: bool,
+    pairing: Tensor,
+    row_weight: Tensor,
+    group: Group,
+) -> None:
+    views, n, dim = z.shape
+    first = parts[0]
+    if first is None:
+        raise ValueError("no targets")
+    if not soft and group is not None:
+        raise ValueError("targets of prototypes that are sharded over ranks must be SoftmaxTargets")
+    count = len(first) if soft else len(parts)
+    rows, k = (first.shape[1], len(parts[1])) if soft and parts[1] is not None else tuple(first.shape)
+    wanted = ((views, count), (n,), n, len(weight), dim)
+    got = (tuple(pairing.shape), tuple(row_weight.shape), rows, k, weight.shape[1])
+    if wanted != got:
+        names = ("pairing", "row_weight", "images of the targets", "prototypes of the targets", "length of a prototype")
+        wrong = [f"{name} is {g}, not {w}" for name, g, w in zip(names, got, wanted, strict=True) if g != w]
+        raise ValueError("; ".join(wrong))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    temperature: float
+    target_temperature: float | None
+    """None where the targets are arrays."""
+    pairing: Tensor
+    row_weight: Tensor
+    group: Group
+    gradients: bool
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, rule: _Rule, *parts: Tensor | None) -> Tensor:
+        ctx.needs = [rule.gradients and needed for needed in ctx.needs_input_grad[:3]]
+        loss, ctx.gradients = _evaluate(z, weight, bias, rule, parts, ctx.needs)
+        ctx.rule = rule
+        ctx.save_for_backward(z, weight, bias, *parts)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            # Handed over already, and scaled in place there: a graph that is walked twice pays for it here.
+            z, weight, bias, *parts = ctx.saved_tensors
+            _, gradients = _evaluate(z, weight, bias, ctx.rule, parts, ctx.needs)
+        handed = [g if g is None else g.mul_(grad) for g in gradients]
+        return *handed, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+def _evaluate(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: _Rule,
+    parts: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    # One student view for one teacher view shares nothing: summing errors row by row saves two products.
+    form = _sum_matched if len(z) == rule.pairing.shape[1] == 1 else _sum_blocks
+    with torch.autocast(z.device.type, enabled=False), torch.no_grad():
+        return form(z, weight, bias, rule, parts, needs)
+
+
+def _sum_blocks(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: _Rule,
+    parts: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    pairing, group = rule.pairing, rule.group
+    own = z.shape[1]
+    x = gather_rows(z.transpose(0, 1), group).contiguous()  # (N, V, D), all ranks' images
+    image_weight = gather_rows(rule.row_weight, group) / rank_and_size(group)[1]
+    n, views, dim = x.shape
+    count = pairing.shape[1]
+
+    grad_x = torch.empty_like(x) if needs[0] else None
+    grad_w = torch.zeros_like(weight) if needs[1] else None
+    grad_b = torch.zeros_like(bias) if bias is not None and needs[2] else None
+    buffer = x.new_empty(min(max(1, n * max(views, count)), _rows(weight, _LEAST_ROWS)), len(weight))
+
+    # The targets' side: Σ a t·s, with all student views that target t is paired with summed beforehand.
+    partner = (pairing.T @ x).view(n * count, dim)
+    pulled = x.new_empty(n * count, dim)
+    mass = x.new_ones(n * count)
+    weights_t = image_weight.repeat_interleave(count)
+    times = pairing.sum(0).repeat(n)
+    shared = torch.zeros((), dtype=torch.float64, device=x.device)
+    for rows, t, factor in _target_blocks(rule, parts, x, buffer):
+        if factor is None:
+            mass[rows] = t.sum(-1)
+            a = weights_t[rows]
+        else:
+            a = weights_t[rows] * factor
+        pulled[rows] = (t @ weight).mul_((a / rule.temperature).unsqueeze(1))
+        shared += torch.linalg.vecdot(pulled[rows], partner[rows]).double().sum()
+        if bias is not None:
+            shared += ((t @ bias) * a * times[rows]).double().sum()
+        if grad_w is not None:
+            grad_w.addmm_(t.T, partner[rows] * (a / rule.temperature).unsqueeze(1), alpha=-1)
+        if grad_b is not None:
+            grad_b.addmv_(t.T, a * times[rows], alpha=-1)
+    if grad_x is not None:
+        torch.matmul(pairing, pulled.view(n, count, dim), out=grad_x).neg_()
+
+    # The student's side: Σ a mass log Σ exp s.
+    x = x.view(n * views, dim)
+    weights_s = (image_weight.unsqueeze(1) * (mass.view(n, count) @ pairing.T)).view(-1)
+    loss = torch.zeros_like(shared)
+    for rows in _slices(n * views, len(buffer)):
+        p, log_sum, factor = _exponentials(x[rows], weight, bias, rule.temperature, buffer, group)
+        loss += (weights_s[rows] * log_sum).double().sum()
+        a = weights_s[rows] * factor
+        if grad_x is not None:
+            grad_x.view(n * views, dim)[rows] += (p @ weight).mul_((a / rule.temperature).unsqueeze(1))
+        if grad_w is not None:
+            grad_w.addmm_(p.T, x[rows] * (a / rule.temperature).unsqueeze(1))
+        if grad_b is not None:
+            grad_b.addmv_(p.T, a)
+
+    loss -= sum_over_ranks(shared, group)
+    return loss.to(x.dtype), [_own_share(grad_x, own, group), grad_w, grad_b]
+
+
+def _own_share(grad: Tensor | None, own: int, group: Group) -> Tensor | None:
+    """``(N, V, D)``, what this rank's prototypes say about everyone's images → ``(V, n, D)``, all about its own."""
+    if grad is None:
+        return None
+    rank, ranks = rank_and_size(group)
+    mine = sum_over_ranks(grad, group)[rank * own : (rank + 1) * own].transpose(0, 1)
+    return mine.mul(ranks) if ranks > 1 else mine
+
+
+def _sum_matched(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: _Rule,
+    parts: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The same as `_sum_blocks` for one view of each: the error ``p - t`` is formed in place of the logits."""
+    group, own = rule.group, z.shape[1]
+    x = gather_rows(z[0], group).contiguous()
+    weights = gather_rows(rule.row_weight, group) / rank_and_size(group)[1] * rule.pairing[0, 0]
+    grad_x = torch.empty_like(x) if needs[0] else None
+    grad_w = torch.zeros_like(weight) if needs[1] else None
+    grad_b = torch.zeros_like(bias) if bias is not None and needs[2] else None
+    step = _rows(weight, max(1, _LEAST_ROWS // 2))  # there are two blocks: at the largest K, of half the rows
+    buffer, spare = x.new_empty(2, min(max(1, len(x)), step), len(weight)).unbind()
+    loss, shared = torch.zeros(2, dtype=torch.float64, device=x.device).unbind()
+    for rows, t, factor_t in _target_blocks(rule, parts, x, spare):
+        a = weights[rows]
+        s = _logits(x[rows], weight, bias, rule.temperature, buffer)
+        if factor_t is None:
+            factor_t, mass = torch.ones_like(a), sum_over_ranks(t.sum(-1), group)
+        else:
+            mass = torch.ones_like(a)
+        shared += (a * factor_t * torch.linalg.vecdot(t, s)).double().sum()
+        log_sum, factor_s = _exponentiate(s, group)
+        loss += (a * mass * log_sum).double().sum()
+        error = s.mul_((a * mass * factor_s).unsqueeze(1)).addcmul_(t, (a * factor_t).unsqueeze(1), value=-1)
+        if grad_x is not None:
+            grad_x[rows] = (error @ weight).div_(rule.temperature)
+        if grad_w is not None:
+            grad_w.addmm_(error.T, x[rows] / rule.temperature)
+        if grad_b is not None:
+            grad_b += error.sum(0)
+    loss = loss - sum_over_ranks(shared, group)
+    return loss.to(x.dtype), [_own_share(None if grad_x is None else grad_x.unsqueeze(1), own, group), grad_w, grad_b]
+
+
+def _target_blocks(
+    rule: _Rule, parts: Sequence[Tensor | None], x: Tensor, buffer: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Blocks of targets: their places among ``(image, teacher view)``, ``(rows, K)``, and what to multiply them by."""
+    count = rule.pairing.shape[1]
+    if rule.target_temperature is None:
+        for q, t in enumerate(parts):
+            assert t is not None
+            for rows in _slices(len(x), len(buffer)):
+                yield slice(rows.start * count + q, rows.stop * count, count), t[rows], None
+        return
+    z, weight, bias = parts
+    assert z is not None
+    assert weight is not None
+    z = gather_rows(z.transpose(0, 1), rule.group).reshape(-1, z.shape[2])
+    for rows in _slices(len(z), len(buffer)):
+        t, _, factor = _exponentials(z[rows], weight, bias, rule.target_temperature, buffer, rule.group)
+        yield rows, t, factor
+
+
+def _exponentials(
+    x: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, buffer: Tensor, group: Group
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A block's softmax before its rows are divided by their sums, which its users do on the short side.
+
+    Returns:
+        ``(rows, K)`` exponentials in ``buffer``, valid until the next call; the rows' log-sum-exp over all ranks'
+        prototypes; the factor ``(rows,)`` that makes softmax of the exponentials.
+    """
+    out = _logits(x, weight, bias, temperature, buffer)
+    return out, *_exponentiate(out, group)
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, buffer: Tensor) -> Tensor:
+    out = buffer[: len(x)]
+    if bias is None:
+        return torch.mm(x / temperature, weight.T, out=out)
+    return torch.addmm(bias, x / temperature, weight.T, out=out)
+
+
+def _exponentiate(logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """In place; the rows' log-sum-exp over all ranks, and the factor that makes softmax of the exponentials."""
+    n, k = logits.shape
+    top, total = logits.new_empty(n), logits.new_empty(n)
+    lowest, floor = torch.finfo(logits.dtype).min, exponent_floor(logits.dtype)
+    for rows in _slices(n, max(1, n) if logits.is_cuda else max(1, _NEAR // k)):
+        part = logits[rows]
+        torch.amax(part, dim=-1, out=top[rows])
+        top[rows].clamp_(min=lowest)  # a rank whose prototypes are all ruled out
+        part.sub_(top[rows].unsqueeze(1)).clamp_(min=floor).exp_()
+        torch.sum(part, dim=-1, out=total[rows])
+    log_sum = logsumexp_over_ranks(top + total.log(), group)
+    return log_sum, (top - log_sum).exp()
+
+
+def exponent_floor(dtype: torch.dtype) -> float:
+    """Logits this far below their row's largest count as this far: e⁻⁶¹ in float32, nothing beside 1.
+
+    What lies further below are denormal numbers, which make exponentials and matrix products twenty times slower.
+    """
+    return 0.7 * math.log(torch.finfo(dtype).tiny)
+
+
+def _rows(weight: Tensor, least: int) -> int:
+    block = 16 * _BLOCK if weight.is_cuda else _BLOCK
+    return max(least, block // len(weight))
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
