@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from uncollapse import probes
+from uncollapse import neighbours
 from uncollapse.probes import confidence95, knn_accuracy, linear_accuracy
 
 
@@ -60,7 +60,7 @@ def test_knn_in_chunks_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = naive_knn(x, y, test, t, 5, 0.07)
     assert 0.2 < expected < 0.95
     assert knn_accuracy(x, y, test, t, 5) == pytest.approx(expected)
-    monkeypatch.setattr(probes, "_ELEMENTS", 7 * 1500)
+    monkeypatch.setattr(neighbours, "_ELEMENTS", 7 * 1500)
     assert knn_accuracy(x, y, test, t, 5) == pytest.approx(expected)
 
 
@@ -68,7 +68,7 @@ def test_grouped_selection_finds_the_largest() -> None:
     similar = torch.randn(9, 64 * 50 + 13, generator=torch.Generator().manual_seed(0))
     similar[0, -3:] = 10.0  # in the tail
     similar[1, 128:140] = 9.0 + torch.arange(12) / 10  # all in one group
-    top, index = probes._nearest(similar, 12)
+    top, index = neighbours._largest(similar, 12)
     assert torch.equal(top, similar.topk(12, 1)[0])
     assert torch.equal(similar.gather(1, index), top)
 

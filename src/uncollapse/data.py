@@ -65,7 +65,7 @@ _CHUNK = 64
 
 
 @dataclass
-class _Items:
+class Items:
     """What a path holds, before anything is decoded."""
 
     source: Files | ParquetRows
@@ -73,12 +73,12 @@ class _Items:
     classes: list[str]
 
 
-def _list_dir(path: Path) -> list[Path]:
+def visible(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if not p.name.startswith("."))
 
 
-def _walk(folder: Path) -> list[str]:
-    """Relative paths of the image files below ``folder``, sorted by code point."""
+def image_names(folder: Path) -> list[str]:
+    """Relative paths of the image files below ``folder``, sorted by code point; hidden ones are left out."""
     found = []
     for here, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [d for d in folders if not d.startswith(".")]
@@ -88,21 +88,21 @@ def _walk(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _folder_items(folder: Path) -> _Items:
+def _folder_items(folder: Path) -> Items:
     """Top-level folders with images are classes; an image outside of them makes the set unlabelled."""
-    names = _walk(folder)
+    names = image_names(folder)
     if not names:
-        inside = ", ".join(p.name for p in _list_dir(folder)[:5]) or "nothing"
+        inside = ", ".join(p.name for p in visible(folder)[:5]) or "nothing"
         raise DataError(f"{folder}: no images: looked for {', '.join(sorted(SUFFIXES))} and .parquet files, "
                         f"found {inside}")  # fmt: skip
     tops = [Path(n).parts[0] if len(Path(n).parts) > 1 else "" for n in names]
     if "" in tops:
-        return _Items(Files(str(folder), names), None, [])
+        return Items(Files(str(folder), names), None, [])
     classes = sorted(set(tops))
     number = {c: i for i, c in enumerate(classes)}
     order = sorted(range(len(names)), key=lambda i: (number[tops[i]], names[i]))
     labels = np.array([number[tops[i]] for i in order], dtype=np.int64)
-    return _Items(Files(str(folder), [names[i] for i in order]), labels, classes)
+    return Items(Files(str(folder), [names[i] for i in order]), labels, classes)
 
 
 def _columns(schema: Any, path: Path) -> tuple[str, str | None, list[str]]:
@@ -126,7 +126,7 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None, list[str]]:
     return image, label, list(features[label].get("names") or []) if label in named else []
 
 
-def _parquet_items(paths: Sequence[Path]) -> _Items:
+def _parquet_items(paths: Sequence[Path]) -> Items:
     image, label, classes = _columns(open_parquet(paths[0]).schema_arrow, paths[0])
     parts = []
     for path in paths:
@@ -140,7 +140,7 @@ def _parquet_items(paths: Sequence[Path]) -> _Items:
         labels = np.concatenate([p.to_numpy().astype(np.int64) for p in parts])
         if len(labels) and (labels.min() < 0 or (classes and labels.max() >= len(classes))):
             labels = None
-    return _Items(ParquetRows(paths, image), labels, classes if labels is not None else [])
+    return Items(ParquetRows(paths, image), labels, classes if labels is not None else [])
 
 
 def _parquet_split(path: Path, root: Path) -> str:
@@ -152,7 +152,7 @@ def _parquet_split(path: Path, root: Path) -> str:
     return "train"
 
 
-def _find(path: Path) -> tuple[_Items, _Items | None]:
+def find_items(path: Path) -> tuple[Items, Items | None]:
     """Training items of ``path`` and, where it has a held-out split, those."""
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
@@ -171,18 +171,18 @@ def _find(path: Path) -> tuple[_Items, _Items | None]:
                             f"{', '.join(p.name for p in shards[:5])}")  # fmt: skip
         held = next((splits[s] for s in HELD_OUT if s in splits), None)
         return _parquet_items(splits["train"]), _parquet_items(held) if held else None
-    folders = [p for p in _list_dir(path) if p.is_dir()]
+    folders = [p for p in visible(path) if p.is_dir()]
     names = {p.name for p in folders}
     siblings = [s for s in HELD_OUT if s in names]
     # "train" can also be a class (of vehicles): it is a split only where something else says so.
     alone = len(folders) == 1
-    if "train" in names and (siblings or alone or any(p.is_dir() for p in _list_dir(path / "train"))):
-        held_folder = next((path / s for s in siblings if _walk(path / s)), None)
+    if "train" in names and (siblings or alone or any(p.is_dir() for p in visible(path / "train"))):
+        held_folder = next((path / s for s in siblings if image_names(path / s)), None)
         return _folder_items(path / "train"), _folder_items(held_folder) if held_folder else None
     return _folder_items(path), None
 
 
-def _aligned(held: _Items, train: _Items) -> _Items:
+def _aligned(held: Items, train: Items) -> Items:
     """``held`` with its labels numbered as in ``train``; by name, because folders may lack a class."""
     if held.labels is None or train.labels is None or held.classes == train.classes:
         return held
@@ -198,7 +198,7 @@ def _aligned(held: _Items, train: _Items) -> _Items:
 # --- splitting ----------------------------------------------------------------------------------------------
 
 
-def _split(n: int, labels: np.ndarray | None, share: float, most: int,
+def split_items(n: int, labels: np.ndarray | None, share: float, most: int,
            rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Sorted (train, held-out) positions of n items: ``share`` of each class, at least one if it has two."""
     share = min(share, most / n)
@@ -278,7 +278,7 @@ def _decode_all(source: Files | ParquetRows, index: np.ndarray, limit: float,
     return results
 
 
-def _load(items: _Items, index: np.ndarray, config: DataConfig, progress: bool) -> ImageSet:
+def load_items(items: Items, index: np.ndarray, config: DataConfig, progress: bool) -> ImageSet:
     limit, n = config.memory_gb * 1e9, len(items.source)
     labels = None if items.labels is None else torch.from_numpy(items.labels[index])
     small = not items.source.bytes_over(index, limit)
@@ -316,7 +316,7 @@ def _builtin(name: str, config: DataConfig, rng: np.random.Generator) -> tuple[M
         pixels[:, None].expand(n, 3, 8, 8).contiguous(), torch.full((n, 2), 8),
         torch.from_numpy(digits.target.astype(np.int64)), [str(i) for i in range(10)],
     )  # fmt: skip
-    train, held = _split(n, digits.target, DIGITS_HELD_OUT, config.held_out_max, rng)
+    train, held = split_items(n, digits.target, DIGITS_HELD_OUT, config.held_out_max, rng)
     return subset(images, train), subset(images, held)  # type: ignore[return-value]
 
 
@@ -350,19 +350,19 @@ def load_images(path: str | Path, config: DataConfig, seed: int, val_path: str |
             raise DataError(f"{path}: a built-in set has its own held-out images; leave out {val_path}")
         train, held = _builtin(str(path).removeprefix("builtin:"), config, rng)
     else:
-        items, held_items = _find(Path(path))
+        items, held_items = find_items(Path(path))
         if val_path is not None:
-            held_items = _find(Path(val_path))[0]
+            held_items = find_items(Path(val_path))[0]
         n = len(items.source)
         if held_items is None:
             if n < 2:
                 raise DataError(f"{path}: found {n} image(s), but two at least are needed to train")
-            index, held_index = _split(n, items.labels, config.held_out, config.held_out_max, rng)
+            index, held_index = split_items(n, items.labels, config.held_out, config.held_out_max, rng)
             held_items = items
         else:
             held_items, index, m = _aligned(held_items, items), np.arange(n), len(held_items.source)
             held_index = np.sort(rng.permutation(m)[: config.held_out_max])
-        train, held = _load(items, index, config, progress), _load(held_items, held_index, config, progress)
+        train, held = load_items(items, index, config, progress), load_items(held_items, held_index, config, progress)
     if len(train) < 2 or len(held) < 1:
         raise DataError(f"{path}: {len(train)} training and {len(held)} held-out image(s) are usable, but at "
                         f"least two and one are needed")  # fmt: skip

@@ -11,9 +11,9 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from uncollapse.neighbours import nearest, unit_rows, vote
+
 _GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
-_ELEMENTS = 1 << 24  # most similarities held at once: 64 MB in float32
-_GROUP = 64
 
 
 def knn_accuracy(
@@ -46,37 +46,10 @@ def knn_accuracy(
         raise ValueError(f"k is {k} but there are {len(train)} training features; choose k in [1, {len(train)}]")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    classes, codes = torch.unique(train_labels.to(train.device), return_inverse=True)
-    bank, queries = _normalised(train, "train"), _normalised(test, "test")
-    truth, right = test_labels.to(train.device), 0
-    step = max(1, min(_ELEMENTS // len(bank), len(queries)))
-    similar = torch.empty(step, len(bank), device=bank.device)  # once: a fresh one each time costs as much
-    for s in range(0, len(queries), step):
-        some = queries[s : s + step]
-        top, index = _nearest(torch.mm(some, bank.T, out=similar[: len(some)]), k)
-        # Relative to the nearest one, which changes no decision and cannot overflow.
-        weight = torch.exp((top - top.amax(1, keepdim=True)) / temperature)
-        votes = torch.zeros(len(top), len(classes), device=train.device).scatter_add_(1, codes[index], weight)
-        winner = (votes >= votes.amax(1, keepdim=True)).byte().argmax(1)
-        right += int((classes[winner] == truth[s : s + step]).sum())
-    return right / len(test)
-
-
-def _nearest(similar: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, (rows, N) -> values and columns, both (rows, k)."""
-    size, device = similar.shape[1], similar.device
-    groups = size // _GROUP
-    if groups < 4 * k:
-        return similar.topk(k, 1)
-    # The k largest lie in the k groups with the largest maxima (or in the tail, searched whole). Selecting
-    # among maxima first is several times faster than selecting among all.
-    inside = similar[:, : groups * _GROUP].view(len(similar), groups, _GROUP)
-    best = inside.amax(2).topk(k, 1)[1]
-    columns = (best[:, :, None] * _GROUP + torch.arange(_GROUP, device=device)).flatten(1)
-    tail = torch.arange(groups * _GROUP, size, device=device).expand(len(similar), -1)
-    columns = torch.cat([columns, tail], 1)
-    top, place = similar.gather(1, columns).topk(k, 1)
-    return top, columns.gather(1, place)
+    bank, queries = unit_rows(train, "train"), unit_rows(test, "test")
+    similarity, index = nearest(bank, queries, k)
+    elected = vote(similarity, train_labels.to(train.device)[index], temperature)
+    return float((elected == test_labels.to(train.device)).double().mean())
 
 
 @dataclass(frozen=True)
@@ -203,11 +176,3 @@ def _check(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tenso
             raise ValueError(f"{bad} of the {len(x)} {name} features are NaN or infinite; look upstream for the cause")
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"train has {train.shape[1]} dimensions and test {test.shape[1]}; use one encoder for both")
-
-
-def _normalised(x: Tensor, name: str) -> Tensor:
-    x = x.detach().float()
-    norm = x.norm(dim=1, keepdim=True)
-    if not bool((norm > 0).all()):
-        raise ValueError(f"{int((norm == 0).sum())} {name} features are all zero and have no direction")
-    return x / norm

@@ -1,0 +1,76 @@
+"""Accuracy on classes with many, a medium number of, and few training images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from uncollapse.evaluate import knn as neighbours
+from uncollapse.evaluate.cluster import labelled
+from uncollapse.evaluate.features import Features
+from uncollapse.evaluate.linear import fitted
+from uncollapse.evaluate.result import Result, bootstrap95_mean
+
+CUTS = (100, 20)
+SOURCE = "Liu et al. 2019 (OLTR): many above 100 training images, few below 20, medium between"
+
+
+def longtail(
+    train: Features,
+    test: Features,
+    seed: int = 0,
+    cuts: tuple[int, int] = CUTS,
+    device: torch.device | str = "cpu",
+) -> Result:
+    """Top-1 by the number of training images of the class, for kNN (k = 20) and for the linear probe.
+
+    A class with more than ``cuts[0]`` training images is *many*, with fewer than ``cuts[1]`` *few*, and *medium*
+    otherwise (both limits included). A split's accuracy is the mean over its test images; ``macro`` is the mean
+    over classes. A split without test images has no metric and is named in the details; test classes that are not
+    in train count as wrong in the overall numbers and belong to no split.
+
+    Returns:
+        ``macro`` (linear probe; the headline), then ``linear_*`` and ``knn_*`` for overall, macro, many, medium
+        and few.
+
+    Raises:
+        ValueError: as `linear`, or cuts that do not fall.
+    """
+    if not cuts[0] >= cuts[1] >= 0:
+        raise ValueError(f"cuts must fall, such as (100, 20), got {cuts}")
+    y, classes, truth = labelled(train, test)
+    counts = np.bincount(y, minlength=classes)
+    k = min(neighbours.HEADLINE, len(train))
+    guesses = {
+        "linear": fitted(train, test, seed, device=device)[2].argmax(1).numpy(),
+        "knn": neighbours.predictions(train, test, [k], device=device)[k].numpy(),
+    }
+    splits = {
+        "many": counts > cuts[0],
+        "medium": (counts <= cuts[0]) & (counts >= cuts[1]) & (counts > 0),
+        "few": (counts < cuts[1]) & (counts > 0),
+    }
+    metrics: dict[str, float] = {}
+    for name, guess in guesses.items():
+        right = guess == truth
+        metrics[f"{name}_overall"] = float(right.mean())
+        metrics[f"{name}_macro"] = float(np.mean([right[truth == c].mean() for c in np.unique(truth)]))
+        for split, members in splits.items():
+            if members[truth].any():
+                metrics[f"{name}_{split}"] = float(right[members[truth]].mean())
+    details: dict[str, object] = {
+        "classes": {split: int(members.sum()) for split, members in splits.items()},
+        "test_images": {split: int(members[truth].sum()) for split, members in splits.items()},
+        "train_images_per_class": {"largest": int(counts.max()), "smallest": int(counts[counts > 0].min())},
+    }
+    if empty := [split for split, members in splits.items() if not members[truth].any()]:
+        details["without_test_images"] = empty
+    if unseen := int((counts[truth] == 0).sum()):
+        details["unseen"] = f"{unseen} test images of classes that are not in train count as wrong"
+    right = (guesses["linear"] == truth).astype(float)
+    # Each image weighted so that the plain mean is the mean over classes.
+    per_class = np.bincount(truth, minlength=classes)
+    weighted = right * len(truth) / (per_class[truth] * (per_class > 0).sum())
+    metrics = {"macro": metrics["linear_macro"], **metrics}
+    protocol = f"many > {cuts[0]}, few < {cuts[1]} training images; linear probe, and kNN with k = {k}"
+    return Result("longtail", metrics, bootstrap95_mean(weighted), len(test), protocol, SOURCE, details)

@@ -1,0 +1,241 @@
+"""Labelled pairs from every layout: what is found, how classes are numbered, and what a long tail keeps."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from uncollapse.config import DataConfig
+from uncollapse.data import load_images
+from uncollapse.evaluate.datasets import load_pair, long_tail_rows, open_pair, proportional_rows, split_spec
+from uncollapse.images import DataError, LazyImages, MemoryImages
+
+LAZY = DataConfig(memory_gb=0)
+
+
+def save(path: Path, red: int = 0) -> None:
+    """An image that tells its number: red is ``red``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (6, 4), (red, 100, 200)).save(path)
+
+
+def folders(root: Path, counts: dict[str, int], first: int = 0) -> Path:
+    for name, count in counts.items():
+        for k in range(count):
+            save(root / name / f"{k:03}.png", first)
+            first += 1
+    return root
+
+
+def reds(images: MemoryImages | LazyImages) -> list[int]:
+    return [images.image(i).getpixel((0, 0))[0] for i in range(len(images))]  # type: ignore[index]
+
+
+def parquet(path: Path, labels: list[int], names: list[str] | None) -> Path:
+    cells = []
+    for i in range(len(labels)):
+        out = io.BytesIO()
+        Image.new("RGB", (6, 4), (i, 0, 0)).save(out, "PNG")
+        cells.append({"bytes": out.getvalue(), "path": f"{i}.png"})
+    table = pa.table({
+        "image": pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        "label": pa.array(labels, pa.int64()),
+    })  # fmt: skip
+    features: dict[str, object] = {"image": {"_type": "Image"}}
+    if names is not None:
+        features["label"] = {"_type": "ClassLabel", "names": names}
+    meta = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pq.write_table(table.replace_schema_metadata(meta), path)
+    return path
+
+
+# --- the parts ----------------------------------------------------------------------------------------------
+
+
+def test_held_out_images_are_those_that_training_holds_out(tmp_path):
+    folders(tmp_path, {"a": 12, "b": 9, "c": 7})
+    for seed in (0, 3):
+        ours, theirs = load_pair(str(tmp_path), seed), load_images(tmp_path, DataConfig(), seed)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert reds(mine) == reds(other)
+            assert torch.equal(mine.labels, other.labels)
+
+
+def test_digits_are_those_that_training_has():
+    ours, theirs = load_pair("builtin:digits", 1), load_images("builtin:digits", DataConfig(), 1)
+    assert torch.equal(ours[0].canvas, theirs[0].canvas)
+    assert torch.equal(ours[1].canvas, theirs[1].canvas)
+
+
+def test_a_given_test_part_is_used_in_full(tmp_path):
+    folders(tmp_path / "train", {"a": 3, "b": 3})
+    folders(tmp_path / "val", {"a": 9, "b": 9})
+    config = DataConfig(held_out_max=5)
+    assert [len(s) for s in load_pair(str(tmp_path), config=config)] == [6, 18]
+    # Of a TEST with parts of its own, its held-out part.
+    other = folders(tmp_path / "other", {"a": 4, "b": 4})
+    assert [len(s) for s in load_pair(f"{other},{tmp_path}")] == [8, 18]
+    assert [len(s) for s in load_pair(f"{other},{tmp_path / 'val'}")] == [8, 18]
+
+
+def test_large_sets_are_decoded_on_demand_and_travel_to_workers(tmp_path):
+    folders(tmp_path, {"a": 12, "b": 9})
+    train, test = load_pair(str(tmp_path), config=LAZY, limit=8)
+    assert isinstance(train, LazyImages)
+    assert isinstance(test, LazyImages)
+    assert reds(pickle.loads(pickle.dumps(train))) == reds(load_pair(str(tmp_path), limit=8)[0])
+
+
+def test_commas(tmp_path):
+    a, b = folders(tmp_path / "a,b", {"x": 3, "y": 3}), folders(tmp_path / "c", {"x": 2, "y": 2})
+    assert split_spec(f"{a}") == (str(a), None)
+    assert split_spec(f"{a},{b}") == (str(a), str(b))
+    assert split_spec(f"{b},{a}") == (str(b), str(a))
+    assert split_spec("p\\,q,r") == ("p,q", "r")
+    assert split_spec("new,other") == ("new", "other")
+    assert [len(s) for s in load_pair(f"{a},{b}")] == [6, 4]
+    for bad in ("a,b,c", ",b", "a,"):
+        with pytest.raises(DataError, match="TRAIN,TEST"):
+            split_spec(bad)
+
+
+@pytest.mark.parametrize(("spec", "words"), [
+    ("/no/such/place", "no such"), ("builtin:letters", "no such built-in"), ("list:/none.txt@/x", "no such file"),
+    ("inat:/none", "no such file"), ("torchvision:CIFAR10", "FOLDER"), ("torchvision:Nope@/x", "no set 'Nope'"),
+])  # fmt: skip
+def test_what_is_not_there_is_named(spec, words):
+    with pytest.raises(DataError, match=words):
+        load_pair(spec)
+
+
+def test_limit_keeps_the_classes_shares(tmp_path):
+    folders(tmp_path / "train", {"a": 40, "b": 20, "c": 10})
+    folders(tmp_path / "test", {"a": 10, "b": 10, "c": 10})
+    train, test = load_pair(str(tmp_path), 0, limit=14)
+    assert train.labels.bincount().tolist() == [8, 4, 2]
+    assert sorted(test.labels.bincount().tolist()) == [4, 5, 5]
+    assert reds(train) == reds(load_pair(str(tmp_path), 0, limit=14)[0])
+    assert reds(train) != reds(load_pair(str(tmp_path), 1, limit=14)[0])
+    with pytest.raises(DataError, match="limit"):
+        load_pair(str(tmp_path), limit=0)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 100), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_proportional_rows(counts, most, seed):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    most = min(most, len(labels))
+    rows = proportional_rows(labels, most, seed)
+    assert len(rows) == len(set(rows.tolist())) == most
+    kept = np.bincount(labels[rows], minlength=len(counts))
+    assert (np.abs(kept - np.array(counts) * most / len(labels)) < 1).all()
+
+
+# --- classes ------------------------------------------------------------------------------------------------
+
+
+def test_classes_are_aligned_by_name(tmp_path):
+    train = folders(tmp_path / "one", {"ant": 4, "bee": 4, "cow": 4})
+    test = folders(tmp_path / "two", {"bee": 2, "cow": 3, "dog": 1})
+    pair = open_pair(f"{train},{test}")
+    assert pair.train.classes == pair.test.classes == ["ant", "bee", "cow", "dog"]
+    assert pair.test.labels.tolist() == [1, 1, 2, 2, 2, 3]
+    assert len(pair.notes) == 1
+    assert "'dog'" in pair.notes[0]
+    with pytest.warns(UserWarning, match="dog"):
+        load_pair(f"{train},{test}")
+
+
+def test_classes_without_a_name_are_aligned_by_number(tmp_path):
+    train = folders(tmp_path / "one", {"ant": 4, "bee": 4})
+    test = parquet(tmp_path / "t.parquet", [1, 0, 3], None)
+    pair = open_pair(f"{train},{test}")
+    assert pair.test.labels.tolist() == [1, 0, 3]
+    assert pair.test.classes == ["ant", "bee", "2", "3"]
+    assert "2 to 3" in pair.notes[0]
+
+
+def test_parts_without_a_common_class_are_refused(tmp_path):
+    train, test = folders(tmp_path / "one", {"ant": 2, "bee": 2}), folders(tmp_path / "two", {"x": 2, "y": 2})
+    with pytest.raises(DataError, match=r"share no class.*ant.*'x'"):
+        load_pair(f"{train},{test}")
+
+
+def test_odd_folders_are_named_and_nothing_is_merged(tmp_path):
+    folders(tmp_path, {"Dog": 12, "dog": 12, "cat ": 12, ".hidden": 1})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "0.png").write_bytes(b"nothing")
+    for config in (DataConfig(), LAZY):
+        pair = open_pair(str(tmp_path), config=config)
+        notes = "\n".join(pair.notes)
+        for words in ("'Dog', 'dog' differ only", "'cat ' begin or end", "'.hidden' hold", "'empty' hold no image",
+                      "without a readable training image: 'broken'"):  # fmt: skip
+            assert words in notes
+        assert pair.train.classes == ["Dog", "broken", "cat ", "dog"]
+    assert not open_pair(str(folders(tmp_path / "fine", {"a": 4, "b": 4}))).notes
+
+
+def test_unlabelled_images_have_no_labels(tmp_path):
+    folders(tmp_path, {"": 12})
+    train, test = load_pair(str(tmp_path))
+    assert train.labels is None
+    assert test.labels is None
+    with pytest.raises(DataError, match="no labels"):
+        load_pair(str(tmp_path), long_tail=2)
+
+
+# --- long tails ---------------------------------------------------------------------------------------------
+
+
+def test_the_long_tail_is_the_published_profile():
+    """Class sizes of CIFAR-10-LT and CIFAR-100-LT as the code of Cao et al. draws them."""
+    labels = np.repeat(np.arange(10), 5000)
+    kept = np.bincount(labels[long_tail_rows(labels, 100)])
+    assert kept.tolist() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    hundred = np.repeat(np.arange(100), 500)
+    kept = np.bincount(hundred[long_tail_rows(hundred, 100)])
+    assert len(hundred[long_tail_rows(hundred, 100)]) == 10847
+    assert (kept[0], kept[-1]) == (500, 5)
+
+
+@given(st.integers(2, 15), st.integers(20, 60), st.floats(1, 15), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_long_tails_of_any_balanced_set(classes, size, factor, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(classes), size))
+    rows = long_tail_rows(labels, factor, seed)
+    kept = np.bincount(labels[rows], minlength=classes)
+    assert (np.diff(kept) <= 0).all()
+    assert kept[0] == size
+    assert kept[-1] == int(size / factor + 1e-9)
+    smaller = long_tail_rows(labels, factor * 1.2, seed)
+    assert set(smaller.tolist()) <= set(rows.tolist())
+
+
+def test_long_tails_leave_the_test_part_alone(tmp_path):
+    folders(tmp_path / "train", {"a": 40, "b": 38, "c": 41})
+    folders(tmp_path / "test", {"a": 4, "b": 4, "c": 4})
+    train, test = load_pair(str(tmp_path), long_tail=10)
+    assert train.labels.bincount().tolist() == [40, 12, 4]
+    assert test.labels.bincount().tolist() == [4, 4, 4]
+    assert load_pair(str(tmp_path), long_tail=1)[0].labels.bincount().tolist() == [38, 38, 38]
+
+
+@pytest.mark.parametrize(("counts", "factor", "words"), [
+    ([10, 100], 2, "not balanced enough"), ([40, 40], 100, "can be 40 at most"), ([9, 9], 0.5, "at least 1"),
+    ([9, 9], float("nan"), "at least 1"), ([9], 2, "two classes"),
+])  # fmt: skip
+def test_long_tails_that_cannot_be_drawn(counts, factor, words):
+    with pytest.raises(DataError, match=words):
+        long_tail_rows(np.repeat(np.arange(len(counts)), counts), factor)

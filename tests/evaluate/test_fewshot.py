@@ -1,0 +1,76 @@
+"""Few-shot and long-tail protocols on features whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from uncollapse.evaluate.features import Features
+from uncollapse.evaluate.fewshot import fewshot
+from uncollapse.evaluate.knn import knn
+from uncollapse.evaluate.linear import linear
+from uncollapse.evaluate.longtail import longtail
+
+
+def digits(counts=None):
+    """Real digits; ``counts``: training images of each class."""
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = x[order], y[order]
+    train = np.arange(1200)
+    if counts is not None:
+        train = np.concatenate([np.flatnonzero(y[:1200] == c)[:many] for c, many in enumerate(counts)])
+
+    def part(rows):
+        cls = torch.from_numpy(x[rows]).float()[:, None]
+        return Features(
+            cls, None, None, torch.from_numpy(y[rows]), torch.arange(len(rows)), [str(c) for c in range(10)]
+        )
+
+    return part(train), part(np.arange(1200, len(x)))
+
+
+def test_more_shots_are_better_and_draws_spread():
+    result = fewshot(*digits(), draws=4)
+    accuracy = [result.metrics[f"top1_{s}shot"] for s in (1, 2, 5, 10)]
+    assert accuracy == sorted(accuracy)
+    assert 0.3 < accuracy[0] < accuracy[-1] < 0.99
+    assert result.metrics["std_1shot"] > 0
+    assert result.ci95[0] < accuracy[0] < result.ci95[1]
+    assert all(len(v) == 4 for v in result.details["values"].values())
+    assert fewshot(*digits(), draws=4).metrics == result.metrics
+
+
+def test_classes_with_too_few_images_give_what_they_have():
+    result = fewshot(*digits([3, *[50] * 9]), shots=(1, 5), draws=2)
+    assert result.details["classes_with_fewer_images"] == {"5shot": 1}
+
+
+def test_fewshot_rejects_what_it_cannot_do():
+    with pytest.raises(ValueError, match="at least 2 draws"):
+        fewshot(*digits(), draws=1)
+    train, test = digits()
+    with pytest.raises(ValueError, match="one class"):
+        fewshot(train.take(train.labels == 3), test)
+
+
+def test_long_tail_splits_by_training_count_with_both_limits_medium():
+    train, test = digits([110, 105, 101, 100, 60, 40, 20, 19, 8, 3])
+    result = longtail(train, test)
+    assert result.details["classes"] == {"many": 3, "medium": 4, "few": 3}
+    m = result.metrics
+    assert m["macro"] == m["linear_macro"]
+    assert result.ci95[0] < m["macro"] < result.ci95[1]
+    shares = {s: c / len(test) for s, c in result.details["test_images"].items()}
+    for name in ("linear", "knn"):
+        assert m[f"{name}_overall"] == pytest.approx(sum(shares[s] * m[f"{name}_{s}"] for s in shares))
+    assert m["linear_many"] > m["linear_few"]
+    assert m["linear_overall"] == pytest.approx(linear(train, test).metrics["top1"])
+    assert m["knn_overall"] == pytest.approx(knn(train, test).metrics["top1"])
+
+
+def test_empty_splits_are_named_and_have_no_number():
+    result = longtail(*digits([30] * 10))
+    assert result.details["without_test_images"] == ["many", "few"]
+    assert "linear_few" not in result.metrics
+    assert longtail(*digits([30] * 10), cuts=(25, 5)).details["classes"]["many"] == 10
