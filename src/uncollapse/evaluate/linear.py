@@ -108,7 +108,7 @@ def fitted(
     labels = torch.from_numpy(y)
     fit, check = split(y, HELD_OUT, seed)
     candidates = inputs(train)
-    work = sum(_steps(len(fit))[1] for _ in candidates) + _steps(len(y))[1]
+    work = sum(steps_for(len(fit))[1] for _ in candidates) + steps_for(len(y))[1]
     done = 0
 
     def told(steps: int, loss: float) -> None:
@@ -120,7 +120,7 @@ def fitted(
     for candidate in candidates:
         x = candidate.of(train)
         grid = _train(x[fit], labels[fit], x[check], classes, rates, seed, device, told)
-        done += _steps(len(fit))[1]
+        done += steps_for(len(fit))[1]
         accuracy = (grid.argmax(2) == labels[check]).double().mean(1)
         # A rate at which training ran away scores nothing.
         ran_away = ~torch.isfinite(grid).all(2).all(1)
@@ -163,7 +163,7 @@ def split(y: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarra
     return np.setdiff1d(order, check), np.sort(check)
 
 
-def _steps(n: int) -> tuple[int, int]:
+def steps_for(n: int) -> tuple[int, int]:
     """Batch size and number of steps for n images."""
     batch = min(n, 256 if n <= 50_000 else 1024)
     return batch, max(LEAST_STEPS, math.ceil(EPOCHS * n / batch))
@@ -180,7 +180,7 @@ def _train(
     mean, deviation = x.mean(0), x.std(0, correction=0)
     scale = torch.where(deviation > 1e-6 * (1 + mean.abs()), 1 / deviation.clamp_min(1e-30), torch.zeros(()))
     x, y = ((x - mean) * scale).to(device), y.to(device)
-    batch, steps = _steps(len(x))
+    batch, steps = steps_for(len(x))
     many, width = len(rates), x.shape[1]
     generator = torch.Generator().manual_seed(seed)
     start = 0.01 * torch.randn(1, classes, width, generator=generator)
