@@ -19,6 +19,7 @@ from uncollapse.config import (
     recipe_names,
     tiny,
 )
+from uncollapse.evaluate_cli import add_parser as add_evaluate
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -121,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     diagnose.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     diagnose.set_defaults(run=_diagnose)
+
+    add_evaluate(commands)
 
     report = commands.add_parser("report", help="write report.html again from finished run folders")
     report.add_argument("runs", nargs="+", type=Path, help="run folders")

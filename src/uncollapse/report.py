@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 
 from uncollapse import figures
+from uncollapse.evaluation_section import evaluations
 from uncollapse.figures import Curve
 from uncollapse.runs import Arms, Row, RunRecord, at_epsilon, common, entry, group_runs, number, percent
 from uncollapse.unique import EPSILONS
@@ -37,6 +38,7 @@ def write_report(runs: list[RunRecord], path: Path, title: str, notes: list[str]
         many_seeds=any(len(rows) > 1 for rows in arms.values()),
         figures=_figures(arms),
         diagnosis_share=_diagnosis_share(arms),
+        evaluations=evaluations(arms),
         examples=[_examples(arm, rows) for arm, rows in arms.items()],
         has_control=CONTROL in arms,
     )

@@ -29,6 +29,8 @@ class RunRecord:
     summary: Row = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     """The arrays of ``diagnosis.npz``."""
+    evaluation: Row = field(default_factory=dict)
+    """What `uncollapse evaluate` measured: the ``data`` of ``evaluation.json``."""
 
 
 Arms = dict[str, list[RunRecord]]
@@ -36,7 +38,7 @@ Arms = dict[str, list[RunRecord]]
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read ``metrics.jsonl``, ``summary.json`` and ``diagnosis.npz`` of a run folder, whichever exist."""
+    """Read ``metrics.jsonl``, ``summary.json``, ``diagnosis.npz`` and ``evaluation.json``, whichever exist."""
     summary: Row = {}
     if (folder / "summary.json").exists():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -45,7 +47,14 @@ def read_run(folder: Path) -> RunRecord:
         with np.load(folder / "diagnosis.npz", allow_pickle=False) as stored:
             arrays = dict(stored)
     rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    return RunRecord(summary.get("name") or folder.name, summary.get("seed") or 0, rows, summary, arrays)
+    evaluation: Row = {}
+    if (folder / "evaluation.json").exists():
+        from uncollapse.evaluate.record import embed_pictures, read_evaluation
+
+        evaluation = (read_evaluation(folder) or {}).get("data", {})
+        embed_pictures(folder, evaluation)
+    name = summary.get("name") or folder.name
+    return RunRecord(name, summary.get("seed") or 0, rows, summary, arrays, evaluation)
 
 
 def group_runs(runs: Iterable[RunRecord]) -> Arms:

@@ -1,0 +1,132 @@
+"""Where results stay: ``evaluation.json``, merged task by task, and scalars for TensorBoard."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from uncollapse.checkpoint import write_atomically
+from uncollapse.evaluate.run import Evaluated
+
+FILE = "evaluation.json"
+FORMAT = 1
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """The contents of ``evaluation.json``, empty where there is none; None (and a warning) if it is not understood.
+
+    ``{"format": 1, "data": {KEY: {"n_train", "n_test", "classes", "encoders": {LABEL: {"name", "described",
+    "weights", "step", "size", "notes", "pictures", "tasks": {TASK: {METRIC: value, "ci95", "n", "protocol", "source",
+    "details", "command"}}}}}}}``
+    """
+    path = folder / FILE
+    if not path.exists():
+        return {"format": FORMAT, "data": {}}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("format") == FORMAT and isinstance(content.get("data"), dict):
+            return content
+        reason = f"format {content.get('format') if isinstance(content, dict) else '?'} is not {FORMAT}"
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+    warnings.warn(f"{path}: not understood ({reason})", stacklevel=2)
+    return None
+
+
+def merge(folder: Path, key: str, one: Evaluated, command: str) -> None:
+    """Adds one encoder's results to a folder's ``evaluation.json``: a task done again replaces its older result.
+
+    Results of the same label with other weights (the run went on) are dropped, not mixed. Written atomically.
+
+    Args:
+        key: of the data set and its cuts. command: the command line, stored with each task.
+    """
+    content = read_evaluation(folder)
+    if content is None:  # somebody may still want it
+        (folder / FILE).replace(folder / f"{FILE}.old")
+        warnings.warn(f"{folder / FILE} is kept as {FILE}.old and a new one begun", stacklevel=2)
+        content = {"format": FORMAT, "data": {}}
+    data = content["data"].setdefault(key, {"encoders": {}})
+    data |= {"n_train": one.n_train, "n_test": one.n_test, "classes": one.classes}
+    weights = one.encoder.weights_hash
+    old = data["encoders"].get(one.label, {})
+    tasks = old.get("tasks", {}) if old.get("weights") == weights else {}
+    for result in one.results:
+        tasks[result.task] = {**finite(result.to_json()), "command": command}
+    pictures = {t: p for t, p in old.get("pictures", {}).items() if t in tasks}
+    pictures |= _drawn(folder, key, one)
+    data["encoders"][one.label] = {
+        "name": one.encoder.name, "described": one.encoder.described, "weights": weights,
+        "step": one.encoder.step, "size": one.encoder.size, "notes": one.notes, "tasks": tasks,
+        "pictures": pictures,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / FILE, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _drawn(folder: Path, key: str, one: Evaluated) -> dict[str, list[dict[str, str]]]:
+    """Writes the pictures into ``FOLDER/evaluation`` and lists them by task."""
+    out: dict[str, list[dict[str, str]]] = {}
+    for i, picture in enumerate(one.pictures):
+        head, _, content = picture.src.partition(",")
+        ending = "svg" if "svg" in head else "png"
+        name = f"{slug(key, one.label)}-{hashlib.sha256(key.encode()).hexdigest()[:6]}-{picture.task}{i}.{ending}"
+        (folder / "evaluation").mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "evaluation" / name, base64.b64decode(content))
+        entry = {"file": f"evaluation/{name}", "caption": picture.caption, "alt": picture.alt}
+        out.setdefault(picture.task, []).append(entry)
+    return out
+
+
+def slug(key: str, label: str) -> str:
+    """Data set and encoder as a file's name."""
+    return re.sub(r"[^\w.-]+", "-", f"{Path(key.split(',')[0]).name}-{label}").strip("-")
+
+
+def embed_pictures(folder: Path, data: dict[str, Any]) -> None:
+    """Adds to each picture of an ``evaluation.json`` its ``src``; one whose file is gone goes without."""
+    for of_set in data.values():
+        for encoder in of_set.get("encoders", {}).values():
+            for picture in (p for found in encoder.get("pictures", {}).values() for p in found):
+                path = folder / picture["file"]
+                if path.is_file():
+                    kind = "svg+xml" if path.suffix == ".svg" else "png"
+                    content = base64.b64encode(path.read_bytes()).decode()
+                    picture["src"] = f"data:image/{kind};base64,{content}"
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: an interval that could not be had is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(name): finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value
+
+
+def add_scalars(folder: Path, key: str, found: Sequence[Evaluated]) -> None:
+    """``evaluate/TASK/METRIC`` at the encoder's step, a TensorBoard run per data set and encoder.
+
+    A failing write is a warning: the numbers are in ``evaluation.json``.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        for one in found:
+            board = SummaryWriter(str(folder / "tensorboard" / f"evaluate-{slug(key, one.label)}"))
+            for result in one.results:
+                for name, value in result.metrics.items():
+                    if math.isfinite(value):
+                        board.add_scalar(f"evaluate/{result.task}/{name}".replace(" ", "_"), value, one.encoder.step)
+            board.close()
+    except Exception as error:
+        warnings.warn(f"no TensorBoard events of the evaluation: {error}", stacklevel=2)

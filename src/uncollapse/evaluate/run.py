@@ -1,0 +1,265 @@
+"""One evaluation: features once, every task on them, results merged into ``evaluation.json``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uncollapse.config import ConfigError, DataConfig
+from uncollapse.evaluate.datasets import open_pair, split_spec
+from uncollapse.evaluate.encoders import EvalEncoder
+from uncollapse.evaluate.extract import Progress, extract
+from uncollapse.evaluate.features import Features
+from uncollapse.evaluate.result import Result
+from uncollapse.evaluate.tasks import TASKS, Context, Picture, Task, chosen
+from uncollapse.images import DataError, ImageSet
+
+Say = Callable[[str], None]
+Bar = Callable[[str], Progress]
+"""From a description to what advances its bar."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an evaluation is done; the same for each of its encoders."""
+
+    data: str
+    """``TRAIN`` or ``TRAIN,TEST``, as `open_pair` takes it; empty where no task works on it."""
+    data_config: DataConfig | None = None
+    """How much is held out where the data has no test part; for our own runs the run's."""
+    tasks: Sequence[str] | None = None
+    """Names, or ``all``; None: the cheap ones."""
+    seed: int = 0
+    split_seed: int = 0
+    """Of the split where the data has no test part; for our own runs the run's, so that it is training's."""
+    limit: int | None = None
+    """Most images of each part."""
+    long_tail: float | None = None
+    """Imbalance factor to which the training part is cut; None: as it is."""
+    sets: Sequence[str] = ()
+    masks: Path | None = None
+    cache: Path | None = None
+    out: Path | None = None
+    batch: int = 256
+    workers: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The data set's name in ``evaluation.json``: other images are other numbers."""
+        words = []
+        if self.limit is not None:
+            words.append(f"limit {self.limit}")
+        if self.long_tail is not None:
+            words.append(f"long tail {self.long_tail:g}")
+        if words and self.split_seed:
+            words.append(f"seed {self.split_seed}")
+        name = self.data.rstrip("/") or ", ".join([*self.sets, *([str(self.masks)] if self.masks else [])])
+        return name + (f" ({', '.join(words)})" if words else "")
+
+
+@dataclass
+class Evaluated:
+    """What one encoder gave on one data set."""
+
+    encoder: EvalEncoder
+    n_train: int = 0
+    n_test: int = 0
+    classes: int = 0
+    results: list[Result] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    """Reason by task."""
+    pictures: list[Picture] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Rules that were applied, and tasks that were left out."""
+
+    @property
+    def label(self) -> str:
+        """``teacher``, ``student`` or ``untrained`` of our runs; other encoders by their name."""
+        e = self.encoder
+        if e.config is not None:
+            return e.side
+        return f"{e.name} untrained" if e.side == "untrained" else e.name
+
+
+def evaluate(
+    encoders: Sequence[EvalEncoder], settings: Settings, say: Say = lambda _: None, bar: Bar | None = None,
+    keep: Callable[[Evaluated], None] = lambda _: None,
+) -> list[Evaluated]:  # fmt: skip
+    """Every task on every encoder; the first encoder decides which tasks there are.
+
+    A task that fails is noted in `Evaluated.failures` and does not keep the others from running.
+
+    Args:
+        say: told a line on what is going on. bar: gives each extraction its progress.
+        keep: called after every task with the results so far, so that an interruption costs one task at most.
+
+    Raises:
+        ConfigError: tasks that do not exist or lack something. DataError: images or labels that cannot be used,
+            or features that are not finite.
+    """
+    train = test = None
+    rules: list[str] = []
+    if settings.data:
+        cut = (settings.split_seed, settings.limit, settings.long_tail)
+        pair = open_pair(settings.data, *cut, settings.data_config, bar is not None)
+        train, test = pair.train, pair.test
+        rules = [*_split_note(settings), *pair.notes, *_rules(train, test)]
+    counts = [] if train is None else class_counts(train)
+    tasks, skipped = chosen(settings.tasks, encoders[0], counts, settings.sets, settings.masks)
+    if train is not None and test is not None:
+        _check_labels([t.name for t in tasks if t.data], train, test, settings.data)
+    found = []
+    for encoder in encoders:
+        mine = [t for t in tasks if encoder is encoders[0] or (t.control and _able(t, encoder))]
+        done = Evaluated(encoder, notes=[*encoder.notes, *rules, *skipped])
+        if train is not None and test is not None:
+            done.n_train, done.n_test, done.classes = len(train), len(test), len(train.classes)
+        context = _context(encoder, train, test, mine, settings, say, bar)
+        if context.train is not None and context.test is not None:
+            done.n_train, done.n_test = len(context.train), len(context.test)
+        for task in mine:
+            say(f"{done.label}: {task.name}")
+            _run(task, context, done)
+            keep(done)
+        found.append(done)
+    return found
+
+
+def _able(task: Task, encoder: EvalEncoder) -> bool:
+    return task.needs != "prototypes" or (encoder.vectors is not None and encoder.head is not None)
+
+
+def _run(task: Task, context: Context, done: Evaluated) -> None:
+    try:
+        result = task.run(context)
+    except Exception as error:
+        if os.environ.get("UNCOLLAPSE_TRACEBACK"):
+            raise
+        # ValueErrors are written for users; of anything else the kind says more than the message.
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        # A loader process sends its whole traceback as the message; the last line is the error.
+        text = str(error).strip().splitlines()[-1:] if "Traceback (most recent" in str(error) else [str(error)]
+        done.failures[task.name] = kind + " ".join(" ".join(text).split())
+        return
+    done.pictures = context.pictures
+    done.results += [result] if isinstance(result, Result) else list(result)
+
+
+def _context(
+    encoder: EvalEncoder, train: ImageSet | None, test: ImageSet | None, tasks: Sequence[Task], settings: Settings,
+    say: Say, bar: Bar | None,
+) -> Context:  # fmt: skip
+    label = "untrained " if encoder.side == "untrained" else ""
+
+    def features(images: ImageSet | None, part: str) -> Features:
+        assert images is not None
+        return extract(
+            encoder, images, device=settings.device, cache=settings.cache, batch=settings.batch,
+            workers=settings.workers, progress=None if bar is None else bar(f"{label}features, {part}"),
+            say=lambda line: say(f"{label}{part}: {line}"),
+        )  # fmt: skip
+
+    def of_set(spec: str) -> tuple[Features, Features]:
+        pair = open_pair(spec, settings.seed, settings.limit, progress=bar is not None)
+        some, others = pair.train, pair.test
+        _check_labels(["transfer"], some, others, spec)
+        name = Path(split_spec(spec)[0]).name
+        return features(some, f"{name} train"), features(others, f"{name} test")
+
+    needed = any(t.features for t in tasks)
+    return Context(
+        encoder, train, test, features(train, "train") if needed else None,
+        features(test, "test") if needed else None, of_set, settings.seed, settings.device, settings.sets,
+        settings.masks, settings.out, None if bar is None else _report(bar, label),
+        options={"workers": settings.workers, **settings.options},
+    )  # fmt: skip
+
+
+def _report(bar: Bar, label: str) -> Callable[[str, int, int, float], None]:
+    bars: dict[str, Progress] = {}
+
+    def report(name: str, done: int, total: int, loss: float) -> None:
+        if name not in bars:
+            bars[name] = bar(f"{label}{name}")
+        bars[name](done, total)
+
+    return report
+
+
+# ----------------------------------------------------------------------------------------- data, checked
+
+
+def class_counts(images: ImageSet) -> list[int]:
+    """Images of each class that has any; empty without labels."""
+    if images.labels is None:
+        return []
+    return [int(c) for c in torch.bincount(images.labels) if c]
+
+
+def _check_labels(needing: Sequence[str], train: ImageSet, test: ImageSet, data: str) -> None:
+    if not needing:
+        return
+    first, second = split_spec(data)
+    for images, part in ((train, first), (test, second or first)):
+        if images.labels is None:
+            verb = "need" if len(needing) > 1 else "needs"
+            raise DataError(
+                f"{part}: no labels, which {', '.join(needing)} {verb}: folders give them by their names, Parquet by a "
+                "column 'label'"
+            )
+    if len(class_counts(train)) < 2:
+        raise DataError(f"{first}: its training images are all of one class, so there is nothing to tell apart")
+
+
+def _rules(train: ImageSet, test: ImageSet) -> list[str]:
+    """What is done about classes that one part lacks; nothing of it is silent."""
+    if train.labels is None or test.labels is None:
+        return []
+    total = max(len(train.classes), int(train.labels.max()) + 1, int(test.labels.max()) + 1)
+    in_train = torch.bincount(train.labels, minlength=total)
+    in_test = torch.bincount(test.labels, minlength=total)
+    rules = []
+    unseen = int(((in_train == 0) & (in_test > 0)).sum())
+    if unseen:
+        theirs = int(in_test[in_train == 0].sum())
+        rules.append(f"{unseen} class(es) of the test part have no training image: their {theirs} test images "
+                     "stay in and count as errors of every classifier")  # fmt: skip
+    empty = int(((in_train == 0) & (in_test == 0)).sum())
+    if empty:
+        rules.append(f"{empty} class(es) have no image at all and are left out of means over classes")
+    return rules
+
+
+def _split_note(settings: Settings) -> list[str]:
+    first, second = split_spec(settings.data)
+    return [] if second else [f"test images: the test part of {first} if it has one, else held out as training does"]
+
+
+def settings_for(encoder: EvalEncoder, **given: Any) -> Settings:
+    """`Settings` with what our own runs bring along: their data and the seed of their split.
+
+    Raises:
+        ConfigError: no data given, the encoder has none of its own, and a task works on it.
+    """
+    asked = given.get("tasks")
+    if asked and all(name in TASKS and not TASKS[name].data for name in asked):
+        given["data"] = ""
+    else:
+        if encoder.config is not None:
+            data = encoder.config.data
+            given["data"] = given.get("data") or ",".join(p for p in (data.path, data.val_path) if p)
+        if not given.get("data"):
+            raise ConfigError(
+                "--data TRAIN[,TEST]: say where the labelled images are (a folder, Parquet, builtin:digits)"
+            )
+    if encoder.config is not None:
+        given.setdefault("split_seed", encoder.config.seed)
+        given.setdefault("data_config", encoder.config.data)
+    return Settings(**given)

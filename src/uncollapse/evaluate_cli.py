@@ -1,0 +1,238 @@
+"""``uncollapse evaluate``: its arguments, its progress and its table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uncollapse.config import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from uncollapse.evaluate.run import Evaluated
+
+LINE_SECONDS = 30.0
+"""Where there is no terminal, a line appears this often."""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the sub-command to the parser's."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="what the papers measure: kNN, linear, few-shot, long tail, clusters, retrieval, prototypes, transfer",
+        epilog="Tasks: knn, linear, longtail, cluster, prototypes (the default: all of these that fit), fewshot, "
+        "retrieval, finetune, segment, transfer; or all. Features are extracted once and cached. Exits 0, 1 where a "
+        "task failed (the others' results are kept), 2 where input cannot be used.",
+    )
+    add = parser.add_argument
+    add("source", metavar="RUN|FILE|timm:NAME", help="run folder, checkpoint of any known family, or a timm model")
+    add("--data", metavar="TRAIN[,TEST]", help="labelled images; without TEST a part of TRAIN is held out (a run's own "
+        "data, if left out)")  # fmt: skip
+    add("--tasks", metavar="TASK,...", help="which; or all (default: the cheap ones)")
+    add("--side", choices=("teacher", "student"), default="teacher", help="which network (default: %(default)s)")
+    add("--untrained", action="store_true", help="also the same architecture at its random start: the control")
+    add("--weights", metavar="FILE", help="weights of timm:NAME, which is random without")
+    add("--pretrained", action="store_true", help="download the weights of timm:NAME (needs internet)")
+    add("--size", type=int, metavar="PIXELS", help="side of the images (default: what the model was made for)")
+    add("--limit", type=int, metavar="N", help="most images of each part")
+    add("--long-tail", type=float, metavar="IF", help="cut the training classes to an imbalance factor, such as 100")
+    add("--sets", nargs="+", default=[], metavar="SET", help="data sets of the task transfer, as --data takes them")
+    add("--max-steps", type=int, metavar="N", help="most training steps of the task finetune")
+    add("--masks", type=Path, metavar="DIR", help="images with masks, for the task segment")
+    add("--seed", type=int, default=0, help="of draws and of random weights (default: %(default)s)")
+    add("--cache", type=Path, metavar="DIR", help="where features stay (default: RUN/features, or runs/features)")
+    add("--no-cache", action="store_true", help="neither read nor write cached features")
+    add("--out", type=Path, metavar="DIR", help="where evaluation.json goes (default: the run folder)")
+    add("--json", action="store_true", help="print one JSON object, task by task, and nothing else on stdout")
+    add("--batch", type=int, default=256, help="images per forward pass (default: %(default)s)")
+    add("--workers", type=int, help="processes that decode images (default: one per core, at most 16)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--trust", action="store_true", help="load files that run code; only if you know their maker")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    """The command. Bad input raises; failed tasks exit 1 after everything else has been written."""
+    if overrides:
+        raise ConfigError(f"evaluate takes no {', '.join('--' + name for name in overrides)}")
+    for name, least in (("limit", 2), ("batch", 1), ("max_steps", 1), ("workers", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
+    if arguments.long_tail is not None and arguments.long_tail < 1:
+        raise ConfigError(
+            f"--long-tail: the largest class is at least as large as the smallest, got {arguments.long_tail:g}"
+        )
+    if arguments.no_cache and arguments.cache is not None:
+        raise ConfigError("--cache and --no-cache exclude each other")
+    tasks = None if arguments.tasks is None else [t.strip() for t in arguments.tasks.split(",") if t.strip()]
+    from uncollapse.evaluate.tasks import TASKS
+
+    if tasks is not None and (unknown := [t for t in tasks if t not in TASKS and tasks != ["all"]]):
+        raise ConfigError(f"--tasks: no task {', '.join(map(repr, unknown))}; there are {', '.join(TASKS)} and all")
+    import torch
+    from rich.console import Console
+
+    from uncollapse.evaluate.opening import open_encoder
+    from uncollapse.evaluate.record import add_scalars, merge
+    from uncollapse.evaluate.run import evaluate, settings_for
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device here; leave it out to use the CPU")
+    device = torch.device("cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu")
+    encoder = open_encoder(
+        arguments.source, arguments.side, size=arguments.size, weights=arguments.weights,
+        pretrained=arguments.pretrained, trust=arguments.trust, seed=arguments.seed,
+    )  # fmt: skip
+    folder = Path(arguments.source)
+    of_run = encoder.config is not None and folder.is_dir()
+    out = arguments.out or (folder if of_run else Path("runs") / f"evaluate-{_slug(arguments.source)}")
+    cache = None if arguments.no_cache else arguments.cache or (folder if of_run else Path("runs")) / "features"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    settings = settings_for(
+        encoder, data=arguments.data, tasks=tasks, seed=arguments.seed, limit=arguments.limit,
+        long_tail=arguments.long_tail, sets=arguments.sets, masks=arguments.masks, cache=cache, out=out,
+        batch=arguments.batch, device=device,
+        options={} if arguments.max_steps is None else {"max_steps": arguments.max_steps},
+        workers=min(16, cores) if arguments.workers is None else arguments.workers,
+    )  # fmt: skip
+    encoders = [encoder]
+    if arguments.untrained:
+        if encoder.untrained is None:
+            raise ConfigError(f"--untrained: {arguments.source} is at a random start already; give --weights FILE")
+        encoders.append(encoder.untrained())
+    command = shlex.join(["uncollapse", *sys.argv[1:]])
+    console = Console(stderr=True)
+    with _bars(console) as (say, bar):
+        say(f"{encoder.name}: {encoder.described}, {encoder.side}, {encoder.size} pixels, on {device.type}")
+        found = evaluate(encoders, settings, say, bar, lambda one: merge(out, settings.key, one, command))
+    if of_run and out == folder:
+        add_scalars(out, settings.key, found)
+        _rewrite_report(out)
+    if arguments.json:
+        print(json.dumps(to_json(found), indent=1, allow_nan=False))
+    else:
+        print_results(found, settings.key)
+        print(f"results     {out / 'evaluation.json'}")
+    failed = [f"{one.label}: {task} failed: {reason}" for one in found for task, reason in one.failures.items()]
+    for line in failed:
+        print(f"uncollapse: {line}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+
+
+def _slug(source: str) -> str:
+    name = source.removeprefix("timm:") if source.startswith("timm:") else Path(source).resolve().stem
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+
+
+def _rewrite_report(folder: Path) -> None:
+    """The run's page again, now with the evaluation; a run that is not finished has no page yet."""
+    if not (folder / "summary.json").is_file():
+        return
+    from uncollapse.report import write_report
+    from uncollapse.runs import read_run
+
+    record = read_run(folder)
+    write_report([record], folder / "report.html", f"{record.name} on {record.summary.get('data', 'images')}", [])
+
+
+# --------------------------------------------------------------------------------------------- progress
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[tuple[Callable[[str], None], Callable[[str], Callable[[int, int], None]]]]:
+    """Yields ``say(line)`` and ``bar(description)``, which gives ``progress(done, total)``; all on stderr."""
+    if not console.is_terminal:
+        yield lambda line: print(line, file=sys.stderr, flush=True), _lines
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as display:
+
+        def bar(description: str) -> Callable[[int, int], None]:
+            task, began, first = display.add_task(description, total=None, rate=""), time.monotonic(), [-1]
+
+            def progress(done: int, total: int) -> None:
+                if first[0] < 0:
+                    first[0] = done
+                rate = (done - first[0]) / max(1e-9, time.monotonic() - began)
+                display.update(task, completed=done, total=total, rate=f"{rate:,.0f}/s", visible=done < total)
+
+            return progress
+
+        yield lambda line: display.console.print(line, markup=False, highlight=False, soft_wrap=True), bar
+
+
+def _lines(description: str) -> Callable[[int, int], None]:
+    began = last = time.monotonic()
+    first = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last, first
+        now = time.monotonic()
+        if first < 0:
+            first = done
+        if done < total and now - last < LINE_SECONDS:
+            return
+        last = now
+        rate = max(1e-9, (done - first) / max(1e-9, now - began))
+        left = "" if done >= total else f", {(total - done) / rate:.0f} s left"
+        print(f"{description}: {done:,} of {total:,}{left}", file=sys.stderr, flush=True)
+
+    return progress
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+def to_json(found: Sequence[Evaluated]) -> dict[str, Any]:
+    """``{task: {metric: value, "ci95", "n", "protocol", "source"}}``; a control's under the task's ``untrained``."""
+    from uncollapse.evaluate.record import finite
+
+    out: dict[str, Any] = {result.task: finite(result.to_json()) for result in found[0].results}
+    for one in found[1:]:
+        for result in one.results:
+            out.setdefault(result.task, {})["untrained"] = finite(result.to_json())
+    return out
+
+
+def print_results(found: Sequence[Evaluated], key: str) -> None:
+    """A table on stdout: task, headline with its interval, the other metrics, n, protocol and source."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from uncollapse.evaluation_section import interval, number
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # in a file, 80 columns would only fold the protocols
+    counts = f": {found[0].n_train:,} training and {found[0].n_test:,} test images" if found[0].n_train else ""
+    table = Table(title=key + counts, title_justify="left")
+    columns = ["task", "headline", "95 %", "other metrics", "n", "protocol"]
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("headline", "n") else "left", overflow="fold")
+    # A control stands below the task that it is the control of.
+    order = {name: i for i, name in enumerate(dict.fromkeys(r.task for one in found for r in one.results))}
+    rows = [(one, result) for one in found for result in one.results]
+    for one, result in sorted(rows, key=lambda row: order[row[1].task]):
+        (headline, value), *others = result.metrics.items()
+        name = result.task if one is found[0] else f"{result.task}, {one.encoder.side}"
+        table.add_row(
+            name, f"{headline} {number(headline, value)}", interval(result.ci95),
+            "\n".join(f"{n} {number(n, v)}" for n, v in others), f"{result.n:,}",
+            f"{result.protocol}\n{result.source}",
+        )  # fmt: skip
+    console.print(table)
+    for note in dict.fromkeys(note for one in found for note in one.notes):
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)

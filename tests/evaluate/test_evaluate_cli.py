@@ -1,0 +1,389 @@
+"""``uncollapse evaluate`` from the command line: what it prints, keeps, refuses and survives."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from uncollapse.checkpoint import save_checkpoint
+from uncollapse.cli import main
+from uncollapse.config import dump_config, load_config, tiny
+from uncollapse.evaluate import extract as extraction
+from uncollapse.evaluate.result import Result
+from uncollapse.evaluate.tasks import TASKS, Task, chosen
+from uncollapse.evaluation_section import interval, number
+from uncollapse.state import build_state, state_dicts
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder of the tiny demo, untrained but for a nudge."""
+    config = tiny(load_config("demo", {"data.path": "builtin:digits"}))
+    state = build_state(config)
+    with torch.no_grad():
+        for p in state.teacher.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_config(config))
+    save_checkpoint(folder / "checkpoints", 7, {"config": dataclasses.asdict(config), **state_dicts(state)}, 1)
+    return folder
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    """Stand-ins that say what they were given, so that these tests are of the command and not of the protocols."""
+    calls = []
+
+    def stand_in(name):
+        def work(context):
+            calls.append((name, context))
+            n = len(context.test) if context.test is not None else 9
+            return Result(name, {"top1": 0.5, "count": 12.0}, (0.4, 0.6), n, f"protocol of {name}", f"source of {name}")
+
+        return work
+
+    for name, task in list(TASKS.items()):
+        monkeypatch.setitem(TASKS, name, dataclasses.replace(task, run=stand_in(name)))
+    return calls
+
+
+def images(folder, classes, each, size=12, seed=0):
+    rng = np.random.default_rng(seed)
+    for c in classes:
+        (folder / c).mkdir(parents=True)
+        for i in range(each):
+            pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / c / f"{i}.png")
+    return folder
+
+
+def failing(*words):
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", *map(str, words)])
+    return caught.value.code
+
+
+# ------------------------------------------------------------------------------------------ what it does
+
+
+def test_a_run_is_evaluated_on_its_own_data(run, tasks, capsys):
+    main(["evaluate", str(run)])
+    shown = capsys.readouterr()
+    assert [name for name, _ in tasks] == ["knn", "linear", "cluster", "prototypes"]  # digits are balanced
+    context = tasks[0][1]
+    from uncollapse.config import DataConfig
+    from uncollapse.data import load_images
+
+    train, held = load_images("builtin:digits", DataConfig(), 0)  # the very split that training held out
+    assert (len(context.train), len(context.test)) == (len(train), len(held))
+    assert torch.equal(context.test.labels, held.labels)
+    assert "40.0–60.0" in shown.out
+    assert "protocol of knn" in shown.out
+    assert "uncollapse evaluate" not in shown.out
+    content = json.loads((run / "evaluation.json").read_text())
+    kept = content["data"]["builtin:digits"]["encoders"]["teacher"]
+    assert kept["step"] == 7
+    assert set(kept["tasks"]) == {"knn", "linear", "cluster", "prototypes"}
+    assert kept["tasks"]["knn"]["n"] == len(held)
+    assert kept["tasks"]["knn"]["ci95"] == [0.4, 0.6]
+    assert kept["tasks"]["knn"]["command"].startswith("uncollapse ")
+
+
+def test_the_second_call_reads_features_and_keeps_older_results(run, tasks, capsys, monkeypatch):
+    main(["evaluate", str(run), "--tasks", "knn"])
+    assert "from cache" not in capsys.readouterr().err
+
+    def never(encoder, x):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(extraction, "forward", never)
+    main(["evaluate", str(run), "--tasks", "retrieval,fewshot"])
+    assert capsys.readouterr().err.count("features from cache") == 2
+    content = json.loads((run / "evaluation.json").read_text())
+    assert set(content["data"]["builtin:digits"]["encoders"]["teacher"]["tasks"]) == {"knn", "retrieval", "fewshot"}
+
+
+def test_json_is_all_there_is_on_stdout(run, tasks, capsys):
+    main(["evaluate", str(run), "--tasks", "knn,cluster", "--json", "--untrained"])
+    shown = capsys.readouterr().out
+    content = json.loads(shown)
+    expected = {"top1": 0.5, "count": 12.0, "ci95": [0.4, 0.6], "n": 360, "protocol": "protocol of knn",
+                "source": "source of knn"}  # fmt: skip
+    n = content["knn"]["n"]
+    assert content["knn"] == {**expected, "n": n, "untrained": {**expected, "n": n}}
+    assert list(content) == ["knn", "cluster"]
+    kept = json.loads((run / "evaluation.json").read_text())["data"]["builtin:digits"]["encoders"]
+    assert set(kept) == {"teacher", "untrained"}
+    assert kept["teacher"]["weights"] != kept["untrained"]["weights"]
+
+
+def test_the_student_has_features_of_its_own(run, tasks, capsys):
+    main(["evaluate", str(run), "--tasks", "knn"])
+    main(["evaluate", str(run), "--tasks", "knn", "--side", "student"])
+    assert "from cache" not in capsys.readouterr().err
+    teacher, student = (context.train.cls for _, context in tasks)
+    assert not torch.equal(teacher, student)
+    kept = json.loads((run / "evaluation.json").read_text())["data"]["builtin:digits"]["encoders"]
+    assert set(kept) == {"teacher", "student"}
+
+
+def test_a_timm_model_on_a_folder_and_another_out(tasks, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images(tmp_path / "train", "ab", 4)
+    images(tmp_path / "test", "ab", 3, seed=1)
+    main(["evaluate", "timm:resnet10t", "--data", "train,test", "--size", "32", "--batch", "3", "--workers", "0"])
+    assert "random weights" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "runs/evaluate-resnet10t/evaluation.json").read_text())
+    data = kept["data"]["train,test"]
+    assert (data["n_train"], data["n_test"], data["classes"]) == (8, 6, 2)
+    assert set(data["encoders"]["timm:resnet10t"]["tasks"]) == {"knn", "linear", "cluster"}  # it has no prototypes
+    assert list((tmp_path / "runs/features").iterdir())
+    main(["evaluate", "timm:resnet10t", "--data", "train,test", "--size", "32", "--out", "here", "--no-cache",
+          "--tasks", "all"])  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "prototypes left out" in shown
+    assert "transfer left out: it needs --sets" in shown
+    assert (tmp_path / "here/evaluation.json").is_file()
+
+
+def test_transfer_needs_no_data_of_its_own(tasks, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images(tmp_path / "a", "xy", 5)
+    words = ["--tasks", "transfer", "--sets", "a", "builtin:digits", "--size", "32", "--workers", "0"]
+    main(["evaluate", "timm:resnet10t", *words])
+    ((name, context),) = tasks
+    assert name == "transfer"
+    assert context.train is None
+    assert list(context.sets) == ["a", "builtin:digits"]
+    train, test = context.extract("a")  # made when it is asked for, and then cached
+    assert (len(train), len(test)) == (8, 2)
+    kept = json.loads((tmp_path / "runs/evaluate-resnet10t/evaluation.json").read_text())
+    assert list(kept["data"]) == ["a, builtin:digits"]
+
+
+def test_scalars_and_the_report_have_the_evaluation(run, tasks, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run / "summary.json").write_text(json.dumps({"name": "joint", "seed": 0, "prototypes": 64, "data": "digits"}))
+    main(["evaluate", str(run), "--tasks", "knn"])
+    (folder,) = (run / "tensorboard").glob("evaluate-*")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    (scalar,) = events.Scalars("evaluate/knn/top1")
+    assert (scalar.step, scalar.value) == (7, 0.5)
+    page = (run / "report.html").read_text()
+    assert "protocol of knn" in page
+    assert "builtin:digits" in page
+
+
+def test_results_of_older_weights_are_not_mixed_with_new_ones(run, tasks, capsys):
+    main(["evaluate", str(run), "--tasks", "knn"])
+    config = tiny(load_config("demo", {"data.path": "builtin:digits", "seed": 3}))
+    state = build_state(config)
+    save_checkpoint(run / "checkpoints", 9, {"config": dataclasses.asdict(config), **state_dicts(state)}, 1)
+    main(["evaluate", str(run), "--tasks", "linear"])
+    (data,) = json.loads((run / "evaluation.json").read_text())["data"].values()
+    assert set(data["encoders"]["teacher"]["tasks"]) == {"linear"}
+    assert data["encoders"]["teacher"]["step"] == 9
+
+
+def test_a_damaged_evaluation_is_put_aside(run, tasks, capsys):
+    (run / "evaluation.json").write_text("{")
+    main(["evaluate", str(run), "--tasks", "knn"])
+    assert (run / "evaluation.json.old").read_text() == "{"
+    assert json.loads((run / "evaluation.json").read_text())["format"] == 1
+    assert "is kept as" in capsys.readouterr().err
+
+
+def test_the_protocols_themselves_from_one_end_to_the_other(run, capsys):
+    """No stand-ins: what the command gives must be what the functions give on the same features."""
+    names = ["knn", "linear", "longtail", "cluster", "prototypes", "fewshot", "retrieval"]
+    main(["evaluate", str(run), "--tasks", ",".join(names), "--limit", "240", "--json"])
+    shown = capsys.readouterr()
+    content = json.loads(shown.out)
+    assert list(content) == names
+    for name, task in content.items():
+        low, high = task["ci95"]
+        headline = next(iter(task.values()))
+        assert low <= headline <= high, name
+        assert task["n"] == 240
+        assert task["protocol"]
+        assert task["source"]
+    from uncollapse.evaluate.datasets import load_pair
+    from uncollapse.evaluate.extract import extract
+    from uncollapse.evaluate.knn import knn
+    from uncollapse.evaluate.opening import open_encoder
+
+    encoder = open_encoder(run)
+    train, test = load_pair("builtin:digits", 0, 240)
+    expected = knn(extract(encoder, train), extract(encoder, test)).to_json()
+    assert content["knn"]["top1"] == expected["top1"] > 0.5
+    (of_set,) = json.loads((run / "evaluation.json").read_text())["data"].values()
+    assert all(task["command"] for task in of_set["encoders"]["teacher"]["tasks"].values())
+
+
+# ------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_one_failing_task_does_not_lose_the_others(run, tasks, monkeypatch, capsys):
+    def broken(context):
+        raise ValueError("k is 20 but there\nare 3")
+
+    monkeypatch.setitem(TASKS, "knn", dataclasses.replace(TASKS["knn"], run=broken))
+    assert failing(run, "--tasks", "knn,linear", "--json") == 1
+    shown = capsys.readouterr()
+    assert list(json.loads(shown.out)) == ["linear"]
+    assert "teacher: knn failed: k is 20 but there are 3" in shown.err
+    (data,) = json.loads((run / "evaluation.json").read_text())["data"].values()
+    assert set(data["encoders"]["teacher"]["tasks"]) == {"linear"}
+
+
+def test_an_interruption_keeps_the_tasks_that_were_done(run, tasks, monkeypatch):
+    def stopped(context):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(TASKS, "linear", dataclasses.replace(TASKS["linear"], run=stopped))
+    assert failing(run, "--tasks", "knn,linear") == 130
+    (data,) = json.loads((run / "evaluation.json").read_text())["data"].values()
+    assert set(data["encoders"]["teacher"]["tasks"]) == {"knn"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--tasks", "knnn"], "no task 'knnn'; there are knn, linear"),
+        (["--tasks", "knn,all"], "no task 'all'"),
+        (["--tasks", ","], "no task named"),
+        (["--tasks", "transfer"], "--sets"),
+        (["--tasks", "segment"], "--masks"),
+        (["--limit", "1"], "--limit: must be at least 2"),
+        (["--batch", "0"], "--batch"),
+        (["--max-steps", "0"], "--max-steps: must be at least 1"),
+        (["--workers", "-1"], "--workers"),
+        (["--long-tail", "0.5"], "--long-tail"),
+        (["--cache", "x", "--no-cache"], "exclude each other"),
+        (["--weights", "x"], "is for timm:NAME"),
+        (["--optim.lr", "1"], "takes no --optim.lr"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "builtin:letters"], "builtin"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(run, tasks, capsys, words, says):
+    assert failing(run, *words) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in line
+    assert line.startswith("uncollapse: error: ")
+    assert not (run / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("source", ["none.pth", "timm:none"])
+def test_a_source_that_is_none(tasks, tmp_path, capsys, source, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert failing(source, "--data", "builtin:digits") == 2
+    assert "none" in capsys.readouterr().err
+
+
+def test_data_is_needed_where_the_encoder_has_none(tasks, capsys):
+    assert failing("timm:resnet10t") == 2
+    assert "--data TRAIN[,TEST]" in capsys.readouterr().err
+
+
+def test_untrained_of_a_random_model_is_refused(tasks, capsys):
+    assert failing("timm:resnet10t", "--untrained", "--data", "builtin:digits") == 2
+    assert "random start already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_data_without_labels_names_the_file_and_the_tasks(run, tasks, tmp_path, capsys, part):
+    for name in ("train", "test"):
+        images(tmp_path / name, "ab", 3)
+    for i, path in enumerate((tmp_path / part).rglob("*.png")):
+        path.rename(tmp_path / part / f"{i}.png")
+    assert failing(run, "--data", f"{tmp_path / 'train'},{tmp_path / 'test'}", "--tasks", "knn,linear") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{tmp_path / part}: no labels, which knn, linear need" in line
+
+
+def test_one_class_is_nothing_to_tell_apart(run, tasks, tmp_path, capsys):
+    images(tmp_path / "train", "a", 5)
+    assert failing(run, "--data", tmp_path / "train") == 2
+    assert "all of one class" in capsys.readouterr().err
+
+
+def test_damaged_weights_are_named_before_any_task(tmp_path, tasks, capsys, run):
+    path = next((run / "checkpoints").glob("*.pt"))
+    content = torch.load(path, weights_only=True)
+    content["teacher"] = {n: t * float("nan") if t.is_floating_point() else t for n, t in content["teacher"].items()}
+    torch.save(content, tmp_path / "bad.pt")
+    assert failing(tmp_path / "bad.pt", "--data", "builtin:digits", "--no-cache") == 2
+    assert "images are NaN or infinite" in capsys.readouterr().err
+    assert tasks == []
+
+
+def test_a_class_without_training_images_is_said(run, tasks, tmp_path, capsys):
+    images(tmp_path / "train", "abc", 3)
+    images(tmp_path / "test", "abc", 2)
+    for path in (tmp_path / "train" / "c").iterdir():
+        path.unlink()
+    Image.new("RGB", (9, 9)).save(tmp_path / "train" / "a" / "z.png")
+    main(["evaluate", str(run), "--data", f"{tmp_path / 'train'},{tmp_path / 'test'}", "--tasks", "knn"])
+    said = "1 class(es) of the test part have no training image: their 2 test images stay in"
+    assert said in capsys.readouterr().out
+    (data,) = json.loads((run / "evaluation.json").read_text())["data"].values()
+    assert any(said in note for note in data["encoders"]["teacher"]["notes"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("top1", 0.5, "50.0 %"),
+        ("ari", -0.012, "-1.2 %"),
+        ("top1", 1.0, "100.0 %"),
+        ("kmeans_clusters", 1.0, "1"),
+        ("prototypes", 64, "64"),
+        ("class_entropy_bits", 0.25, "0.25"),
+        ("few_prototypes_per_class", 0.674, "0.674"),
+        ("map_per_class", 0.674, "67.4 %"),
+        ("images", 12345, "12,345"),
+        ("top1", None, "–"),
+        ("top1", float("nan"), "–"),
+    ],
+)
+def test_metrics_as_text(name, value, text):
+    assert number(name, value) == text
+
+
+@pytest.mark.parametrize(
+    ("ci95", "text"),
+    [([0.4, 0.6], "40.0–60.0"), ([-0.01, 0.02], "-1.0 to 2.0"), ([None, None], ""), ([1.5, 3.0], "1.5–3"), (None, "")],
+)
+def test_intervals_as_text(ci95, text):
+    assert interval(ci95) == text
+
+
+# ------------------------------------------------------------------------------------- choosing tasks
+
+
+@dataclasses.dataclass
+class Plain:
+    name: str = "x"
+    vectors: object = None
+    head: object = None
+
+
+def test_the_default_tasks_follow_encoder_and_data(tmp_path):
+    plain, full = Plain(), Plain(vectors=1, head=1)
+
+    def names(asked, encoder, counts=(5, 5), sets=(), masks=None):
+        return [t.name for t in chosen(asked, encoder, counts, sets, masks)[0]]
+
+    assert names(None, plain) == ["knn", "linear", "cluster"]
+    assert names(None, full, (100, 10)) == ["knn", "linear", "longtail", "cluster", "prototypes"]
+    assert names(None, plain, sets=["a"], masks=tmp_path) == ["knn", "linear", "cluster", "segment", "transfer"]
+    assert names(["all"], full, sets=["a"], masks=tmp_path) == list(TASKS)
+    assert names(["linear", "knn", "linear"], plain) == ["linear", "knn"]
+    assert isinstance(TASKS["knn"], Task)
