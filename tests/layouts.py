@@ -216,7 +216,7 @@ LAYOUTS = {
     ),
     "MSN": (_msn(), "MSN", [("shared", "cls", T)]),
     "CARP": (_carp(), "CARP", [("teacher", "cls", T), ("student", "cls", S)]),
-    "CAPI": (_capi(), "CAPI", [("teacher", "clusters", T), ("student", "cls", S)]),
+    "CAPI": (_capi(), "CAPI", [("teacher", "clusters", T), ("student", "patch", S)]),
     "DINOv2": (_dinov2(), "DINOv2 / DINOv3", [("teacher", "cls", T), ("teacher", "patch", X)]),
     "DINOv3, wrapped": (_dinov3(), "DINOv2 / DINOv3", [("teacher", "cls", T), ("student", "cls", S)]),
     "Web-SSL heads": (_dinov2()["teacher"], "DINOv2 / DINOv3", [("unstated", "cls", T), ("unstated", "patch", X)]),

@@ -1,9 +1,12 @@
 """Every family's layout, found by content and counted; and everything that is no such file."""
 
 import io
+import os
 import pickle
 import subprocess
 import sys
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -157,6 +160,28 @@ def _saved(content) -> bytes:
     return buffer.getvalue()
 
 
+def _zip(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def _script() -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but such files are about
+        torch.jit.save(torch.jit.script(torch.nn.Linear(3, 4)), buffer)
+    return buffer.getvalue()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -171,6 +196,17 @@ def _saved(content) -> bytes:
         (b"\x93NUMPY\x01\x00", "damaged"),
         (b"\x10\x00\x00\x00\x00\x00\x00\x00{\"a\":", "damaged"),
         (_saved({"epoch": 3}), "no tensors"),
+        (_saved("hello"), "no tensors"),
+        (_saved({"optimizer": {"state": {0: {"exp_avg": T.w}}}}), r"no tensors \(states of optimisers aside\).*full"),
+        (_saved({"state": {0: {"exp_avg": T.w}}, "param_groups": [{"lr": 1}]}), "states of optimisers"),
+        (_saved({"prototypes.weight": T.w.to_sparse()}), "sparse"),
+        (_saved({"prototypes.weight": T.w.to("meta")}), "without values"),
+        (_zip({"x/data.pkl": b"hello"}), "damaged"),
+        (_zip({"readme.txt": b"hello"}), "a zip archive, but not a checkpoint"),
+        (_zip({}), "a zip archive|not a checkpoint"),
+        (_script(), "TorchScript.*state_dict"),
+        (_npy(np.ones((3, 4), dtype=np.longdouble)), "no tensors"),
+        (_npy(np.ones((3, 4), dtype=np.complex64)), "no tensors"),
         (_saved(torch.randn(3)), "not prototypes × dimensions"),
         (_saved(torch.randn(3, 4, 5)), "not prototypes × dimensions"),
         (_saved(torch.zeros(0, 5)), "not prototypes × dimensions"),
@@ -194,14 +230,86 @@ def test_missing_and_folders(tmp_path):
         diagnose(tmp_path / "none")
     with pytest.raises(InputError, match="folder without checkpoints"):
         diagnose(tmp_path)
-    (tmp_path / ".metadata").touch()
-    with pytest.raises(InputError, match="dcp_to_torch"):
+    (tmp_path / "__0_0.distcp").touch()
+    with pytest.raises(InputError, match="without their index"):
         diagnose(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="not an ordinary file"):
+        diagnose(tmp_path / "pipe")
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
+    torch.save(T.w, tmp_path / "a")
+    refused = PermissionError(13, "Permission denied")
+    monkeypatch.setattr("pathlib.Path.open", lambda *_, **__: (_ for _ in ()).throw(refused))
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
+        diagnose(tmp_path / "a")
+
+
+def test_links_are_followed_and_a_dangling_one_is_named(tmp_path):
+    torch.save(T.w, tmp_path / "a")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "c").symlink_to(tmp_path / "nothing")
+    assert diagnose(tmp_path / "b", EPS).unique == {EPS: T.unique}
+    with pytest.raises(InputError, match="no such file"):
+        diagnose(tmp_path / "c")
+
+
+def test_lists_are_looked_into_and_knots_are_not_followed(tmp_path):
+    content = {"models": [{"head.last_layer.weight": T.w}, ({"x": 1},)]}
+    content["again"] = content
+    torch.save(content, tmp_path / "a")
+    (d,) = diagnose_file(tmp_path / "a", EPS)
+    assert d.source.key == "models/0/head.last_layer.weight"
+
+
+def test_a_set_that_cannot_be_used_does_not_hide_the_others(tmp_path):
+    torch.save({"prototypes.weight": torch.zeros(0, 5), "head.last_layer.weight": T.w}, tmp_path / "a")
+    (d,) = diagnose_file(tmp_path / "a", EPS)
+    assert d.unique == {EPS: T.unique}
+    assert "left out: prototypes.weight: shape (0, 5)" in d.notes[0]
+
+
+def test_one_storage_under_two_names_counts_once(tmp_path):
+    w = T.w.clone()
+    names = ("teacher.dino_head.last_layer.weight", "model_ema.dino_head.last_layer.weight")
+    torch.save({"model": dict.fromkeys(names, w)}, tmp_path / "a")
+    (d,) = diagnose_file(tmp_path / "a", EPS)
+    assert "saved under two names" in d.notes[0]
+
+
+def test_a_matrix_without_a_known_name_says_so(tmp_path):
+    torch.save(
+        {"state_dict": {"module.linear.weight": T.w, "module.linear.bias": T.w[:, 0]}, "epoch": 1}, tmp_path / "a"
+    )
+    assert "nothing in it says that these are prototypes" in diagnose(tmp_path / "a", EPS).notes[0]
+
+
+def test_byte_orders(tmp_path):
+    np.save(tmp_path / "a.npy", T.w.numpy().astype(">f4"))
+    torch.save({"prototypes.weight": T.w.double().numpy().astype(">f8")}, tmp_path / "b")
+    for name in ("a.npy", "b"):
+        assert diagnose(tmp_path / name, EPS).unique == {EPS: T.unique}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2, torch.int8, torch.bool])
+def test_safetensors_of_every_type(dtype, tmp_path):
+    save_file({"prototypes.weight": torch.eye(6).to(dtype)}, tmp_path / "a")
+    if dtype.is_floating_point:
+        assert diagnose(tmp_path / "a", EPS).unique == {EPS: 6}
+        return
+    with pytest.raises(InputError, match="floating-point"):
+        diagnose(tmp_path / "a")
 
 
 def test_a_file_of_eight_bit_floats_is_counted(tmp_path):
     torch.save({"prototypes.weight": torch.eye(6).to(torch.float8_e4m3fn)}, tmp_path / "a")
-    assert diagnose(tmp_path / "a", EPS).unique == {EPS: 6}
+    d = diagnose(tmp_path / "a", EPS)
+    assert d.unique == {EPS: 6}
+    assert "stored as float8_e4m3fn" in d.notes[0]
 
 
 def test_only_the_matrix_is_read_of_a_large_file(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 
-from layouts import EPS, LAYOUTS, T, norm_old, planted, prefixed
+from layouts import EPS, T, norm_old, planted, prefixed
 from uncollapse.config import load_config, tiny
 from uncollapse.diagnosis import diagnose, diagnose_file
 from uncollapse.formats import find_prototypes
@@ -83,14 +83,14 @@ def test_duplicates_skew_the_marginal_away_from_the_prior():
 
     w = torch.eye(6)[[0] * 10 + [1, 2, 3, 4, 5]]
     group = torch.tensor([0] * 10 + [10, 11, 12, 13, 14])
-    flat = _marginal(w, torch.eye(6), group, 1e6, None, None)
+    flat = _marginal(w, torch.eye(6), group, 1e6)[0]
     assert flat["entropy"] == pytest.approx(np.log(15), abs=1e-6)
     share = np.array([10, 1, 1, 1, 1, 1]) / 15
     skew = np.log(6) + (share * np.log(share)).sum()
     assert flat["kl_of_duplication"] == pytest.approx(skew)
     assert flat["kl_distinct_to_uniform"] == pytest.approx(skew, abs=1e-6)
     assert flat["largest"] == pytest.approx(10 / 15, abs=1e-6)
-    sharp = _marginal(w, torch.eye(6), group, 1e-3, None, None)
+    sharp = _marginal(w, torch.eye(6), group, 1e-3)[0]
     assert sharp["kl_distinct_to_uniform"] == pytest.approx(0, abs=1e-6)
 
 
@@ -158,12 +158,6 @@ def test_what_cannot_be_rebuilt_is_named(change, says):
     with pytest.raises(InputError, match=says) as caught:
         rebuilt_of({"teacher": change(net)})
     assert "\n" not in str(caught.value)
-
-
-def test_patch_prototypes_are_left_to_patches(tmp_path):
-    torch.save(LAYOUTS["DINOv2"][0], tmp_path / "a")
-    with pytest.raises(InputError):
-        diagnose_file(tmp_path / "a", EPS, data="builtin:digits")
 
 
 @pytest.mark.parametrize("kind", ["joint", "decoupled", "fixed"])

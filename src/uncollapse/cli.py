@@ -238,7 +238,7 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from rich.console import Console
 
     found = []
-    for path in arguments.paths:
+    for path in dict.fromkeys(arguments.paths):
         with Console(stderr=True).status(f"{path}: reading and counting"):
             found += diagnose_file(
                 path, arguments.eps or EPSILONS, key=arguments.key, trust=arguments.trust, complete=complete,

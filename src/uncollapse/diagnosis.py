@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncollapse.formats import PrototypeSet, find_prototypes
+from uncollapse.formats import PrototypeSet, find_prototypes, may_be_prototypes
 from uncollapse.judging import FAILING, RandomLikeness, Verdict, judge, random_likeness
 from uncollapse.reading import InputError, checkpoint_of, flatten, read_tensors
 from uncollapse.rebuild import own_directions
@@ -187,7 +187,7 @@ def diagnose_file(
     """
     file = checkpoint_of(Path(path))
     began = time.perf_counter()
-    loaded = read_tensors(file, trust)
+    loaded = read_tensors(file, trust, may_be_prototypes if data is None and key is None else None)
     tensors = flatten(loaded)
     sets = [own_directions(loaded, s) for s in find_prototypes(tensors, str(path), key)[:most]]
     reading = time.perf_counter() - began
@@ -217,7 +217,7 @@ def _add_images(
         return
     began = time.perf_counter()
     center = None if s.side == "student" else center_of(tensors, s)
-    look(d, rebuilt, data, center, s.scale, limit, torch.device(device or "cpu"))
+    look(d, s, rebuilt, data, center, limit, torch.device(device or "cpu"))
     d.seconds["images"] = time.perf_counter() - began
 
 

@@ -95,16 +95,20 @@ def facts(d: Diagnosis) -> list[str]:
         i = d.images
         m, h = i.marginal, i.health
         bits = "" if i.view_information is None else f"; {i.view_information:.2f} bits survive augmentation"
+        of = "" if i.unit == "images" else f" of {i.n_images:,} images"
+        own = "" if i.used_by_logits is None else f" ({i.used_by_logits:,} by the layer's own logits)"
+        how = "".join(f", {word}" for word, key in (("centred", "centred"), ("with bias", "biased")) if m[key])
         lines += [
-            f"{i.n:,} held-out images use {i.used:,} prototypes{bits}",
-            f"{i.alive:,} alive: argmax of one of {i.views} views of {i.n_train:,} training images (a checkpoint does "
-            f"not record training itself); {i.dead:,} neither used nor alive",
-            f"mean target at temperature {m['temperature']:g}{', centred' if m['centred'] else ''}: entropy "
+            f"{i.n:,} held-out {i.unit}{of} use {i.used:,} prototypes{own}{bits}",
+            f"{i.alive:,} alive: argmax of one of {i.views} views of {i.n_train:,} training {i.unit} (a checkpoint "
+            f"does not record training itself); {i.dead:,} neither used nor alive",
+            f"mean target at temperature {m['temperature']:g}{how}: entropy "
             f"{m['entropy']:.2f} of {m['entropy_of_prior']:.2f} nats over all K; over the {m['distinct']:,} distinct "
             f"ones {m['kl_distinct_to_uniform']:.2f} nats from uniform (duplication alone makes "
             f"{m['kl_of_duplication']:.2f}), the largest gets {100 * m['largest']:.1f} %",
             f"encoder ({i.encoder}): effective rank {h['effective_rank_features']:.1f} of {h['features']} features, "
-            f"{h['effective_rank_projections']:.1f} of {d.dim} after the head; alignment {h['alignment']:.2f}"
+            f"{h['effective_rank_projections']:.1f} of {d.dim} after the head"
+            + ("" if h["alignment"] is None else f"; alignment {h['alignment']:.2f}")
             + ("" if h["uniformity"] is None else f", uniformity {h['uniformity']:.2f}"),
         ]
         lines += [

@@ -57,7 +57,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("EsViT", r"head_dense\."),
     ("iBOT", r"last_layer2\.|^ibot_loss"),
     ("DINOv2 / DINOv3", r"(^|[./])ibot_head\.|(^|[./])dino_head\."),
-    ("CAPI", r"(^|[./])head\.layer\.weight$|^layer\.weight$|^clustering"),
+    ("CAPI", r"(^|[./])head\.layer\.weight$|^layer\.weight$|^clustering|\.residual1\.fn\."),
     ("MSN", r"^target_encoder/"),
     ("solo-learn", r"momentum_head\.|(^|[./])projector\.\d|^state_dict/classifier\."),
     ("lightly", r"(^|[./])(student|teacher)_(projection_)?head\.|prototypes\.heads\.\d"),
@@ -89,6 +89,8 @@ class PrototypeSet:
     """(K, D), any floating dtype: directions, of any length."""
     scale: Tensor | None = None
     """(K,) g of weight norm; None where the rows are what they are."""
+    bias: Tensor | None = None
+    """(K,) float32 that the layer adds to its logits; None without."""
     notes: tuple[str, ...] = ()
 
     def directions(self) -> Tensor:
@@ -98,6 +100,17 @@ class PrototypeSet:
     def norms(self) -> Tensor:
         """(K,) float64: lengths of the effective prototypes, |g| under weight norm."""
         return self.weight.double().norm(dim=1) if self.scale is None else self.scale.double().abs()
+
+    def lengths(self) -> Tensor | None:
+        """(K,) float32: lengths of the prototypes in the logits of training; None where those are cosines.
+
+        SwAV and MSN normalise their prototypes before every product. DINOv3's and CAPI's plain linear layers
+        do not, and weight norm gives each the length g.
+        """
+        if self.scale is not None:
+            return self.scale.float().abs()
+        linear = re.search(r"(^|[./])(last_layer2?|layer)\.weight$", self.key)
+        return self.norms().float() if linear else None
 
 
 def clean(key: str) -> str:
@@ -117,12 +130,32 @@ def find_prototypes(tensors: Mapping[str, Tensor], where: str, key: str | None =
     """
     if key is not None:
         return [_picked(tensors, where, key)]
-    found = [s for path, tensor in tensors.items() if (s := _match(path, tensor, tensors, where)) is not None]
+    found: list[PrototypeSet] = []
+    unusable: list[InputError] = []
+    for path, tensor in tensors.items():
+        try:
+            s = _match(path, tensor, tensors, where)
+        except InputError as error:
+            unusable.append(error)
+            continue
+        found += [] if s is None else [s]
+    if not found and unusable:
+        raise unusable[0]
     if not found:
         return [_bare(tensors, where)]
+    left_out = tuple(f"left out: {str(error).removeprefix(f'{where}: ')}" for error in unusable)
+    found[0] = replace(found[0], notes=(*found[0].notes, *left_out))
     order = {"teacher": 0, "student": 1, "shared": 2, "unstated": 3}
     found.sort(key=lambda s: order[s.side])
     return _without_aliases(_told_apart(found))
+
+
+def may_be_prototypes(path: str) -> bool:
+    """Whether a tensor at this path can be prototypes, or belongs to their layer."""
+    cleaned = clean(path)
+    last = cleaned.rpartition("/")[2]
+    layers = {last, *(last.removesuffix("." + n) for pair in (*SPELLINGS, ("bias", None)) for n in pair if n)}
+    return bool(OWN.match(cleaned)) or any(re.search(sign, layer) for layer in layers for sign, _ in LAYERS)
 
 
 def family_of(tensors: Mapping[str, Tensor]) -> str:
@@ -148,12 +181,13 @@ def _match(path: str, tensor: Tensor, tensors: Mapping[str, Tensor], where: str)
         if name == "clusters" and stem + "bias" not in tensors:
             continue  # CAPI's layer has a bias; without it, a "layer" can be anything
         scale = tensors.get(stem + g) if g else None
-        notes: tuple[str, ...] = ()
-        if stem + "bias" in tensors and not g:
-            notes = ("the layer has a bias too; the cosine does not see it",)
-        return _checked(
-            PrototypeSet(path, name, side_of(cleaned), family_of(tensors), tensor, _flat(scale), notes), where
-        )
+        bias = tensors.get(stem + "bias")
+        bias = bias.float() if bias is not None and bias.shape == tensor.shape[:1] else None
+        notes = () if bias is None else ("the layer has a bias too: the cosine does not see it, its logits do",)
+        family = family_of(tensors)
+        if family == "CAPI" and name == "cls":
+            name = "patch"  # the student predicts the clusters of masked patches; CAPI has no class token
+        return _checked(PrototypeSet(path, name, side_of(cleaned), family, tensor, _flat(scale), bias, notes), where)
     return None
 
 
@@ -192,7 +226,8 @@ def _without_aliases(found: list[PrototypeSet]) -> list[PrototypeSet]:
         if twin is None:
             kept.append(s)
         else:
-            note = f"{s.key} ({s.name}) is the same matrix: a shared head, counted once"
+            why = "a shared head" if s.name != kept[twin].name else "saved under two names"
+            note = f"{s.key} ({s.name}) is the same matrix: {why}, counted once"
             kept[twin] = replace(kept[twin], notes=(*kept[twin].notes, note))
     return kept
 
@@ -213,6 +248,8 @@ def _flat(scale: Tensor | None) -> Tensor | None:
 
 def _checked(s: PrototypeSet, where: str) -> PrototypeSet:
     spot = f"{where}{': ' + s.key if s.key else ''}"
+    if s.weight.layout != torch.strided or s.weight.is_meta:
+        raise InputError(f"{spot}: a sparse tensor, or one without values; save it as an ordinary dense one")
     if s.weight.ndim != 2 or 0 in s.weight.shape:
         raise InputError(f"{spot}: shape {tuple(s.weight.shape)} is not prototypes × dimensions")
     if not s.weight.is_floating_point():
@@ -221,7 +258,9 @@ def _checked(s: PrototypeSet, where: str) -> PrototypeSet:
             "(quantised weights have to be dequantised first)"
         )
     if s.weight.element_size() == 1:
-        s = replace(s, weight=s.weight.float())  # 8-bit floats have no arithmetic of their own
+        # 8-bit floats have no arithmetic of their own
+        was = str(s.weight.dtype).removeprefix("torch.")
+        s = replace(s, weight=s.weight.float(), notes=(*s.notes, f"stored as {was}, counted in float32"))
     if s.scale is not None and len(s.scale) not in (1, len(s.weight)):
         raise InputError(f"{spot}: {len(s.scale)} lengths g for {len(s.weight)} prototypes; one each was expected")
     if s.scale is not None and len(s.scale) == 1:
@@ -247,9 +286,13 @@ def _bare(tensors: Mapping[str, Tensor], where: str) -> PrototypeSet:
     """The only matrix of a file without any layer that is known."""
     matrices = [p for p, t in tensors.items() if t.ndim == 2]
     if len(tensors) <= 3 and len(matrices) == 1:
-        return _checked(PrototypeSet(matrices[0], "bare", "unstated", "bare tensor", tensors[matrices[0]]), where)
+        notes = ("the only matrix of the file; nothing in it says that these are prototypes",) if matrices[0] else ()
+        found = PrototypeSet(matrices[0], "bare", "unstated", "bare tensor", tensors[matrices[0]], notes=notes)
+        return _checked(found, where)
     if not tensors:
-        raise InputError(f"{where}: it holds no tensors, so there are no prototypes in it")
+        raise InputError(
+            f"{where}: it holds no tensors (states of optimisers aside), so there are no prototypes in it; {WHERE_ELSE}"
+        )
     if len(tensors) <= 3 and not matrices:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors.values())
         raise InputError(f"{where}: shape {shapes} is not prototypes × dimensions")

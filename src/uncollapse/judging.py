@@ -97,12 +97,12 @@ def _shape_of(x: Tensor) -> tuple[float, float, float]:
 
 def judge(
     total: int, bad: int, dim: int, unique: dict[float, int], likeness: RandomLikeness | None,
-    used: int | None = None, effective: float | None = None, n: int | None = None,
+    used: int | None = None, effective: float | None = None, n: int | None = None, unit: str = "images",
 ) -> Verdict:  # fmt: skip
     """The verdict on K = ``total`` prototypes, ``bad`` of which are zero or not finite.
 
     ``unique`` counts the usable ones at each ε, the headline first; ``used`` and ``effective`` (N_eff at the
-    headline) come from ``n`` images where there are any. No verdict calls a matrix healthy from its vectors
+    headline) come from ``n`` images, or what ``unit`` says. No verdict calls a matrix healthy from its vectors
     alone: random vectors that nothing ever used are all unique.
     """
     eps, kept = next(iter(unique.items()))
@@ -110,7 +110,7 @@ def judge(
     counted = f"{kept:,} of {total:,} unique at ε = {eps:g} ({100 * share:.1f} %)"
     seen = ""
     if used is not None and effective is not None and n is not None:
-        seen = f" {n:,} held-out images use {used:,} of them, worth {effective:.1f} equally used ones."
+        seen = f" {n:,} held-out {unit} use {used:,} of them, worth {effective:.1f} equally used ones."
     if bad:
         return Verdict(
             "damaged",
@@ -152,7 +152,7 @@ def judge(
         if effective < UNUSED * most:
             return Verdict(
                 "mostly unused",
-                f"N_eff({eps:g}) below {100 * UNUSED:.0f} % of the {most:,} that {n:,} images could use",
+                f"N_eff({eps:g}) below {100 * UNUSED:.0f} % of the {most:,} that {n:,} {unit} could use",
                 f"{counted}.{seen} Distinct vectors that do little.",
             )
         rule = f"at least {100 * DUPLICATES:.0f} % unique, and N_eff({eps:g}) at least {100 * UNUSED:.0f} % of {most:,}"

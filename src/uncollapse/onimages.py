@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from uncollapse.backbones import Encoder
 from uncollapse.config import Config, DataConfig, ViewConfig
 from uncollapse.data import load_images
+from uncollapse.formats import PrototypeSet
 from uncollapse.images import ImageSet, subset
 from uncollapse.judging import judge
 from uncollapse.metrics import alignment, effective_rank, prototype_argmax, prototype_report, uniformity
@@ -24,8 +26,10 @@ from uncollapse.summary import VIEWS, extract, nearest_images, project_views
 if TYPE_CHECKING:
     from uncollapse.diagnosis import Diagnosis
 
-TEMPERATURES = {"MSN": 0.025, "SwAV": 0.05}
-"""Of the targets, where a family's published recipe differs from DINO's final 0.07."""
+TEMPERATURES = {"MSN": 0.025, "SwAV": 0.05, "CAPI": 0.06, "CARP": 1.0}
+"""Of the targets, where a family's published recipe differs from DINO's final 0.07. CARP has none, so 1."""
+PATCHES = 16
+"""Most patches of an image that are looked at, where the prototypes divide up patches."""
 PICTURED, MEMBERS, NEAREST = 6, 3, 8
 """Groups with pictures, prototypes listed of each group, images listed of each prototype."""
 
@@ -38,8 +42,9 @@ class SharedGroup:
     members: list[int]
     """Indices of the first ones (rows of the checkpoint), the busiest first."""
     images: int
+    """Images nearest to one of them; of patch prototypes, images with such a patch."""
     nearest: list[list[int]]
-    """For each member listed, the indices of the held-out images nearest to it."""
+    """For each member listed, the indices of the held-out images nearest to it (those with the nearest patches)."""
     overlap: float
     """Share of those images that the listed members have in common on average: 1 is the same list."""
     pictures: np.ndarray | None = field(default=None, repr=False)
@@ -47,14 +52,24 @@ class SharedGroup:
 
 @dataclass
 class ImageFindings:
-    """All by the hard argmax of the raw cosine on held-out images, unless it says otherwise."""
+    """All by the hard argmax of the raw cosine on held-out images, unless it says otherwise.
+
+    Where the prototypes divide up patches, every count is of patches: at most 16 of each image, drawn by a fixed seed.
+    """
 
     encoder: str
+    unit: str
+    """``images`` or ``patches``: what ``n`` and ``n_train`` count."""
     n: int
     n_train: int
+    n_images: int
+    """Held-out images that the ``n`` come from."""
     views: int
-    """Augmented views per image, behind `alive`, `view_information` and `alignment`."""
+    """Augmented views per image, behind `alive`, `view_information` and `alignment`; the last two are None for
+    patches, which two views do not share."""
     used: int
+    used_by_logits: int | None
+    """The same by the layer's own logits, with its lengths and its bias; None where that is the cosine."""
     alive: int
     """Argmax of at least one of ``views`` augmented views of the ``n_train`` training images given: a checkpoint
     does not record what was an argmax while it was trained."""
@@ -84,17 +99,33 @@ class ImageFindings:
         return out
 
 
+class _SomePatches(nn.Module):
+    """Images → at most ``most`` of their patch tokens each, (n · most, d), image by image."""
+
+    def __init__(self, backbone: nn.Module, most: int = PATCHES) -> None:
+        super().__init__()
+        self.backbone, self.most = backbone, most
+        self.each = 0
+        """Patches of an image that the last call returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.backbone(x)
+        self.each = min(self.most, tokens.shape[1])
+        # The place in the batch decides which patches, so that the same call always sees the same ones.
+        order = torch.rand(tokens.shape[:2], generator=torch.Generator().manual_seed(0)).argsort(1)
+        chosen = order[:, : self.each].sort(1).values.to(tokens.device)
+        return tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2])).flatten(0, 1)
+
+
 def look(
-    d: Diagnosis, rebuilt: Rebuilt, data: str, center: Tensor | None, scale: Tensor | None, limit: int,
-    device: torch.device,
-) -> None:  # fmt: skip
+    d: Diagnosis, s: PrototypeSet, rebuilt: Rebuilt, data: str, center: Tensor | None, limit: int, device: torch.device
+) -> None:
     """Adds what the images of ``data`` tell to a diagnosis, and judges it again.
 
     Args:
-        d: of the set whose projections ``rebuilt`` makes.
+        d: of the set ``s``, whose projections ``rebuilt`` makes.
         data: what `load_images` takes; its held-out part is looked at, its training part for `alive`.
-        center: (K,) subtracted from the teacher's logits in training. scale: (K,) lengths of the prototypes in
-            the logits; None: 1.
+        center: (K,) subtracted from the teacher's logits in training.
         limit: most images of each part.
 
     Raises:
@@ -105,12 +136,18 @@ def look(
     config = _configured(rebuilt, data)
     train, held = load_images(data, config.data, config.seed)
     train, held = (_some(images, limit, config.seed) for images in (train, held))
-    encoder = Encoder(rebuilt.backbone, rebuilt.head).to(device)
+    backbone = _SomePatches(rebuilt.backbone) if rebuilt.tokens else rebuilt.backbone
+    unnormalised = d.source.family == "CARP" and isinstance(rebuilt.head, nn.Sequential)
+    head = rebuilt.head[:-1] if unnormalised else rebuilt.head  # type: ignore[index]
+    encoder = Encoder(backbone, head).to(device)
     w = d.vectors.float().cpu()
-    features, z, _ = extract(encoder, held, config, device)
+    features, raw, _ = extract(encoder, held, config, device)
+    z = F.normalize(raw, dim=1)
     z_views = project_views(encoder, held, config, device)
+    each = backbone.each if isinstance(backbone, _SomePatches) else 1
     matching = z_views.shape[1] == len(z)  # not where images turned out to be unreadable
-    report = prototype_report(w, z, z_views if matching else None, list(d.unique))
+    aligned = matching and not rebuilt.tokens
+    report = prototype_report(w, z, z_views if aligned else None, list(d.unique))
     of_training = prototype_argmax(project_views(encoder, train, config, device).flatten(0, 1), w).unique()
     argmax = prototype_argmax(z, w)
     usage = torch.bincount(argmax, minlength=len(w))
@@ -118,27 +155,51 @@ def look(
     both[of_training] = True
     both |= usage > 0
     usable = d.rows if d.rows is not None else torch.arange(len(w))
-    temperature = config.teacher.temperature if rebuilt.config else TEMPERATURES.get(d.source.family, 0.07)
+    lengths, bias = _rows(s.lengths(), usable), _rows(s.bias, usable)
+    marginal, by_logits = _marginal(
+        w, raw if unnormalised else z, d.group_of.cpu(), _temperature(s, rebuilt), _rows(center, usable), lengths, bias
+    )
+    plain = bias is None and (lengths is None or bool((lengths == lengths[0]).all()))
+    unit = "patches" if rebuilt.tokens else "images"
     d.images = ImageFindings(
-        encoder=rebuilt.described, n=len(z), n_train=len(train), views=VIEWS,
-        used=report.used, alive=len(of_training), dead=d.prototypes - int(both.sum()),
-        unique_used=report.unique_used, effective=report.effective, view_information=report.view_information,
-        marginal=_marginal(w, z, d.group_of.cpu(), temperature, _rows(center, usable), _rows(scale, usable)),
+        encoder=rebuilt.described, unit=unit, n=len(z), n_train=each * len(train), n_images=len(z) // each,
+        views=VIEWS, used=report.used, used_by_logits=None if plain else by_logits, alive=len(of_training),
+        dead=d.prototypes - int(both.sum()), unique_used=report.unique_used, effective=report.effective,
+        view_information=report.view_information, marginal=marginal,
         health={
             "features": features.shape[1],
             "effective_rank_features": effective_rank(features),
             "effective_rank_projections": report.effective_rank,
             "uniformity": report.uniformity,
             "uniformity_features": uniformity(features) if len(features) > 1 else None,
-            "alignment": alignment(z_views),
+            "alignment": None if rebuilt.tokens else alignment(z_views),
         },
-        shared=_shared(w, z, d.group_of.cpu(), usage, usable, held if len(held) == len(z) else None),
+        shared=_shared(
+            w, z.unflatten(0, (-1, each)), d.group_of.cpu(), argmax, usable,
+            held if each * len(held) == len(z) else None,
+        ),
         usage=usage.numpy(),
     )  # fmt: skip
+    if rebuilt.tokens:
+        d.notes.append(
+            f"prototypes of patches: counts are of {len(z):,} patches, at most {PATCHES} of each of {len(z) // each:,} "
+            "images; view information and alignment need tokens that two views share, and crops do not"
+        )
+    elif any("shared head" in note for note in d.notes):
+        d.notes.append("this head is for patches too; counts on images are of the class token alone")
+    if bias is not None:
+        d.notes.append("mean target and 'used by logits' add the layer's bias; all else is by the cosine")
     d.verdict = judge(
         d.prototypes, d.zero_rows + d.non_finite_rows, d.dim, d.unique, d.random, report.used,
-        report.effective[d.epsilon], len(z),
+        report.effective[d.epsilon], len(z), unit,
     )  # fmt: skip
+
+
+def _temperature(s: PrototypeSet, rebuilt: Rebuilt) -> float:
+    if rebuilt.config:
+        return float(rebuilt.config.teacher.temperature)
+    swav = s.family in ("lightly", "solo-learn") and "prototypes" in s.key
+    return TEMPERATURES.get("SwAV" if swav else s.family, 0.07)
 
 
 def _configured(rebuilt: Rebuilt, data: str) -> Config:
@@ -161,18 +222,30 @@ def _rows(values: Tensor | None, usable: Tensor) -> Tensor | None:
 
 
 def _marginal(
-    w: Tensor, z: Tensor, group: Tensor, temperature: float, center: Tensor | None, scale: Tensor | None
-) -> dict[str, Any]:
-    """The mean target on these images over all prototypes and over distinct ones, against a uniform prior.
+    w: Tensor, z: Tensor, group: Tensor, temperature: float, center: Tensor | None = None,
+    lengths: Tensor | None = None, bias: Tensor | None = None,
+) -> tuple[dict[str, Any], int]:  # fmt: skip
+    """The mean target over all prototypes and over distinct ones, against a uniform prior; and how many are used.
 
     The prior of the methods is uniform over K. Where g prototypes are one vector, the distinct vector gets
     their g shares: uniform over K is not uniform over distinct prototypes, and that is what is measured.
+
+    Args:
+        w: (K, D) directions. z: (n, D) projections as the logits take them. group: (K,) of each prototype.
+        center: (K,) subtracted from the logits. lengths: (K,) of the prototypes in the logits; None: 1.
+        bias: (K,) added to the logits.
+
+    Returns:
+        The numbers, and the count of prototypes that are the largest logit (centre aside) of any row.
     """
-    unit = torch.nn.functional.normalize(w, dim=1)
-    unit = unit if scale is None else unit * scale.abs()[:, None]
+    unit = F.normalize(w, dim=1)
+    unit = unit if lengths is None else unit * lengths[:, None]
     total = torch.zeros(len(w), dtype=torch.float64)
-    for part in torch.nn.functional.normalize(z, dim=1).split(max(1, (1 << 24) // len(w))):
+    chosen = torch.zeros(len(w), dtype=torch.bool)
+    for part in z.split(max(1, (1 << 24) // len(w))):
         logits = part @ unit.T
+        logits = logits if bias is None else logits + bias
+        chosen[logits.argmax(1)] = True
         logits = logits if center is None else logits - center
         total += torch.softmax(logits / temperature, dim=1).double().sum(0)
     share = total / total.sum()
@@ -184,6 +257,7 @@ def _marginal(
     return {
         "temperature": temperature,
         "centred": center is not None and bool((center != 0).any()),
+        "biased": bias is not None,
         "entropy": _entropy(share),
         "entropy_of_prior": math.log(len(w)),
         "entropy_distinct": _entropy(distinct),
@@ -193,7 +267,7 @@ def _marginal(
         "kl_of_duplication": max(0.0, math.log(len(distinct)) - _entropy(prior)),
         "kl_distinct_to_group_sizes": float((distinct[known] * (distinct[known] / prior[known]).log()).sum()),
         "largest": float(distinct.max()),
-    }
+    }, int(chosen.sum())
 
 
 def _entropy(p: Tensor) -> float:
@@ -202,23 +276,28 @@ def _entropy(p: Tensor) -> float:
 
 
 def _shared(
-    w: Tensor, z: Tensor, group: Tensor, usage: Tensor, usable: Tensor, held: ImageSet | None
+    w: Tensor, z: Tensor, group: Tensor, argmax: Tensor, usable: Tensor, held: ImageSet | None
 ) -> list[SharedGroup]:
+    """Groups of duplicates that are in use, the busiest first; z is (images, tokens of each, D), of unit length."""
+    usage = torch.bincount(argmax, minlength=len(w))
     size = torch.bincount(group, minlength=len(w))
-    images = torch.zeros_like(usage).index_add_(0, group, usage)
-    busy = torch.where(size > 1, images, torch.full_like(images, -1))
+    total = torch.zeros_like(usage).index_add_(0, group, usage)
+    busy = torch.where(size > 1, total, torch.full_like(total, -1))
+    of_image = group[argmax].view(z.shape[:2])
     out: list[SharedGroup] = []
-    unit = torch.nn.functional.normalize(z, dim=1)
     for leader in busy.argsort(descending=True, stable=True)[: int((busy > 0).sum())].tolist():
         members = (group == leader).nonzero()[:, 0]
         members = members[usage[members].argsort(descending=True, stable=True)][:MEMBERS]
-        chosen = torch.nn.functional.normalize(w[members], dim=1)
-        nearest = (chosen @ unit.T).topk(min(NEAREST, len(z)), dim=1).indices.tolist()
+        # An image is as near as its nearest token.
+        near = (F.normalize(w[members], dim=1) @ z.flatten(0, 1).T).unflatten(1, z.shape[:2]).amax(2)
+        nearest = near.topk(min(NEAREST, len(z)), dim=1).indices.tolist()
         lists = [set(row) for row in nearest]
         pairs = [(a, b) for i, a in enumerate(lists) for b in lists[:i]]
+        pictures = None
+        if held is not None and len(out) < PICTURED:
+            pictures = nearest_images(torch.eye(len(members)), near.T.contiguous(), held, NEAREST)
         out.append(SharedGroup(
-            int(size[leader]), usable[members].tolist(), int(images[leader]), nearest,
-            float(np.mean([len(a & b) / len(a) for a, b in pairs])),
-            nearest_images(chosen, unit, held, NEAREST) if held is not None and len(out) < PICTURED else None,
+            int(size[leader]), usable[members].tolist(), int((of_image == leader).any(1).sum()), nearest,
+            float(np.mean([len(a & b) / len(a) for a, b in pairs])), pictures,
         ))  # fmt: skip
     return out

@@ -16,6 +16,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ _STOOD_IN_FOR = (
 """Classes of configurations and versions that checkpoints carry along; their contents are not looked at."""
 
 
+OPTIMIZERS = re.compile(r"opt|optim\w*|\w*_optimizer|\w*optimizer_states|fp16_scaler")
+"""Top levels of a checkpoint that hold states of optimisers."""
+
+
 def _dtype_classes() -> list[type]:
     return [type(np.dtype(letter)) for letter in "?bhilBHILefd"]
 
@@ -97,11 +102,18 @@ def file_kind(path: Path) -> str:
     Raises:
         InputError: no such file, an empty one, or none of these.
     """
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    with path.open("rb") as file:
-        head = file.read(64)
-    size = path.stat().st_size
+    try:
+        if not path.exists():
+            raise InputError(f"{path}: no such file")
+        if not path.is_file():
+            raise InputError(
+                f"{path}: not an ordinary file (a pipe or a device cannot be read at random); copy it first"
+            )
+        with path.open("rb") as file:
+            head = file.read(64)
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     if not size:
         raise InputError(f"{path}: the file is empty (0 bytes); copy or download it again")
     if head.startswith(b"PK\x03\x04"):
@@ -131,16 +143,21 @@ def file_kind(path: Path) -> str:
     )
 
 
-def read_tensors(path: Path, trust: bool = False) -> Any:
+def read_tensors(path: Path, trust: bool = False, only: Callable[[str], bool] | None = None) -> Any:
     """What a file holds: nested dicts with tensors (mapped from disk where possible), or one tensor.
 
     Args:
-        path: a file of any of the kinds of `file_kind`.
+        path: a file of any of the kinds of `file_kind`, or a folder of torch.distributed.checkpoint.
         trust: the user's word that the file may run code while it is loaded.
+        only: of such a folder, whether to read the values of the tensor at a path; None: of all.
 
     Raises:
         InputError: unreadable, damaged, or needing ``trust``.
     """
+    from uncollapse.sharded import is_sharded, read_sharded
+
+    if is_sharded(path):
+        return read_sharded(path, only)
     kind = file_kind(path)
     if kind == "safetensors":
         return _safetensors(path)
@@ -157,7 +174,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
-            f"{path}: a damaged or cut-off safetensors file ({_line(error)}); copy or download it again"
+            f"{path}: a damaged or cut-off safetensors file ({line_of(error)}); copy or download it again"
         ) from None
 
 
@@ -171,12 +188,12 @@ def _numpy(path: Path) -> Any:
         with loaded:
             return {name: _tensor(loaded[name]) for name in loaded.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: a damaged numpy file, or one that holds objects ({_line(error)})") from None
+        raise InputError(f"{path}: a damaged numpy file, or one that holds objects ({line_of(error)})") from None
 
 
 def _tensor(array: np.ndarray) -> Any:
-    if array.dtype.kind not in "fiub":
-        return array  # text, complex, ...: not a matrix of prototypes
+    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+        return array  # text, complex, 80 bits: nothing that torch has
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
@@ -196,16 +213,24 @@ def _torch(path: Path, trust: bool) -> Any:
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global:?|function) (?:GLOBAL )?([\w.<>]+)", str(error))
         if not found:
-            raise InputError(f"{path}: damaged, or no checkpoint at all ({_line(error)})") from None
+            raise InputError(f"{path}: damaged, or no checkpoint at all ({line_of(error)})") from None
+        if re.search(r"torch\.distributed\.|ShardedTensor|DTensor", found[1]):
+            raise InputError(
+                f"{path}: one rank's shard ({found[1]}), not the whole network; take the teacher that the code gathers "
+                "for its evaluations (DINOv2's and DINOv3's eval/*/teacher_checkpoint.pth), or save a full state dict"
+            ) from None
         raise InputError(
             f"{path}: not loaded, because it would run {found[1]!r}, which is not on the list of harmless classes. "
             "If you know who made the file and trust them, say --trust"
         ) from None
     except Exception as error:  # a damaged pickle can fail in any way
-        raise InputError(f"{path}: damaged, cut off, or no checkpoint ({_line(error)})") from None
+        if "TorchScript" in str(error):
+            raise InputError(f"{path}: TorchScript, which is code with weights; save the state_dict of it") from None
+        raise InputError(f"{path}: damaged, cut off, or no checkpoint ({line_of(error)})") from None
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
+    """An error's message on one line of at most 160 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 160 else text[:157] + "..."
 
@@ -214,36 +239,46 @@ def _line(error: BaseException) -> str:
 
 
 def flatten(loaded: Any) -> dict[str, Tensor]:
-    """Every tensor of nested dicts by its path, levels joined by ``/``; optimiser states are left out."""
+    """Every tensor of nested dicts and lists by its path, levels joined by ``/``; states of optimisers left out."""
     found: dict[str, Tensor] = {}
 
-    def walk(value: Any, path: str) -> None:
+    def walk(value: Any, path: str, around: tuple[int, ...]) -> None:
         if isinstance(value, torch.nn.Module):
             value = value.state_dict()
         if isinstance(value, Tensor):
             found[path] = value.detach()
-        elif isinstance(value, dict):
-            for name, inner in value.items():
-                if not path and re.fullmatch(r"opt|optim\w*|\w*_optimizer|\w*optimizer_states|fp16_scaler", str(name)):
+        elif isinstance(value, dict | list | tuple):
+            # A pickle may contain itself; nothing real is nested this deeply.
+            if id(value) in around or len(around) > 40 or _is_optimizer(value):
+                return
+            for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                if not path and OPTIMIZERS.fullmatch(str(name)):
                     continue
-                walk(inner, f"{path}/{name}" if path else str(name))
-        elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
-            found[path] = torch.from_numpy(np.ascontiguousarray(value))
+                walk(inner, f"{path}/{name}" if path else str(name), (*around, id(value)))
+        elif isinstance(value, np.ndarray) and isinstance(array := _tensor(value), Tensor):
+            found[path] = array
 
-    walk(loaded, "")
+    walk(loaded, "", ())
     return found
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, dict) and {"state", "param_groups"} <= {str(name) for name in value}
 
 
 # ------------------------------------------------------------------------------------------- folders
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The file to read: a file is itself; of one of our run folders, the newest checkpoint whose digest fits.
+    """What to read: a file or a folder of torch.distributed.checkpoint is itself; of one of our run folders, the
+    newest checkpoint whose digest fits.
 
     Raises:
         InputError: a folder without a usable checkpoint.
     """
-    if not path.is_dir():
+    from uncollapse.sharded import is_sharded
+
+    if not path.is_dir() or is_sharded(path):
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = sorted(folder.glob("step-*.json"), reverse=True)
@@ -258,10 +293,11 @@ def checkpoint_of(path: Path) -> Path:
             continue
     if steps:
         raise InputError(f"{path}: every checkpoint in {folder} is damaged ({len(steps)} of them)")
-    if (path / ".metadata").exists() or list(path.glob("*.distcp")):
+    if shards := sorted(p.name for p in path.glob("*.distcp")):
         raise InputError(
-            f"{path}: a sharded (distributed) checkpoint; join it first with "
-            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`"
+            f"{path}: shards of a distributed checkpoint ({shards[0]}) without their index .metadata; copy it too"
         )
+    if sharded := sorted((p.name for p in path.iterdir() if is_sharded(p)), key=lambda n: (len(n), n)):
+        raise InputError(f"{path}: it holds distributed checkpoints ({', '.join(sharded[-3:])}); name one of them")
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:4]) or "nothing"
     raise InputError(f"{path}: a folder without checkpoints of a run (it holds {inside}); name a file")

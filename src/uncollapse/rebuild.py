@@ -1,8 +1,8 @@
 """An encoder rebuilt from a checkpoint, for the numbers that only images can give.
 
-Our own runs carry their configuration. Of other checkpoints the architecture is read off the keys and shapes:
-vision transformers (DINO, iBOT, MSN, DINOv2) and ResNets (DINO, CARP, SwAV), each with its projection head. What
-cannot be read off is never guessed: the error says which part was not understood.
+Our own runs carry their configuration. Of other checkpoints the architecture is read off the keys and shapes
+(`uncollapse.rebuild_backbones`), with the projection head that leads to the prototypes in question. What cannot be
+read off is never guessed: the error says which part was not understood.
 """
 
 from __future__ import annotations
@@ -17,14 +17,9 @@ from torch import Tensor, nn
 
 from uncollapse.formats import PrototypeSet, clean, side_of
 from uncollapse.reading import InputError
+from uncollapse.rebuild_backbones import backbone_of
 
-HEAD_DIM = 64
-"""Width of an attention head: shapes do not tell, but every published model of these families has it."""
-_HEADS = (
-    ("mlp", "gelu", r"^(?:\w*head)\.mlp\.(\d+)\.(weight|bias|running_mean|running_var)$"),  # DINO's and relatives
-    ("layers", "gelu", r"^(?:\w*head)\.layers\.(\d+)\.(weight|bias|running_mean|running_var)$"),  # lightly
-    ("projection_head", "relu", r"^projection_head\.(\d+)\.(weight|bias|running_mean|running_var)$"),  # SwAV
-)
+_SIDE = re.compile(r"^(student|teacher|momentum|target|online)[._]")
 
 
 @dataclass
@@ -39,6 +34,12 @@ class Rebuilt:
     config: Any = None
     """The run's configuration, for our own."""
     described: str = ""
+    tokens: bool = False
+    """Whether ``backbone`` returns patch tokens (n, T, d), because the prototypes divide up patches."""
+
+
+PATCHES = frozenset({"patch", "region", "clusters"})
+"""Names of sets whose prototypes divide up patches instead of images."""
 
 
 class Unit(nn.Module):
@@ -57,29 +58,26 @@ def rebuild_encoder(loaded: Any, tensors: Mapping[str, Tensor], s: PrototypeSet,
     Raises:
         InputError: no encoder in the file, or a part of it that was not understood; the message names it.
     """
-    if s.name in ("patch", "region", "clusters"):
-        raise InputError(
-            f"{where}: the {s.name} prototypes divide up patches, not images; --data measures class-token and "
-            "pooled prototypes only"
-        )
     if s.family == "uncollapse":
         return _own(loaded, s, where)
-    weights = _one_side(tensors, s)
+    if s.family == "CAPI" and s.name == "patch":
+        raise InputError(
+            f"{where}: CAPI's student prototypes divide up predictions of masked patches, made by a decoder from the "
+            "visible ones; --data measures the teacher's clusters (head.layer), which a training checkpoint has"
+        )
+    weights = one_side(tensors, s)
     if not weights:
         raise InputError(f"{where}: it holds no encoder beside the prototypes, so --data has nothing to run")
-    backbone_weights = _backbone_part(weights)
-    if "patch_embed.proj.weight" in backbone_weights:
-        backbone, width, size, described = _vit(backbone_weights, where)
-    elif "conv1.weight" in backbone_weights and "layer4.0.conv1.weight" in backbone_weights:
-        backbone, width, size, described = _resnet(backbone_weights, where)
-    else:
-        some = ", ".join(list(backbone_weights)[:3])
+    found = backbone_of(backbone_part(weights), where)
+    head = _head(weights, found.width, s, where)
+    if s.name not in PATCHES:
+        return Rebuilt(found.module, head.eval(), found.size, None, found.described)
+    if found.tokens is None:
         raise InputError(
-            f"{where}: the backbone was not understood (neither a plain ViT nor a ResNet; it begins with {some}), "
-            "so --data cannot run it; its prototypes can still be diagnosed without --data"
+            f"{where}: the {s.name} prototypes divide up patches, and {found.described} gives none here; --data cannot "
+            "place images among them"
         )
-    head = _head(weights, width, s, where)
-    return Rebuilt(backbone.eval(), head.eval(), size, None, described)
+    return Rebuilt(found.tokens, head.eval(), found.size, None, found.described, tokens=True)
 
 
 def _own(loaded: Any, s: PrototypeSet, where: str) -> Rebuilt:
@@ -122,8 +120,12 @@ def own_directions(loaded: Any, s: PrototypeSet) -> PrototypeSet:
 # ------------------------------------------------------------------------------- the tensors of one side
 
 
-def _one_side(tensors: Mapping[str, Tensor], s: PrototypeSet) -> dict[str, Tensor]:
+def one_side(tensors: Mapping[str, Tensor], s: PrototypeSet) -> dict[str, Tensor]:
     """Weights of the network on the side of ``s``, named from that network's root."""
+    root = _root(s)
+    beside = {c.removeprefix(root): t for path, t in tensors.items() if root and (c := clean(path)).startswith(root)}
+    if _has_encoder(beside):
+        return {name: t for name, t in beside.items() if t.is_floating_point()}
     wanted = "student" if s.side == "student" else "teacher"
     sides: dict[str, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
@@ -133,12 +135,20 @@ def _one_side(tensors: Mapping[str, Tensor], s: PrototypeSet) -> dict[str, Tenso
         name = last
         if not _says_side(level):
             # lightly and solo-learn: the side is a word in the module's own name
-            name = re.sub(r"^(student|teacher|momentum|target|online)[._]", "", name)
+            name = _SIDE.sub("", name)
         sides.setdefault(side, {})[name] = tensor
     # MSN's prototypes belong to no side, and its evaluation takes the target encoder.
     order = [wanted, "unstated"] if wanted in sides else ["unstated", *sides]
     found = next((sides[name] for name in order if _has_encoder(sides.get(name, {}))), {})
     return {name: t for name, t in found.items() if t.is_floating_point()}
+
+
+def _root(s: PrototypeSet) -> str:
+    """Cleaned path of the network that the set belongs to, where it names one: ``teacher/``, ``model/teacher.``."""
+    layer = re.sub(r"(weight_v|weight|parametrizations\.weight\.original1)$", "", clean(s.key))
+    found = re.match(r"(.*[/.])?(\w*head\w*|prototypes)\.", layer)
+    root = (found[1] or "") if found else ""
+    return root if side_of(root) != "unstated" else ""
 
 
 def _says_side(level: str) -> bool:
@@ -149,116 +159,46 @@ def _has_encoder(weights: Mapping[str, Tensor]) -> bool:
     return any("patch_embed" in n or re.search(r"(^|\.)(conv1|stem|layer1)\b", n) for n in weights)
 
 
-def _backbone_part(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def backbone_part(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Backbone weights without its prefix, which may be there twice (EsViT's ResNet) or not at all."""
     out = dict(weights)
     for prefix in ("backbone.", "backbone.", "encoder."):
         inner = {n.removeprefix(prefix): t for n, t in out.items() if n.startswith(prefix)}
         out = inner if _has_encoder(inner) else out
-    own = re.compile(r"^(\w*head|projection_head|prototypes|fc|last_layer|projector|classifier)\b")
+    own = re.compile(r"^(\w*head(_\w+)?|prototypes|fc|last_layer|projector|classifier)\b")
     return {n: t for n, t in out.items() if not own.match(n)}
-
-
-# ------------------------------------------------------------------------------------------- backbones
-
-
-class _ClassToken(nn.Module):
-    """A timm vision transformer as images → normalised class token."""
-
-    def __init__(self, vit: nn.Module) -> None:
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.vit.forward_features(x)[:, 0]  # type: ignore[operator]
-
-
-def _vit(weights: dict[str, Tensor], where: str) -> tuple[nn.Module, int, int, str]:
-    from timm.models.vision_transformer import VisionTransformer
-
-    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
-    # FSDP checkpoints of DINOv2 number blocks within chunks: blocks.0.7.norm1 is block 7.
-    weights = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", n): t for n, t in weights.items()}
-    weights.pop("mask_token", None)
-    weights.pop("masked_embed", None)
-    depth = 1 + max((int(m[1]) for n in weights if (m := re.match(r"blocks\.(\d+)\.", n))), default=-1)
-    swiglu = any(".mlp.w12." in n or ".mlp.w1." in n for n in weights)
-    if "pos_embed" not in weights or "cls_token" not in weights or not depth or swiglu or width % HEAD_DIM:
-        missing = (
-            "SwiGLU blocks" if swiglu
-            else f"a width of {width}, which is no multiple of {HEAD_DIM}" if width % HEAD_DIM
-            else "no learned position embedding, class token or blocks"
-        )  # fmt: skip
-        raise InputError(f"{where}: a vision transformer that was not understood ({missing}); --data cannot run it")
-    weights = {n: t.float() for n, t in weights.items()}
-    registers = weights.pop("register_tokens", None)
-    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-    options: dict[str, Any] = {}
-    if registers is not None:
-        # Registers have no position: the class token's is added to it, and only patches keep theirs.
-        options = {"reg_tokens": registers.shape[1], "no_embed_class": True}
-        weights["reg_token"] = registers
-        weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
-        weights["pos_embed"] = weights["pos_embed"][:, 1:]
-    model = VisionTransformer(
-        img_size=side * patch, patch_size=patch, embed_dim=width, depth=depth, num_heads=width // HEAD_DIM,
-        mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / width, num_classes=0, global_pool="token",
-        qkv_bias="blocks.0.attn.qkv.bias" in weights, dynamic_img_size=True,
-        init_values=1.0 if "blocks.0.ls1.gamma" in weights else None, **options,
-    )  # fmt: skip
-    _load(model, weights, where, "vision transformer")
-    size = 224 if patch <= 16 and side * patch > 224 else side * patch
-    return _ClassToken(model), width, size, f"ViT, {depth} blocks of width {width}, patch {patch}"
-
-
-def _resnet(weights: dict[str, Tensor], where: str) -> tuple[nn.Module, int, int, str]:
-    from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-
-    weights = {n: t.float() for n, t in weights.items()}
-    layers = [
-        1 + max(int(m[1]) for n in weights if (m := re.match(rf"layer{stage}\.(\d+)\.", n))) for stage in (1, 2, 3, 4)
-    ]
-    bottleneck = "layer1.0.conv3.weight" in weights
-    block: Any = Bottleneck if bottleneck else BasicBlock
-    model = ResNet(block, tuple(layers), num_classes=0)
-    if weights["conv1.weight"].shape != model.conv1.weight.shape:
-        raise InputError(
-            f"{where}: a ResNet with an unusual stem {tuple(weights['conv1.weight'].shape)}; not understood"
-        )
-    _load(model, weights, where, "ResNet")
-    return model, model.num_features, 224, f"ResNet of {layers} {'bottleneck' if bottleneck else 'basic'} blocks"
-
-
-def _load(model: nn.Module, weights: Mapping[str, Tensor], where: str, what: str) -> None:
-    try:
-        result = model.load_state_dict(dict(weights), strict=False)
-    except RuntimeError as error:
-        line = " ".join(str(error).split()[:40])
-        raise InputError(f"{where}: the {what}'s shapes were not understood ({line})") from None
-    missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
-    if missing or result.unexpected_keys:
-        odd = f"missing {', '.join(missing[:3])}" if missing else f"unknown {', '.join(result.unexpected_keys[:3])}"
-        raise InputError(f"{where}: the {what} was not understood ({odd}); --data cannot run it")
 
 
 # ----------------------------------------------------------------------------------------------- heads
 
 
+def _head_name(s: PrototypeSet) -> str:
+    """Module that holds the layer of prototypes, named from its network's root: ``dino_head``; empty without one."""
+    layer = re.search(r"(?:^|[./])([^./]+)\.(?:last_layer2?|layer)(?:\.|$)", clean(s.key))
+    return _SIDE.sub("", layer[1]) if layer else ""
+
+
 def _head(weights: Mapping[str, Tensor], width: int, s: PrototypeSet, where: str) -> nn.Module:
+    """Features → unit vectors among the prototypes of ``s``: the MLP of its own head, not of one beside it."""
+    activation = "relu" if "prototypes" in s.key else "gelu"  # SwAV's, everywhere; all others descend from DINO
     msn = {n.removeprefix("fc."): t for n, t in weights.items() if re.match(r"fc\.(fc|bn)\d\.", n)}
     if msn:
         order = [f"{kind}{i}" for i in (1, 2, 3) for kind in ("fc", "bn")]
         parts = [{p: msn[f"{m}.{p}"] for p in _parts(msn, m)} for m in order if f"{m}.weight" in msn]
         return _sequence(parts, "gelu", width, s, where)
-    for _, activation, sign in _HEADS:
+    own = _head_name(s)
+    names = [rf"{own}\.(?:mlp|layers)"] if own else [r"projection_head(?:\.layers)?", r"projector"]
+    if own == "head" and s.name == "clusters":
+        names = []  # CAPI's clusters are of the tokens themselves
+    for name in names:
         found: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in weights.items():
-            if m := re.match(sign, name):
-                found.setdefault(int(m[1]), {})[m[2]] = tensor
+        for key, tensor in weights.items():
+            if m := re.match(rf"{name}(?:\.(\d+))?\.(weight|bias|running_mean|running_var)$", key):
+                found.setdefault(int(m[1] or 0), {})[m[2]] = tensor
         if found:
             return _sequence([found[i] for i in sorted(found)], activation, width, s, where)
     if width == s.weight.shape[1]:
-        return Unit()
+        return nn.Sequential(Unit())
     raise InputError(
         f"{where}: no projection head was found between the backbone ({width} features) and the prototypes "
         f"({s.weight.shape[1]} dimensions), so --data cannot place images among them"
@@ -276,8 +216,8 @@ def _sequence(
     modules: list[nn.Module] = []
     for state in parts:
         state = {n: t.float() for n, t in state.items()}
-        weight = state["weight"]
-        if weight.ndim == 2:
+        weight = state.get("weight")
+        if weight is not None and weight.ndim == 2:
             if modules:
                 modules.append(nn.GELU() if activation == "gelu" else nn.ReLU())
             if weight.shape[1] != width:
@@ -288,6 +228,8 @@ def _sequence(
             linear.load_state_dict(state)
             modules.append(linear)
             width = weight.shape[0]
+        elif weight is None or weight.ndim != 1 or "running_mean" not in state or "running_var" not in state:
+            raise InputError(f"{where}: a layer of the projection head was not understood ({', '.join(state)})")
         else:
             norm = nn.BatchNorm1d(len(weight))
             norm.load_state_dict(state, strict=False)
@@ -297,9 +239,14 @@ def _sequence(
     return nn.Sequential(*modules, Unit()).requires_grad_(False)
 
 
+_CENTERS = {"patch": "center2", "region": "center_grid"}
+"""Name of the centre in the state of the loss, where it is not ``center``: iBOT's and EsViT's second ones."""
+
+
 def center_of(tensors: Mapping[str, Tensor], s: PrototypeSet) -> Tensor | None:
     """The centre (K,) that training subtracted from the teacher's logits for this set, where the file has it."""
+    name = _CENTERS.get(s.name, "center")
     for path, tensor in tensors.items():
-        if re.search(r"(_loss|^objective)/center$", path) and tensor.numel() == len(s.weight):
+        if re.search(rf"(_loss|^objective)/{name}$", path) and tensor.numel() == len(s.weight):
             return tensor.reshape(-1).float()
     return None

@@ -9,6 +9,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 
 from layouts import norm_old, planted, prefixed
+from uncollapse.backbones import Conv3
 from uncollapse.checkpoint import save_checkpoint
 from uncollapse.config import ConfigError, load_config, tiny
 from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
@@ -328,3 +329,11 @@ def test_pretrained_without_internet_is_one_clear_line(monkeypatch):
     with pytest.raises(ConfigError, match=r"needs internet .name or service not known.*--weights FILE") as caught:
         open_encoder("timm:resnet10t", pretrained=True)
     assert "\n" not in str(caught.value)
+
+
+def test_the_map_of_our_own_small_cnn_is_what_its_pooling_sees():
+    encoder = EvalEncoder(Conv3(8), 32)
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    patches = encoder.patches(x)
+    assert patches.shape == (3, 4, 4, 32)
+    torch.testing.assert_close(patches.mean((1, 2)), encoder.features(x))

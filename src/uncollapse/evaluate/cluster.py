@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 
 RESTARTS = 10
 """k-means starts this often; the start with the smallest sum of squares on the training features is kept."""
-WHOLE = 1 << 31
+WHOLE = 1 << 30
 """Largest n · k · d for k-means on everything at once; above it mini-batches."""
 DRAWS = 200
 """Half-samples behind the interval."""

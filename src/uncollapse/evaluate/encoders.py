@@ -121,7 +121,9 @@ class EvalEncoder:
             h, w = self._grid(x)
             return patches.unflatten(1, (h, w))
         if isinstance(self.module, Conv3):
-            return self.module[:-2](x).permute(0, 2, 3, 1)
+            for layer in list(self.module)[:-2]:  # up to its pooling; a slice would be a Conv3 of its own
+                x = layer(x)
+            return x.permute(0, 2, 3, 1)
         if not hasattr(self.module, "forward_features"):
             if self.patch_tokens is None:
                 return None

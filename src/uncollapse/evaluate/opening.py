@@ -17,9 +17,9 @@ from uncollapse.config import ConfigError
 from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
 from uncollapse.formats import PrototypeSet, clean, find_prototypes, side_of
 from uncollapse.reading import InputError, checkpoint_of, flatten, read_tensors
-from uncollapse.rebuild import Rebuilt, _backbone_part, _one_side, own_directions
+from uncollapse.rebuild import Rebuilt, backbone_part, one_side, own_directions
 from uncollapse.rebuild import rebuild_encoder as rebuild
-from uncollapse.rebuild_backbones import Backbone, _ClassToken, backbone_of
+from uncollapse.rebuild_backbones import Backbone, ClassToken, backbone_of
 
 TIMM = "timm:"
 SIZE = 224
@@ -134,7 +134,7 @@ def _encoder(rebuilt: Rebuilt, s: PrototypeSet, side: str, where: str, notes: li
 
 def _plain(module: nn.Module, width: int | None = None) -> nn.Module:
     """A vision transformer without the wrapper that reduces it to its class token; anything else as it is."""
-    if isinstance(module, _ClassToken):
+    if isinstance(module, ClassToken):
         if is_vit(module.vit):
             return module.vit
         width = width or int(module.vit.num_features)  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ def _started(encoder: EvalEncoder, module: nn.Module, head: nn.Module | None, ve
 
 def _backbone(tensors: Mapping[str, Tensor], side: str, where: str) -> Backbone:
     asked = PrototypeSet("", "", side, "", torch.empty(1, 1))  # type: ignore[arg-type]
-    weights = _backbone_part(_one_side(tensors, asked))
+    weights = backbone_part(one_side(tensors, asked))
     if not weights:
         some = ", ".join(list(tensors)[:3]) or "no tensor at all"
         raise InputError(
@@ -251,7 +251,7 @@ def _load(module: nn.Module, file: Path, trust: bool, source: str) -> None:
     weights = {path.rpartition("/")[2]: t for path, t in ((clean(p), t) for p, t in tensors.items())}
     convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     wanted = module.state_dict()
-    tried = [weights, _backbone_part(_one_side(tensors, PrototypeSet("", "", "teacher", "", torch.empty(1, 1))))]
+    tried = [weights, backbone_part(one_side(tensors, PrototypeSet("", "", "teacher", "", torch.empty(1, 1))))]
     best: tuple[int, str] = (len(wanted) + 1, "")
     for given in [w for w in tried if w]:
         try:
