@@ -90,7 +90,7 @@ def test_a_run_is_evaluated_on_its_own_data(run, tasks, capsys):
     assert set(kept["tasks"]) == {"knn", "linear", "cluster", "prototypes"}
     assert kept["tasks"]["knn"]["n"] == len(held)
     assert kept["tasks"]["knn"]["ci95"] == [0.4, 0.6]
-    assert kept["tasks"]["knn"]["command"].startswith("uncollapse ")
+    assert kept["tasks"]["knn"]["command"].startswith("uncollapse")
 
 
 def test_the_second_call_reads_features_and_keeps_older_results(run, tasks, capsys, monkeypatch):

@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-from uncollapse.evaluate.features import Features
+from uncollapse.evaluate.features import Features, Ints, labelled
 from uncollapse.evaluate.result import Result
 from uncollapse.metrics import prototype_argmax
-
-Ints = NDArray[np.int64]
 
 RESTARTS = 10
 """k-means starts this often; the start with the smallest sum of squares on the training features is kept."""
@@ -84,39 +80,6 @@ def cluster(train: Features, test: Features, vectors: Tensor | None = None, seed
         f"{'argmax of the raw cosine; ' if 'prototypes' in clusters else ''}{how}",
         "unsupervised classes of iBOT (Zhou et al., 2022); AMI: Vinh et al., 2010", notes,
     )  # fmt: skip
-
-
-def labelled(train: Features, test: Features) -> tuple[Ints, int, Ints]:
-    """Labels of both parts, checked: (N,) int64, the number of classes there may be, and (n,) int64.
-
-    Raises:
-        ValueError: a part without images or labels, features that are not finite or all zero, other names of
-            classes in either part, or widths that differ.
-    """
-    for part, features in (("training", train), ("test", test)):
-        if not len(features):
-            raise ValueError(f"there are no {part} images")
-        if features.labels is None:
-            raise ValueError(f"the {part} images have no labels, which this compares with")
-        if int(features.labels.min()) < 0:
-            raise ValueError(f"{part} labels start at {int(features.labels.min())}; classes are numbered from 0")
-        bad = int((~torch.isfinite(features.last)).any(1).sum())
-        if bad:
-            raise ValueError(
-                f"{bad} of {len(features)} {part} features are NaN or infinite; look for the step where training "
-                "diverged"
-            )
-        dead = int((features.last == 0).all(1).sum())
-        if dead:
-            raise ValueError(f"{dead} of {len(features)} {part} features are all zero and have no direction")
-    if train.classes and test.classes and train.classes != test.classes:
-        raise ValueError("training and test images number their classes differently; open both parts together")
-    if train.last.shape[1] != test.last.shape[1]:
-        raise ValueError(f"training features have {train.last.shape[1]} columns, test features {test.last.shape[1]}")
-    assert train.labels is not None
-    assert test.labels is not None
-    most = max(int(train.labels.max()), int(test.labels.max())) + 1
-    return train.labels.numpy(), max(len(train.classes), most), test.labels.numpy()
 
 
 def kmeans(train: Tensor, test: Tensor, k: int, seed: int = 0) -> tuple[Ints, str]:

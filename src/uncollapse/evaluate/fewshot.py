@@ -10,8 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from uncollapse.evaluate.cluster import labelled
-from uncollapse.evaluate.features import Features
+from uncollapse.evaluate.features import Features, labelled
 from uncollapse.evaluate.result import Result, spread95
 
 PENALTY = 0.00025

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from uncollapse.evaluate.cluster import labelled
-from uncollapse.evaluate.features import Features
+from uncollapse.evaluate.features import Features, labelled
 from uncollapse.evaluate.result import Result, bootstrap95_mean
 from uncollapse.neighbours import nearest, unit_rows, vote
 

@@ -12,8 +12,7 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from uncollapse.evaluate.cluster import labelled
-from uncollapse.evaluate.features import Features
+from uncollapse.evaluate.features import Features, labelled
 from uncollapse.evaluate.result import Result, bootstrap95_mean
 
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
@@ -24,6 +23,18 @@ EPOCHS, LEAST_STEPS = 10, 1000
 SOURCE = (
     "DINOv2's linear evaluation (Oquab et al. 2024), chosen on held-out training data as CAPI's (Darcet et al. 2025)"
 )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The classifier that the grid's scores chose, fitted again on all of train."""
+
+    chosen: Input
+    rate: float
+    table: list[dict[str, object]]
+    """Every classifier of the grid with its accuracy and cross-entropy on held-out training images."""
+    scores: Tensor
+    """(n, classes), of the test images."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ def linear(
     rates: Sequence[float] = RATES,
     device: torch.device | str = "cpu",
     report: Callable[[str, int, int, float], None] | None = None,
+    probe: Probe | None = None,
 ) -> Result:
     """Top-1 accuracy of the best of a grid of linear classifiers on frozen features.
 
@@ -70,6 +82,7 @@ def linear(
     Args:
         rates: learning rates for a batch of 256; scaled by batch / 256.
         report: called with (name, steps done, steps to do, loss).
+        probe: what `fit_probe` returned for the same arguments, to fit nothing again.
 
     Returns:
         ``top1``, ``top5`` (above 5 classes) and ``macro`` (mean over test classes of their top-1), in [0, 1].
@@ -77,17 +90,17 @@ def linear(
     Raises:
         ValueError: one class, one image in all, no labels, or features that are not finite or all zero.
     """
-    best, table, scores = fitted(train, test, seed, rates, device, report)
+    probe = probe or fit_probe(train, test, seed, rates, device, report)
     _, _, truth = labelled(train, test)
-    order = scores.topk(min(5, scores.shape[1]), 1)[1].numpy()
+    order = probe.scores.topk(min(5, probe.scores.shape[1]), 1)[1].numpy()
     right = order[:, 0] == truth
     metrics = {"top1": float(right.mean())}
-    if scores.shape[1] > 5:
+    if probe.scores.shape[1] > 5:
         metrics["top5"] = float((order == truth[:, None]).any(1).mean())
     metrics["macro"] = float(np.mean([right[truth == c].mean() for c in np.unique(truth)]))
     details: dict[str, object] = {
-        "chosen": f"{best[0]}, learning rate {best[1]:g}",
-        "held_out_scores": table,
+        "chosen": f"{probe.chosen}, learning rate {probe.rate:g}",
+        "held_out_scores": probe.table,
         "classifiers": len(inputs(train)) * len(rates),
         "n_train": len(train),
     }
@@ -97,11 +110,11 @@ def linear(
     return Result("linear", metrics, bootstrap95_mean(right), len(test), protocol, SOURCE, details)
 
 
-def fitted(
-    train: Features, test: Features, seed: int, rates: Sequence[float] = RATES, device: torch.device | str = "cpu",
-    report: Callable[[str, int, int, float], None] | None = None,
-) -> tuple[tuple[Input, float], list[dict[str, object]], Tensor]:  # fmt: skip
-    """The chosen input and rate, the grid's scores, and the refitted classifier's ``(n, classes)`` test scores."""
+def fit_probe(
+    train: Features, test: Features, seed: int = 0, rates: Sequence[float] = RATES,
+    device: torch.device | str = "cpu", report: Callable[[str, int, int, float], None] | None = None,
+) -> Probe:  # fmt: skip
+    """What `linear` does up to the numbers, which see; labels of the test images are not looked at."""
     y, classes, _ = labelled(train, test)
     if len(np.unique(y)) < 2:
         raise ValueError("the training images are all of one class; a classifier needs at least two")
@@ -133,9 +146,9 @@ def fitted(
             for r, (a, e) in zip(rates, ranks[-len(rates) :], strict=True)
         ]
     winner = max(range(len(ranks)), key=ranks.__getitem__)
-    best = candidates[winner // len(rates)], rates[winner % len(rates)]
-    scores = _train(best[0].of(train), labels, best[0].of(test), classes, [best[1]], seed, device, told)[0]
-    return best, table, scores
+    best, rate = candidates[winner // len(rates)], rates[winner % len(rates)]
+    scores = _train(best.of(train), labels, best.of(test), classes, [rate], seed, device, told)[0]
+    return Probe(best, rate, table, scores)
 
 
 def split(y: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 from uncollapse.evaluate import knn as neighbours
-from uncollapse.evaluate.cluster import labelled
-from uncollapse.evaluate.features import Features
-from uncollapse.evaluate.linear import fitted
+from uncollapse.evaluate.features import Features, labelled
+from uncollapse.evaluate.linear import Probe, fit_probe
 from uncollapse.evaluate.result import Result, bootstrap95_mean
 
 CUTS = (100, 20)
@@ -21,6 +20,7 @@ def longtail(
     seed: int = 0,
     cuts: tuple[int, int] = CUTS,
     device: torch.device | str = "cpu",
+    probe: Probe | None = None,
 ) -> Result:
     """Top-1 by the number of training images of the class, for kNN (k = 20) and for the linear probe.
 
@@ -28,6 +28,9 @@ def longtail(
     otherwise (both limits included). A split's accuracy is the mean over its test images; ``macro`` is the mean
     over classes. A split without test images has no metric and is named in the details; test classes that are not
     in train count as wrong in the overall numbers and belong to no split.
+
+    Args:
+        probe: what `fit_probe` returned for the same features and seed, to fit nothing again.
 
     Returns:
         ``macro`` (linear probe; the headline), then ``linear_*`` and ``knn_*`` for overall, macro, many, medium
@@ -42,7 +45,7 @@ def longtail(
     counts = np.bincount(y, minlength=classes)
     k = min(neighbours.HEADLINE, len(train))
     guesses = {
-        "linear": fitted(train, test, seed, device=device)[2].argmax(1).numpy(),
+        "linear": (probe or fit_probe(train, test, seed, device=device)).scores.argmax(1).numpy(),
         "knn": neighbours.predictions(train, test, [k], device=device)[k].numpy(),
     }
     splits = {

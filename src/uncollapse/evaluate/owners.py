@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from uncollapse.evaluate.cluster import Ints, labelled
-from uncollapse.evaluate.features import Features
+from uncollapse.evaluate.features import Features, Ints, labelled
 from uncollapse.evaluate.result import Result, bootstrap95_mean
 from uncollapse.metrics import prototype_argmax
 from uncollapse.probes import confidence95

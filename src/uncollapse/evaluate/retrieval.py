@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from uncollapse.evaluate.cluster import labelled
-from uncollapse.evaluate.features import Features
+from uncollapse.evaluate.features import Features, labelled
 from uncollapse.evaluate.result import Result, bootstrap95_mean
 
 _ELEMENTS = 1 << 24

@@ -58,6 +58,17 @@ class Context:
     """Filled by tasks that draw."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments, handed to the tasks that take them."""
+    _probe: Any = None
+
+    def probe(self) -> Any:
+        """The linear probe of these features, fitted for the first task that wants it."""
+        from uncollapse.evaluate.linear import fit_probe
+
+        if self._probe is None:
+            assert self.train is not None
+            assert self.test is not None
+            self._probe = fit_probe(self.train, self.test, self.seed, device=self.device, report=self.report)
+        return self._probe
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,9 @@ def _knn(c: Context) -> Result | Sequence[Result]:
 def _linear(c: Context) -> Result | Sequence[Result]:
     from uncollapse.evaluate.linear import linear
 
-    return _called(linear, c, c.train, c.test)
+    assert c.train is not None
+    assert c.test is not None
+    return linear(c.train, c.test, probe=c.probe())
 
 
 def _fewshot(c: Context) -> Result | Sequence[Result]:
@@ -109,7 +122,9 @@ def _fewshot(c: Context) -> Result | Sequence[Result]:
 def _longtail(c: Context) -> Result | Sequence[Result]:
     from uncollapse.evaluate.longtail import longtail
 
-    return _called(longtail, c, c.train, c.test)
+    assert c.train is not None
+    assert c.test is not None
+    return longtail(c.train, c.test, device=c.device, probe=c.probe())
 
 
 def _cluster(c: Context) -> Result | Sequence[Result]:
@@ -169,7 +184,7 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("knn", "weighted nearest neighbours", _knn, default=True),
-        Task("linear", "logistic regression on frozen features", _linear, default=True),
+        Task("linear", "the best of a grid of linear classifiers on frozen features", _linear, default=True),
         Task("longtail", "accuracy on many-, medium- and few-shot classes", _longtail, default=True),
         Task("cluster", "clusters against classes: NMI, ARI, matched accuracy", _cluster, default=True),
         Task("prototypes", "what each prototype stands for", _prototypes, default=True, needs="prototypes"),
