@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from uncollapse.distributed import Group, max_over_ranks, sum_over_ranks
+from uncollapse.posterior import BUDGET, Components, Posterior, log_masses
 
 
 def centred_softmax(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
@@ -20,15 +25,81 @@ def centred_softmax(logits: Tensor, center: Tensor, temperature: float) -> Tenso
 def sinkhorn(log_scores: Tensor, iterations: int = 3) -> Tensor:
     """Balanced assignment of rows to columns by Sinkhorn–Knopp in log space (Cuturi 2013; Caron et al. 2020).
 
+    The iterations of SwAV, DINOv2 and MSN: columns (prototypes) first, then rows, and rows last. Their codes divide
+    by the number of prototypes, of rows and by the overall sum on the way, which cancels. They exponentiate without
+    taking out a maximum, so that float32 overflows at a logit of 88; this does not. MSN feeds a softmax (sharpened
+    probabilities) instead of raw logits: pass its logarithm.
+
     Args:
         log_scores: ``(n, K)`` float32, already divided by the temperature.
         iterations: each scales columns to equal mass, then rows to 1.
 
     Returns:
-        ``(n, K)``: rows sum to 1; every column's mass tends to ``n / K``.
+        ``(n, K)``: rows sum to 1; every column's mass tends to ``n / K``. A column of -∞ stays at 0.
     """
     log_p = log_scores
+    lowest = torch.finfo(log_scores.dtype).min
     for _ in range(iterations):
-        log_p = log_p - log_p.logsumexp(dim=0, keepdim=True)
+        log_p = log_p - log_p.logsumexp(dim=0, keepdim=True).clamp_min(lowest)
         log_p = log_p - log_p.logsumexp(dim=1, keepdim=True)
     return log_p.exp()
+
+
+@torch.no_grad()
+def sinkhorn_offsets(
+    z: Tensor,
+    weight: Tensor,
+    temperature: float,
+    iterations: int = 3,
+    bias: Tensor | None = None,
+    group: Group = None,
+    shards: Group = None,
+    budget: int = BUDGET,
+) -> Tensor:
+    """What `sinkhorn` adds to each column, without an ``(n, K)`` array.
+
+    ``softmax(logits + offsets)`` with ``logits = z @ weight.T / temperature + bias`` is ``sinkhorn(logits)`` row by
+    row, for these rows; so a loss that takes a bias of the teacher's logits needs no dense target.
+
+    Over ``group``, column masses are all-reduced, K numbers an iteration: the result is that of one process with all
+    rows, as in the distributed Sinkhorn of SwAV, DINOv2 and MSN. Over ``shards``, row normalisers are all-reduced.
+
+    Args:
+        z: ``(n, D)`` projections of this rank; computed in float32, or float64 where z or the weight are.
+        weight: ``(K, D)`` prototypes, or this rank's share of them.
+        temperature: above 0.
+        iterations: at least 1.
+        bias: ``(K,)`` added after the temperature; a column at -∞ keeps offset 0.
+        group: ranks with other rows and the same prototypes.
+        shards: ranks with other prototypes and the same rows.
+        budget: bytes of assignments held at once. Where all rows need more, they are taken in tiles, of 64 rows at
+            least, and logits are formed again in every iteration.
+
+    Returns:
+        ``(K,)`` with mean 0 over all columns (adding a constant changes nothing), finite for any finite logits.
+
+    Raises:
+        ValueError: fewer than one iteration, or a temperature that is not above 0.
+    """
+    if iterations < 1 or not temperature > 0:
+        raise ValueError(f"Sinkhorn needs an iteration and a temperature above 0: {iterations}, {temperature}")
+    dtype = torch.float64 if torch.float64 in (z.dtype, weight.dtype) else torch.float32
+    with torch.autocast(z.device.type, enabled=False):
+        z, weight = z.to(dtype) / temperature, weight.to(dtype)
+        constant = weight.new_zeros(len(weight)) if bias is None else bias.to(weight)
+
+        def parameters(part: slice | Tensor) -> Tensor:
+            return torch.cat([weight[part], constant[part].unsqueeze(-1)], dim=1)
+
+        size = torch.tensor([float(len(weight))], dtype=torch.float64, device=z.device)
+        widest = int(max_over_ranks(size.clone(), shards))
+        columns = float(sum_over_ranks(size, shards))
+        features = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
+        components = Components(len(weight), parameters, widest, shards)
+        posterior = Posterior(features, components, torch.zeros_like(constant), budget)
+        for i in range(iterations):
+            log_mass = log_masses(posterior, group, raw=i == 0, exact=True)
+            change = torch.where(log_mass == -math.inf, 0.0, -log_mass)
+            # A common constant falls out of every softmax; without it, offsets keep their digits.
+            posterior.add(change - sum_over_ranks(change.sum(), shards) / columns)
+        return posterior.offset

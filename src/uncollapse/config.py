@@ -136,6 +136,8 @@ class PrototypeConfig:
     weight_decay: Rate | None = None
     """Weight decay of joint prototypes; null: the encoder's."""
     koleo_weight: Rate = 0.1
+    koleo_every: Positive = 1
+    """Nearest neighbours of KoLeo-Proto are looked for every so many steps; in between the last ones serve."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
 
 

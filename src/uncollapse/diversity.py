@@ -1,60 +1,326 @@
-"""Regularisers that push prototypes apart."""
+"""KoLeo-Proto, the regulariser that pushes prototypes apart, without a K x K matrix, alone or over ranks.
+
+The neighbour search is half a matrix product in float32 by tiles. Of every tile only the largest cosine of each row
+with each group of rows is kept. A rounded product cannot tell near ties apart, so in the end every group that might
+hold a row's neighbour, given the largest error of such a product, is looked at again in float64. What is found does
+not depend on the block size, the number of ranks, or the matrix-product precision set for the process.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
 
+from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
+from uncollapse.unique import _rounding
 
-def nearest_neighbours(w: Tensor, block: int = 1024) -> Tensor:
-    """Index of every row's nearest other row by cosine, ``(K, D)`` unit rows → ``(K,)`` int64.
-
-    Compares tiles of rows and uses that the similarity is symmetric, so about half of K² products are
-    formed and never more than two tiles are held.
-    """
-    k = w.shape[0]
-    best = w.new_full((k,), -torch.inf)
-    index = torch.zeros(k, dtype=torch.long, device=w.device)
-    for i in range(0, k, block):
-        rows = slice(i, min(i + block, k))
-        for j in range(i, k, block):
-            columns = slice(j, min(j + block, k))
-            cosines = w[rows] @ w[columns].T
-            if i == j:
-                cosines.fill_diagonal_(-torch.inf)
-            _keep_better(best, index, rows, *cosines.max(1), offset=j)
-            if i != j:
-                _keep_better(best, index, columns, *cosines.max(0), offset=i)
-    return index
+_TIE = 4e-15
+"""Scores this close in float64 count as equal, and the lowest index wins: exact duplicates are found as one."""
+_SMALLEST = 1e-12
+"""Rows shorter than this are zero rows to every normalisation in torch, and here."""
+_CHUNK = 1 << 17
+"""Elements of most temporaries: 512 KiB of float32, to stay in cache."""
+_LOOK = 256
+"""Rows looked at together in float64."""
 
 
-def _keep_better(best: Tensor, index: Tensor, where: slice, value: Tensor, at: Tensor, offset: int) -> None:
-    better = value > best[where]
-    best[where] = torch.where(better, value, best[where])
-    index[where] = torch.where(better, at + offset, index[where])
-
-
-def koleo_proto(w: Tensor, eps: float = 1e-8, block: int = 1024) -> Tensor:
+def koleo_proto(
+    w: Tensor, eps: float = 1e-8, block: int | None = None, neighbours: Tensor | None = None, group: Group = None
+) -> Tensor:
     """KoLeo-Proto: ``-mean_k log min_{j≠k} ||w̄_k - w̄_j||`` with ``w̄`` the normalised rows.
 
-    The Kozachenko–Leonenko estimate of the prototypes' (negative) differential entropy (Govindarajan et
-    al., *On Partial Prototype Collapse in the DINO Family*, 2024). The neighbour search is blocked and has
-    no gradient; the gradient goes through the K nearest pairs, both ends, in float32 or wider.
+    The Kozachenko–Leonenko estimate of the prototypes' (negative) differential entropy (Govindarajan et al., *On
+    Partial Prototype Collapse in the DINO Family*, 2024). The neighbours are those of :func:`nearest_neighbours`,
+    without gradient; the gradient goes through the K nearest pairs, both ends, and is formed here in the forward
+    pass, in float32 or wider, with no array larger than ``w``. It cannot be differentiated a second time.
 
     Args:
-        w: ``(K, D)`` floating point, K ≥ 2; rows need not be unit length.
-        eps: floor of the distance. At an exact duplicate the value is finite and the gradient zero, since
-            no direction leads apart.
+        w: ``(K, D)`` floating point, K ≥ 2; rows need not be unit length. With ``group``, this rank's rows.
+        eps: floor of the distance. At an exact duplicate the value is finite and the gradient zero, since no
+            direction leads apart; a zero row has no direction either and gets none. NaN in any row gives NaN.
+        block: rows of a tile of the search; speed and memory depend on it, the result does not.
+        neighbours: ``(K,)`` int64, each row's other end, as :func:`nearest_neighbours` gave it earlier.
+        group: ranks that hold the matrix together, in rank order, any number of rows each. The value is then that of
+            the whole matrix, on every rank, and the gradient that of this value for the rank's own rows, the parts
+            that come from other ranks' pairs included.
+
+    Returns:
+        Scalar, float32 (float64 for float64 ``w``), in [log 1/2, -log eps].
 
     Raises:
-        ValueError: fewer than two rows.
+        ValueError: fewer than two rows; ``neighbours`` of another shape, or not int64.
     """
-    if w.ndim != 2 or w.shape[0] < 2:
-        raise ValueError(f"koleo_proto needs a (K, D) matrix with K ≥ 2, got shape {tuple(w.shape)}")
+    if neighbours is not None and (neighbours.shape != w.shape[:1] or neighbours.dtype != torch.long):
+        raise ValueError(
+            f"neighbours must be int64 of shape {tuple(w.shape[:1])}, one per row of w, got {neighbours.dtype} of "
+            f"shape {tuple(neighbours.shape)}; pass what nearest_neighbours returned for this matrix"
+        )
+    out: Tensor = _KoLeo.apply(w, neighbours, eps, block, group)
+    return out
+
+
+@torch.no_grad()
+def nearest_neighbours(w: Tensor, block: int | None = None, group: Group = None) -> Tensor:
+    """Index of every row's nearest other row by cosine; ties (to 4e-15 in float64) go to the lowest index.
+
+    About half of K² products are formed (each rank's own half, and K²/W with other ranks' rows, where the matrix is
+    sharded) and K²/64 float32 kept, K²/128 from K = 32,768 on. Where very many rows are near-duplicates of very many
+    others, so that float32 cannot tell which is nearest, up to the whole product is formed again in float64.
+
+    Args:
+        w: ``(K, D)`` floating point, K ≥ 2; rows need not be unit length. With ``group``, this rank's rows.
+        block: rows of a tile; speed and memory depend on it, the result does not.
+        group: ranks that hold the matrix together. Blocks go round one at a time: memory for two, not for all.
+
+    Returns:
+        ``(K,)`` int64 on the device of ``w``, counted over all ranks' rows. A zero row has no nearest and gets the
+        row after it; next to NaN anything may come out.
+
+    Raises:
+        ValueError: fewer than two rows in all.
+    """
     with torch.autocast(w.device.type, enabled=False):
-        unit = F.normalize(w if w.dtype == torch.float64 else w.float(), dim=-1)
-        with torch.no_grad():
-            neighbours = nearest_neighbours(unit, block)
-        squared = (unit - unit[neighbours]).square().sum(-1)
-        return -0.5 * (squared + eps**2).log().mean()
+        return _search(_unit(w)[0], _Shards(w, group), block)
+
+
+class _KoLeo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, neighbours: Tensor | None, eps: float, block: int | None, group: Group) -> Tensor:
+        with torch.autocast(w.device.type, enabled=False):
+            shards = _Shards(w, group)
+            unit, length = _unit(w)
+            if neighbours is None:
+                neighbours = _search(unit, shards, block)
+            value, grad = _pairs(unit, neighbours, eps, shards, ctx.needs_input_grad[0])
+            if grad is not None:
+                ctx.save_for_backward(_through_normalisation(grad, unit, length).to(w.dtype))
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return upstream.to(grad.dtype) * grad, None, None, None, None
+
+
+class _Shards:
+    """Who holds which rows, and every rank's rows in turn."""
+
+    def __init__(self, w: Tensor, group: Group) -> None:
+        if w.ndim != 2 or not w.is_floating_point():
+            raise ValueError(f"prototypes must be a floating (K, D) matrix, got {w.dtype} of shape {tuple(w.shape)}")
+        self.group = group
+        self.rank, size = rank_and_size(group)
+        counts = torch.zeros(size, dtype=torch.long, device=w.device)
+        counts[self.rank] = len(w)
+        self.counts = sum_over_ranks(counts, group).tolist()
+        self.total = sum(self.counts)
+        self.start = sum(self.counts[: self.rank])
+        if self.total < 2:
+            raise ValueError(f"koleo_proto needs K ≥ 2 rows, got shape {tuple(w.shape)}")
+
+    def blocks(self, own: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """(rank, index of its first row, its rows), rank by rank; a block is overwritten by the next."""
+        buffer = own if self.group is None else own.new_empty(max(self.counts), own.shape[1])
+        start = 0
+        for rank, count in enumerate(self.counts):
+            rows = own if rank == self.rank else buffer[:count]
+            if self.group is not None and count:
+                dist.broadcast(rows, group=self.group, group_src=rank)
+            yield rank, start, rows
+            start += count
+
+
+def _wide(w: Tensor) -> Tensor:
+    return w if w.dtype == torch.float64 else w.float()
+
+
+def _widest(w: Tensor) -> torch.dtype:
+    return torch.float32 if w.device.type == "mps" else torch.float64  # mps has no float64
+
+
+def _unit(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised rows, and their lengths ``(K, 1)``."""
+    wide = _wide(w.detach())
+    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    return wide / length.clamp_min(_SMALLEST), length
+
+
+# --------------------------------------------------------------------------------------------------- the search
+
+
+def _search(unit: Tensor, shards: _Shards, block: int | None) -> Tensor:
+    k, device = len(unit), unit.device
+    tile = block or (512 if device.type == "cpu" else 4096)  # 2 MiB to stay in cache, or what fills a GPU
+    size = min(128, tile)
+    tile = tile // size * size
+    slack = 2 * _rounding(unit.shape[1])
+    found = _Found(unit, shards, size)
+    best = torch.full((k,), -torch.inf, device=device)
+    single = unit.float()
+    nowhere = ~(torch.linalg.vector_norm(unit, dim=1) > 0)  # zero rows, and NaN
+    for rank, start, rows in shards.blocks(unit):
+        own = rank == shards.rank
+        tops = _tops_inside(single, tile, size) if own else _tops_between(single, rows.float(), tile, size)
+        best = torch.maximum(best, tops.amax(0)) if len(tops) else best
+        threshold = (best - slack).masked_fill_(nowhere, torch.inf)
+        step = max(1, 32 * _CHUNK // max(1, k))
+        for first in range(0, len(tops), step):
+            group, which = torch.nonzero(tops[first : first + step] >= threshold).unbind(1)
+            groups = min(step, len(tops) - first)
+            counts = torch.bincount(group, minlength=groups).tolist()
+            itself = torch.bincount(group[which // size == group + first], minlength=groups).tolist()
+            for g, suspects in enumerate(which.split(counts)):
+                at = (first + g) * size
+                if len(suspects):
+                    found.look(suspects, rows[at : at + size], start + at, own and itself[g] > 0)
+        found.settle()
+    return found.index
+
+
+def _tops_inside(x: Tensor, tile: int, size: int) -> Tensor:
+    """Largest cosine of each row with each group of ``size`` other rows: ``(groups, K)``. Every pair once."""
+    k = len(x)
+    tops = x.new_empty(-(-k // size), k)
+    scratch = x.new_empty(2 * tile * tile)
+    for i in range(0, k, tile):
+        rows = slice(i, min(i + tile, k))
+        for j in range(i, k, 2 * tile):
+            columns = slice(j, min(j + 2 * tile, k))
+            cosines = _product(x[rows], x[columns], scratch)
+            inside = len(x[rows]) if i == j else 0  # of these columns the rows' side shows both triangles
+            if inside:
+                cosines[:, :inside].fill_diagonal_(-torch.inf)
+            tops[j // size : -(-columns.stop // size), rows] = _group_max(cosines, 1, size).T
+            if inside < cosines.shape[1]:
+                after = slice(j + inside, columns.stop)
+                tops[i // size : -(-rows.stop // size), after] = _group_max(cosines[:, inside:], 0, size)
+    return tops
+
+
+def _tops_between(x: Tensor, others: Tensor, tile: int, size: int) -> Tensor:
+    """Largest cosine of each row of ``x (n, D)`` with each group of rows of ``others``: ``(groups, n)``."""
+    tops = x.new_empty(-(-len(others) // size), len(x))
+    scratch = x.new_empty(2 * tile * tile)
+    for i in range(0, len(x), tile):
+        for j in range(0, len(others), 2 * tile):
+            columns = slice(j, min(j + 2 * tile, len(others)))
+            cosines = _product(x[i : i + tile], others[columns], scratch)
+            tops[j // size : -(-columns.stop // size), i : i + tile] = _group_max(cosines, 1, size).T
+    return tops
+
+
+def _product(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
+    # The page faults of a fresh tile cost as much as the arithmetic.
+    return torch.mm(a, b.T, out=scratch[: len(a) * len(b)].view(len(a), len(b)))
+
+
+def _group_max(x: Tensor, dim: int, size: int) -> Tensor:
+    """Maxima over runs of ``size`` along a dimension, the last run perhaps shorter. Far cheaper than an argmax."""
+    whole = x.shape[dim] // size * size
+    out = x.narrow(dim, 0, whole).unflatten(dim, (-1, size)).amax(dim + 1)
+    if whole == x.shape[dim]:
+        return out
+    return torch.cat([out, x.narrow(dim, whole, x.shape[dim] - whole).amax(dim, keepdim=True)], dim)
+
+
+class _Found:
+    """Each row's nearest so far, by float64 distance."""
+
+    def __init__(self, unit: Tensor, shards: _Shards, size: int) -> None:
+        self.unit, self.start = unit, shards.start
+        self.here = torch.arange(len(unit), device=unit.device)
+        self.index = (self.here + (shards.start + 1)) % shards.total
+        wide = _widest(unit)
+        self.score = unit.new_full((len(unit),), -torch.inf, dtype=wide)
+        self._left = unit.new_empty(_LOOK, unit.shape[1], dtype=wide)
+        self._right = unit.new_empty(size, unit.shape[1], dtype=wide)
+        self._product = unit.new_empty(_LOOK * size, dtype=wide)
+        self._open: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._count = 0
+
+    def look(self, which: Tensor, rows: Tensor, start: int, itself: bool) -> None:
+        """Compares this rank's rows ``which`` with ``rows``, the first of which has the index ``start``.
+
+        ``itself``: whether some of the one may be among the other.
+        """
+        right = self._right[: len(rows)].copy_(rows)
+        # cos - |b|²/2 falls with the distance, for rows whose length is 1 only as far as float32 goes.
+        half = right.square().sum(1).div_(-2)
+        half.masked_fill_(half == 0, -0.5)  # a zero row has cosine 0 with everything; it is not half as far away
+        for some in which.split(_LOOK):
+            left = self._left[: len(some)].copy_(self.unit[some])
+            score = self._product[: len(some) * len(rows)].view(len(some), len(rows))
+            torch.addmm(half, left, right.T, out=score)
+            if itself:
+                score.masked_fill_((some + (self.start - start)).unsqueeze(1) == self.here[: len(rows)], -torch.inf)
+            top, at = score.max(1)
+            self._open.append((some, top, at + start))
+            self._count += len(some)
+        if self._count > 4 * len(self.unit):
+            self.settle()
+
+    def settle(self) -> None:
+        """Chooses among what was looked at since the last time, and what was the nearest then."""
+        which, top, at = (torch.cat(x) for x in zip((self.here, self.score, self.index), *self._open, strict=True))
+        self.score.scatter_reduce_(0, which, top, "amax")
+        rival = top >= self.score[which] - _TIE
+        self.index.scatter_reduce_(0, which[rival], at[rival], "amin", include_self=False)
+        self._open, self._count = [], 0
+
+
+# ---------------------------------------------------------------------------------------------------- the pairs
+
+
+def _pairs(
+    unit: Tensor, neighbours: Tensor, eps: float, shards: _Shards, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The value, and its gradient at the unit rows of this rank."""
+    k, dim = unit.shape
+    grad = torch.zeros_like(unit) if with_grad else None
+    total = unit.new_zeros(1, dtype=_widest(unit))
+    step = max(1, _CHUNK // dim)
+    for rank, start, rows in shards.blocks(unit):
+        if shards.group is None:
+            picks: list[Any] = [slice(s, s + step) for s in range(0, k, step)]
+            pulled = grad
+        else:
+            picks = list(torch.nonzero((neighbours >= start) & (neighbours < start + len(rows)))[:, 0].split(step))
+            pulled = torch.zeros_like(rows) if with_grad else None
+        for pick in picks:
+            other = neighbours[pick] - start if start else neighbours[pick]
+            apart = rows.index_select(0, other).neg_().add_(unit[pick])
+            squared = torch.linalg.vector_norm(apart, dim=1).square_().add_(eps**2)
+            total -= 0.5 * squared.log().sum(dtype=total.dtype)
+            if grad is not None and pulled is not None:
+                apart.div_((-shards.total * squared).unsqueeze(1))
+                _add(grad, pick, apart)
+                pulled.index_add_(0, other, apart, alpha=-1)
+        if shards.group is not None and pulled is not None and len(rows):
+            dist.reduce(pulled, group=shards.group, group_dst=rank)
+            if rank == shards.rank and grad is not None:
+                grad += pulled
+    value = sum_over_ranks(total, shards.group) / shards.total
+    return value[0].to(unit.dtype), grad
+
+
+def _add(x: Tensor, where: slice | Tensor, what: Tensor) -> None:
+    if isinstance(where, slice):
+        x[where].add_(what)
+    else:
+        x.index_add_(0, where, what)
+
+
+def _through_normalisation(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:
+    """Turns, in place, the gradient at the unit rows into the gradient at rows of that length."""
+    step = max(1, _CHUNK // unit.shape[1])
+    for s in range(0, len(grad), step):
+        g, u, r = grad[s : s + step], unit[s : s + step], length[s : s + step]
+        # A zero row has no direction; it takes no part.
+        scale = torch.where(r < _SMALLEST, 0, r.reciprocal())
+        g.addcmul_(u, torch.linalg.vecdot(g, u).unsqueeze(1), value=-1).mul_(scale)
+    return grad

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from uncollapse.checkpoint import save_checkpoint
 from uncollapse.config import Config, dump_config
@@ -26,6 +26,7 @@ from uncollapse.monitor import LossWatch, PrototypeMonitor, assignment_statistic
 from uncollapse.runlog import RunLog, Stopwatch
 from uncollapse.schedules import cosine, linear_epochs
 from uncollapse.state import TrainState, clip_each, non_finite, state_dicts, update_teacher
+from uncollapse.syncnorm import convert
 from uncollapse.views import ViewSpec, multicrop, view_specs
 
 Progress = Callable[[int, int, float], None]
@@ -69,6 +70,16 @@ def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
     return np.random.default_rng([seed, 1, epoch]).permutation(images)
 
 
+def synchronise(encoder: nn.Module, device: torch.device) -> None:
+    """Makes batch norms see the batches of all ranks, so that a run does not depend on how many there are."""
+    if device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+
+        convert_sync_batchnorm(encoder)  # timm's keeps the activations that its own norms contain
+    else:
+        convert(encoder)
+
+
 class Loop:
     """One run's loop and the values its parts share."""
 
@@ -86,13 +97,10 @@ class Loop:
         self.last_loss = math.nan
         self.stop_request = StopRequest()
         self.stopping = False  # what all ranks agree on; a request that comes later waits for the next step
-        student = state.student
-        if fabric.world_size > 1 and fabric.device.type == "cuda":
-            from timm.layers import convert_sync_batchnorm
-
+        if fabric.world_size > 1:
             for encoder in (state.student, state.teacher):
-                convert_sync_batchnorm(encoder)  # timm's keeps the activations that its own norms contain
-        self.student = fabric.setup_module(student)
+                synchronise(encoder, fabric.device)
+        self.student = fabric.setup_module(state.student)
         optimizer: Any = fabric.setup_optimizers(state.optimizer)
         self.optimizer: torch.optim.Optimizer = optimizer
         self.learned = [p for p in state.prototypes.parameters() if p.requires_grad]

@@ -8,36 +8,20 @@ projections, responsibility-based forgetting (after Celaya & Agostini, 2015) and
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Covariance = Literal["shared", "isotropic", "diagonal"]
+from uncollapse.distributed import Group, max_over_ranks, rank_and_size, shard, sum_over_ranks
+from uncollapse.em import Covariance, features, forget, forgetting_factor, natural_parameters, update_moments
+from uncollapse.posterior import BUDGET, FLOOR, Components, Posterior, chunks, log_masses, sums, top_sums
+
+__all__ = ["Balance", "Covariance", "OnlineMixture", "forget", "forgetting_factor"]
+
 Balance = Literal["none", "sinkhorn"]
-
-
-def forgetting_factor(memory_steps: float, components: int, rows: int) -> float:
-    """ln λ, the log discount of old evidence per unit of responsibility.
-
-    With ``rows`` observations a step, a component's fair share is ``rows / components`` units, so λ is set
-    such that λ^(memory_steps · share) = 1/2: half of its evidence is new after ``memory_steps`` steps,
-    whatever K and the batch.
-    """
-    return -math.log(2) * components / (memory_steps * rows)
-
-
-def forget(log_lambda: float, weight: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
-    """Responsibility-based forgetting: new evidence, and the share ρ of it that is new.
-
-    With λ < 1 and weights w ≥ 0: ``g = (1 - λ^w) / (1 - λ)``, ``N ← λ^w N + g``, ``ρ = g / N``. A component
-    that got nothing (w = 0) forgets nothing; evidence never exceeds ``max(N₀, 1 / (1 - λ))``.
-    """
-    lost = -torch.expm1(weight * log_lambda)  # 1 - λ^w without cancellation
-    gained = lost / -math.expm1(log_lambda)
-    evidence = (1 - lost) * evidence + gained
-    return evidence, gained / evidence.clamp_min(torch.finfo(evidence.dtype).tiny)
 
 
 class OnlineMixture(nn.Module):
@@ -59,6 +43,12 @@ class OnlineMixture(nn.Module):
         variance_floor: smallest variance of one dimension.
         centred: directions of the components are taken from the middle of all means instead of the origin.
         generator: source of the random initial directions.
+        top: only so many of the largest responsibilities of each row, scaled to sum to 1, enter the M-step;
+            ``None``: all of them. The E-step and its balancing look at all components either way.
+        group: ranks that share the components out: each holds the rows `distributed.shard` gives it of what one
+            process would hold. All of them observe the same rows.
+        budget: bytes of responsibilities held at once. Where those of all rows need more, rows are taken in
+            tiles, of 64 at least, and Sinkhorn's iterations form the scores again. On a CPU they stay allocated.
     """
 
     mean: Tensor
@@ -82,99 +72,184 @@ class OnlineMixture(nn.Module):
         variance_floor: float = 1e-4,
         centred: bool = False,
         generator: torch.Generator | None = None,
+        top: int | None = None,
+        group: Group = None,
+        budget: int = BUDGET,
     ) -> None:
         super().__init__()
+        if components < rank_and_size(group)[1]:
+            raise ValueError(f"{components} components cannot be shared out over {rank_and_size(group)[1]} ranks")
+        if top is not None and top < 1:
+            raise ValueError(f"top must be at least 1, or None for all components: {top}")
+        self.components = components
         self.covariance: Covariance = covariance
         self.balance: Balance = balance
         self.temperature = temperature
         self.iterations = iterations
         self.variance_floor = variance_floor
         self.centred = centred
+        self.top = top
+        self.group = group
+        self.budget = budget
+        self._spare: Tensor | None = None
         self.log_lambda = forgetting_factor(memory_steps, components, rows)
-        shape = {"shared": (1, 1), "isotropic": (components, 1), "diagonal": (components, dim)}[covariance]
         # Random directions, not data: an untrained teacher's projections nearly coincide.
-        self.register_buffer("mean", F.normalize(torch.randn(components, dim, generator=generator), dim=-1))
+        mean = random_directions(components, dim, shard(components, group), generator)
+        count = len(mean)
+        shape = {"shared": (1, 1), "isotropic": (count, 1), "diagonal": (count, dim)}[covariance]
+        self.register_buffer("mean", mean)
         self.register_buffer("variance", torch.full(shape, 1.0 / dim))
         # Saturated from the start: with no evidence, the first weak responsibility would move a mean all
         # the way to the data's mean, and all means there together.
-        self.register_buffer("evidence", torch.full((components,), 1 / -math.expm1(self.log_lambda)))
-        self.register_buffer("offset", torch.zeros(components))
+        self.register_buffer("evidence", torch.full((count,), 1 / -math.expm1(self.log_lambda)))
+        self.register_buffer("offset", torch.zeros(count))
         self.register_buffer("queue", torch.zeros(queue, dim))
         self.register_buffer("queued", torch.zeros((), dtype=torch.long))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_spare": None}  # scratch memory is no part of a copy
+
     def directions(self) -> Tensor:
-        """The components as prototypes: ``(K, D)`` unit vectors."""
-        return F.normalize(self.mean - self.mean.mean(0) if self.centred else self.mean, dim=-1)
+        """The components as prototypes: ``(K, D)`` unit vectors; this rank's, if sharded."""
+        return F.normalize(self.mean - self._centre() if self.centred else self.mean, dim=-1)
 
     def log_scores(self, x: Tensor, beta: float = 1.0) -> Tensor:
-        """Unnormalised log responsibilities ``(n, K)`` of unit vectors ``x (n, D)``, without the offsets."""
-        if self.temperature is not None:
-            return (x @ self.directions().T).mul_(beta / self.temperature)
-        precision = 1 / self.variance
-        if self.covariance == "diagonal":
-            scores = x @ (self.mean * precision).T
-            scores -= 0.5 * (x.square() @ precision.T)
-            constant = (self.mean.square() * precision + self.variance.log()).sum(-1)
-        else:
-            scores = (x @ self.mean.T) * precision.T
-            scores -= 0.5 * x.square().sum(-1, keepdim=True) * precision.T
-            constant = self.mean.square().sum(-1) * precision[:, 0] + x.shape[1] * self.variance[:, 0].log()
-        scores -= 0.5 * constant
-        if self.balance == "none":
-            scores += (self.evidence / self.evidence.sum()).log()
-        return scores.mul_(beta)
+        """Unnormalised log responsibilities ``(n, K)`` of unit vectors ``x (n, D)``, without the offsets.
+
+        In the mixture's own float type, whatever autocast says. Of this rank's components, if sharded.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            phi, components = self._features(x), self._components(beta)
+            parts = chunks(len(self.mean), sum(phi.shape), phi.device)
+            if phi.requires_grad:
+                return torch.cat([phi @ components.parameters(part).clone().T for part in parts], dim=1)
+            out = phi.new_empty(len(phi), len(self.mean))
+            for part in parts:
+                torch.mm(phi, components.parameters(part).T, out=out[:, part])
+            return out
 
     def responsibilities(self, x: Tensor, beta: float = 1.0) -> Tensor:
-        """The E-step: ``(n, K)``, rows summing to 1, with the offsets of the last update."""
-        return torch.softmax(self.log_scores(x, beta) + self.offset, dim=-1)
+        """The E-step: ``(n, K)``, rows summing to 1, with the offsets of the last update.
 
-    def _rebalance(self, x: Tensor, beta: float) -> None:
-        """Sinkhorn's scaling of the components, over ``x`` and the queue; then ``x`` joins the queue."""
-        known = self.queue[: int(self.queued.clamp(max=len(self.queue)))]
-        scores = self.log_scores(torch.cat([x, known]), beta)
-        fair = math.log(len(scores) / len(self.offset))
+        If sharded, this rank's columns; the rows sum to 1 over all ranks, and no gradient passes.
+        """
+        scores = self.log_scores(x, beta).add_(self.offset)
+        top = max_over_ranks(scores.detach().amax(-1, keepdim=True), self.group)
+        scores = scores.sub_(top).clamp_min(FLOOR)
+        if self.group is None:
+            return torch.softmax(scores, dim=-1)
+        weight = scores.detach().exp_()
+        return weight.div_(self._sum(weight.sum(-1, keepdim=True)))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, weight: Tensor | None = None, beta: float = 1.0) -> None:
+        """One online EM update from unit vectors ``x (n, D)``, each counting ``weight (n,)`` times (default 1).
+
+        The result does not depend on the order of the rows, nor, but for rounding, on the budget and the number
+        of ranks. Under data parallelism, pass the rows of all ranks, in the same order on each.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.mean.dtype)
+            if not len(x):
+                return
+            weight = None if weight is None else weight.to(x)
+            known = self.queue[: int(self.queued.clamp(max=len(self.queue)))] if len(self.queue) else x[:0]
+            balanced = self.balance == "sinkhorn"
+            rows = torch.cat([x, known]) if balanced and len(known) else x
+            posterior = Posterior(self._features(rows), self._components(beta), self.offset, self.budget, self._spare)
+            if balanced:
+                self._rebalance(posterior)
+                self._enqueue(x)
+            if self.top is None:
+                self._update(sums(posterior, len(x), weight))
+            else:
+                index, summed, _ = top_sums(posterior, self.top, len(x), weight)
+                self._update([(index, summed)])
+            self._spare = posterior.spare if x.device.type == "cpu" else None
+
+    def _rebalance(self, posterior: Posterior) -> None:
+        """Sinkhorn's scaling of the components over the rows at hand; a starved one gains about e⁶⁴ an iteration."""
+        fair = math.log(len(posterior.features) / self.components)
         for _ in range(self.iterations):
-            mass = torch.softmax(scores + self.offset, dim=-1).sum(0)
-            self.offset -= mass.clamp_min(1e-30).log() - fair
-        self.offset -= self.offset.mean()  # the softmax ignores a common constant, float32 does not
+            posterior.add(fair - log_masses(posterior))
+        # The softmax ignores a common constant, float32 does not.
+        self.offset.copy_(posterior.offset - self._sum(posterior.offset.sum()) / self.components)
+
+    def _enqueue(self, x: Tensor) -> None:
         if len(self.queue):
             x = x[-len(self.queue) :]
             at = (int(self.queued) + torch.arange(len(x), device=x.device)) % len(self.queue)
             self.queue[at] = x
             self.queued += len(x)
 
-    @torch.no_grad()
-    def observe(self, x: Tensor, weight: Tensor | None = None, beta: float = 1.0) -> None:
-        """One online EM update from unit vectors ``x (n, D)``, each counting ``weight (n,)`` times (default 1).
-
-        The result does not depend on the order of the rows. Under data parallelism, pass the rows of all
-        ranks, in the same order on each.
-        """
-        x = x.to(self.mean.dtype)
-        if self.balance == "sinkhorn":
-            self._rebalance(x, beta)
-        posterior = self.responsibilities(x, beta)
-        if weight is not None:
-            posterior = posterior * weight.unsqueeze(-1)
-        mass = posterior.sum(0)
-        self.evidence, rho = forget(self.log_lambda, mass, self.evidence)
-        rho = rho.unsqueeze(-1)
-        batch_mean = (posterior.T @ x) / mass.clamp_min(1e-30).unsqueeze(-1)
-        if self.temperature is None:
-            self._update_variance(x, posterior, mass, batch_mean, rho)
-        self.mean.lerp_(batch_mean, rho)
-
-    def _update_variance(self, x: Tensor, posterior: Tensor, mass: Tensor, batch_mean: Tensor, rho: Tensor) -> None:
-        """Centred form (Welford): the batch's own spread plus the move of the mean, without cancellation."""
-        safe = mass.clamp_min(1e-30).unsqueeze(-1)
-        spread = ((posterior.T @ x.square()) / safe - batch_mean.square()).clamp_min_(0)
-        spread = torch.where(mass.unsqueeze(-1) > 0, spread, torch.zeros(()).to(spread))
-        moved = rho * (batch_mean - self.mean).square()
-        if self.covariance == "diagonal":
-            updated = (1 - rho) * (self.variance + moved) + rho * spread
-        else:
-            moved, spread = moved.mean(-1, keepdim=True), spread.mean(-1, keepdim=True)
-            updated = (1 - rho) * (self.variance + moved) + rho * spread
+    def _update(self, found: Iterable[tuple[slice | Tensor, Tensor]]) -> None:
+        """The M-step from the sums of some components at a time, in place."""
+        shared = self.mean.new_zeros(2)
+        for part, summed in found:
+            mass = summed[:, -1]
+            self.evidence[part], rho = forget(self.log_lambda, mass, self.evidence[part])
+            old = None if self.temperature is not None else self.variance
+            if old is not None and self.covariance != "shared":
+                old = old[part]
+            mean = self.mean[part]
+            variance = update_moments(mean, old, rho, summed, self.covariance)
+            if not isinstance(part, slice):  # an index copies, a slice does not
+                self.mean[part] = mean
+            if variance is None:
+                continue
             if self.covariance == "shared":
-                updated = (updated * mass.unsqueeze(-1)).sum(0, keepdim=True) / mass.sum()
-        self.variance.copy_(updated.clamp_min(self.variance_floor))
+                shared += torch.stack([variance[:, 0] @ mass, mass.sum()])
+            else:
+                self.variance[part] = variance.clamp_min_(self.variance_floor)
+        if self.covariance == "shared" and self.temperature is None:
+            total, mass = self._sum(shared)
+            self.variance.fill_(total / mass).clamp_min_(self.variance_floor)
+
+    # --- what the posterior asks for --------------------------------------------------------------------
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return sum_over_ranks(x, self.group)
+
+    def _centre(self) -> Tensor:
+        return self._sum(self.mean.sum(0)) / self.components
+
+    def _features(self, x: Tensor) -> Tensor:
+        return features(x.to(self.mean.dtype), None if self.temperature is not None else self.covariance)
+
+    def _components(self, beta: float) -> Components:
+        """Parameters of the log scores at inverse temperature ``beta``, as they are now."""
+        temperature, covariance = self.temperature, self.covariance
+        centre = self._centre() if self.centred and temperature is not None else None
+        log_total = None
+        if self.balance == "none" and temperature is None:
+            log_total = self._sum(self.evidence.sum()).log()
+
+        buffer = self.mean.new_empty(0, 0)
+
+        def parameters(part: slice | Tensor) -> Tensor:
+            nonlocal buffer
+            mean = self.mean[part]
+            if temperature is not None:
+                directions = F.normalize(mean if centre is None else mean - centre, dim=-1)
+                return F.pad(directions.mul_(beta / temperature), (0, 1))
+            variance = self.variance if covariance == "shared" else self.variance[part]
+            log_weight: Tensor | float = 0.0 if log_total is None else self.evidence[part].log() - log_total
+            reuse = buffer[: len(mean)] if len(mean) <= len(buffer) else None
+            eta = natural_parameters(mean, variance, covariance, log_weight, reuse)
+            buffer = eta if reuse is None else buffer  # fresh pages for every chunk would cost as much as filling them
+            return eta if beta == 1 else eta.mul_(beta)
+
+        return Components(len(self.mean), parameters, -(-self.components // rank_and_size(self.group)[1]), self.group)
+
+
+def random_directions(
+    components: int, dim: int, part: slice, generator: torch.Generator | None, block: int = 1 << 16
+) -> Tensor:
+    """Rows ``part`` of ``(K, D)`` unit vectors, without ever holding more than those and a block of the others."""
+    out = torch.empty(part.stop - part.start, dim)
+    for start in range(0, components, block):
+        drawn = torch.randn(min(block, components - start), dim, generator=generator)
+        first, last = max(start, part.start), min(start + len(drawn), part.stop)
+        if first < last:
+            out[first - part.start : last - part.start] = F.normalize(drawn[first - start : last - start], dim=-1)
+    return out

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncollapse.config import MixtureConfig, PrototypeConfig
-from uncollapse.diversity import koleo_proto
+from uncollapse.diversity import koleo_proto, nearest_neighbours
 from uncollapse.mixture import OnlineMixture
 
 Side = Literal["student", "teacher"]
@@ -63,13 +63,19 @@ class JointPrototypes(Prototypes):
     """Prototypes learned by the encoder's own gradient: DINO's weight-normalised last layer.
 
     The student's rows are ``g · v / |v|``; the teacher's are an EMA of v and g. With a positive
-    ``koleo_weight`` the student's rows are pushed apart by KoLeo-Proto.
+    ``koleo_weight`` the student's rows are pushed apart by KoLeo-Proto, whose nearest neighbours are looked for every
+    ``koleo_every`` steps; what is found serves until then and is checkpointed.
     """
 
     teacher_v: Tensor
     teacher_g: Tensor
+    neighbours: Tensor
+    neighbours_age: Tensor
 
-    def __init__(self, count: int, dim: int, learn_norm: bool, koleo_weight: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, count: int, dim: int, learn_norm: bool, koleo_weight: float, generator: torch.Generator,
+        koleo_every: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
         # The distribution of PyTorch's linear layer, which DINO's last layer keeps.
         start = (torch.rand(count, dim, generator=generator) * 2 - 1) / dim**0.5
@@ -77,14 +83,27 @@ class JointPrototypes(Prototypes):
         self.student_g = nn.Parameter(torch.ones(count, 1), requires_grad=learn_norm)
         self.register_buffer("teacher_v", start.clone())
         self.register_buffer("teacher_g", torch.ones(count, 1))
-        self.koleo_weight = koleo_weight
+        self.koleo_weight, self.koleo_every = koleo_weight, koleo_every
+        self._keeps_neighbours = koleo_weight > 0 and koleo_every > 1
+        if self._keeps_neighbours:
+            self.register_buffer("neighbours", torch.zeros(count, dtype=torch.long))
+            self.register_buffer("neighbours_age", torch.zeros((), dtype=torch.long))
 
     def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
         v, g = (self.student_v, self.student_g) if side == "student" else (self.teacher_v, self.teacher_g)
         return F.normalize(v, dim=-1) * g, None
 
     def regulariser(self) -> Tensor | None:
-        return self.koleo_weight * koleo_proto(self.student_v) if self.koleo_weight else None
+        if not self.koleo_weight:
+            return None
+        if self._keeps_neighbours and int(self.neighbours_age) % self.koleo_every == 0:
+            self.neighbours.copy_(nearest_neighbours(self.student_v))
+        neighbours = self.neighbours if self._keeps_neighbours else None
+        return self.koleo_weight * koleo_proto(self.student_v, neighbours=neighbours)
+
+    def after_step(self) -> None:
+        if self._keeps_neighbours:
+            self.neighbours_age += 1
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -155,7 +174,7 @@ def build_prototypes(config: PrototypeConfig, dim: int, rows: int, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     if config.kind in ("joint", "koleo"):
         koleo = config.koleo_weight if config.kind == "koleo" else 0.0
-        return JointPrototypes(config.count, dim, config.learn_norm, koleo, generator)
+        return JointPrototypes(config.count, dim, config.learn_norm, koleo, generator, config.koleo_every)
     if config.kind == "fixed":
         return FixedPrototypes(config.count, dim, generator)
     return _mixture(mixture_defaults(config.kind, config.mixture), config.count, dim, rows, generator)

@@ -1,0 +1,299 @@
+"""Responsibilities of K components for n rows, in tiles: their balancing, and the sums over rows an M-step needs.
+
+The log score of row i under component k is linear, ``φ(x_i) · η_k``, with features φ that end in a one and
+parameters η that end in a constant: a Gaussian of any covariance is of that form, and so are cosine logits. The
+E-step and the M-step are then one matrix product each, ``η φᵀ`` and ``Pᵀ φ``.
+
+A tile holds some rows against all components, transposed ``(K, rows)`` so that a chunk of components is contiguous.
+At least 64 rows share a tile, so at D = 256 it is no more than a quarter of the means themselves; where all rows
+fit the budget there is one tile and nothing is computed twice. Scores become exponentials once; offsets found later
+scale them (Sinkhorn in its scaling form) until they have grown enough to lose digits, and are then put back into the
+exponent (log-domain stabilisation, Schmitzer 2019). No gradient passes through anything here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from uncollapse.distributed import (
+    Group,
+    gather_rows,
+    logsumexp_over_ranks,
+    max_over_ranks,
+    rank_and_size,
+    sum_over_ranks,
+)
+
+BUDGET = 1 << 28
+"""Bytes of exponentials held at once."""
+
+FLOOR = -64.0
+"""Least exponent, relative to the row's largest. What lies below counts as e⁻⁶⁴, far beneath rounding: exponentials
+and products of subnormal numbers take a CPU up to a hundred times as long as others."""
+
+_CACHED = 1 << 20
+_FEWEST_ROWS = 64
+_SHIFT = 5.0
+"""Offsets that moved further go back into the exponent: what the floor hid until then is below e⁻⁵⁹ of its row."""
+_STARVED = -40.0
+"""A log mass below this, relative to the largest possible, is formed again in the log domain."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """K components, or this rank's share of them."""
+
+    count: int
+    parameters: Callable[[slice | Tensor], Tensor]
+    """``(k, F)`` of those asked for, by slice or index. The caller may write to them, and so may the next call."""
+    widest: int
+    """The most components that any rank of the group has: all ranks then cut the rows alike."""
+    group: Group = None
+    """Ranks that share the components out; all of them see the same rows."""
+
+
+class Tile(NamedTuple):
+    """Some rows' responsibilities ``scale_k · weight_ki / total_i``."""
+
+    rows: slice
+    weight: Tensor
+    """``(K, r)``, ``exp(score + offset - top)``."""
+    scale: Tensor | None
+    """``(K,)``; None where it is 1."""
+    total: Tensor
+    """``(r,)``, over the components of all ranks."""
+    top: Tensor
+    """``(r,)``; the log normaliser is ``top + log total``."""
+
+
+def chunks(count: int, width: int, device: torch.device) -> list[slice]:
+    """Components of which ``width`` numbers each stay in a CPU's cache, or fill a GPU."""
+    size = max(64, (1 << 26 if device.type == "cuda" else _CACHED) // width)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class Posterior:
+    """Responsibilities of the components for rows of features, up to offsets that may change.
+
+    Args:
+        features: ``(n, F)`` float32 or float64, last column 1.
+        components: with parameters of the same dtype.
+        offset: ``(K,)`` added to the log scores.
+        budget: bytes of exponentials held at once; more only where 64 rows need more.
+        spare: memory to use for them, as an earlier posterior's ``spare``: on a CPU, fresh pages of a large array
+            can cost as much as the product that fills them.
+    """
+
+    def __init__(
+        self, features: Tensor, components: Components, offset: Tensor, budget: int = BUDGET,
+        spare: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.features, self.components, self.spare = features, components, spare
+        self.base, self.shift = offset.clone(), torch.zeros_like(offset)
+        n = len(features)
+        most = max(_FEWEST_ROWS, budget // (features.element_size() * components.widest))
+        rows = max(1, -(-n // -(-n // most))) if n else 1
+        self.parts = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self._moved = False
+
+    @property
+    def offset(self) -> Tensor:
+        return self.base + self.shift
+
+    def add(self, change: Tensor) -> None:
+        """Adds ``change (K,)`` to the offsets."""
+        self.shift += change
+        self._moved = True
+
+    def tiles(self, first: int | None = None) -> Iterator[Tile]:
+        """All rows, or the ``first`` so many."""
+        stop = len(self.features) if first is None else first
+        self._absorb()
+        for rows in self.parts:
+            if rows.start >= stop:
+                return
+            if self._kept is None:
+                weight, top = self._exponentials(rows)
+            else:
+                weight, top = self._kept
+            if len(self.parts) == 1:
+                self._kept = weight, top
+            rows = slice(rows.start, min(rows.stop, stop))
+            weight, top = weight[:, : rows.stop - rows.start], top[: rows.stop - rows.start]
+            scale = self.shift.exp() if self._moved else None
+            total = weight.sum(0) if scale is None else weight.T @ scale
+            yield Tile(rows, weight, scale, sum_over_ranks(total, self.components.group), top)
+
+    def fold(self) -> None:
+        """Multiplies the scale into exponentials that are kept, so that they can be compared within a row."""
+        self._absorb()
+        if self._kept is not None and self._moved:
+            self._kept[0].mul_(self.shift.exp().unsqueeze(-1))
+            self._to_base()
+
+    def _absorb(self) -> None:
+        """Puts the offsets' change into the exponent, where that costs nothing or digits ask for it."""
+        if not self._moved:
+            return
+        if self._kept is not None:
+            if float(max_over_ranks(self.shift.abs().amax(), self.components.group)) <= _SHIFT:
+                return
+            self._kept = None
+        self._to_base()
+
+    def _to_base(self) -> None:
+        self.base, self.shift, self._moved = self.offset, torch.zeros_like(self.shift), False
+
+    def _exponentials(self, rows: slice) -> tuple[Tensor, Tensor]:
+        x = self.features[rows].T
+        numel = self.components.count * x.shape[1]
+        spare = self.spare
+        if spare is None or spare.numel() < numel or (spare.dtype, spare.device) != (x.dtype, x.device):
+            self.spare = spare = x.new_empty(numel)
+        weight = spare[:numel].view(-1, x.shape[1])
+        top = x.new_full((x.shape[1],), -math.inf)
+        parts = chunks(len(weight), sum(x.shape), x.device)
+        for part in parts:
+            eta = self.components.parameters(part)
+            eta[:, -1] += self.base[part]
+            torch.mm(eta, x, out=weight[part])
+            torch.maximum(top, weight[part].amax(0), out=top)
+        max_over_ranks(top, self.components.group)
+        for part in parts:
+            weight[part].sub_(top).clamp_min_(FLOOR).exp_()
+        return weight, top
+
+
+def log_masses(posterior: Posterior, group: Group = None, raw: bool = False, exact: bool = False) -> Tensor:
+    """Log of the sum over rows of each component's responsibilities, ``(K,)``.
+
+    Args:
+        posterior: of this rank's rows.
+        group: ranks whose rows are added up.
+        raw: of ``exp(score + offset)`` itself, as before the first normalisation of the rows.
+        exact: form masses near the floor again in the log domain, from the scores; without it, no mass is less
+            than about e⁻⁶⁴.
+    """
+    log_mass = torch.full_like(posterior.base, -math.inf)
+    highest = log_mass.new_full((), -math.inf if raw else 0.0)
+    normalisers = [posterior.features.new_zeros(0)]
+    for tile in posterior.tiles():
+        if raw:
+            reference = tile.top.amax()
+            row, normaliser = (tile.top - reference).exp(), torch.zeros_like(tile.top)
+            highest = torch.maximum(highest, reference)
+        else:
+            reference, row = torch.zeros_like(highest), 1 / tile.total
+            normaliser = tile.top + tile.total.log()
+        normalisers.append(normaliser)
+        mass = tile.weight @ row
+        log_mass = torch.logaddexp(log_mass, (mass if tile.scale is None else mass * tile.scale).log() + reference)
+    log_mass = logsumexp_over_ranks(log_mass, group)
+    if exact:
+        starved = (log_mass < max_over_ranks(highest, group) + _STARVED).nonzero().squeeze(-1)
+        step = max(1, (1 << 22) // max(1, len(posterior.features)))
+        for start in range(0, len(starved), step):
+            some = starved[start : start + step]
+            eta = posterior.components.parameters(some)
+            eta[:, -1] += posterior.offset[some]
+            scores = eta @ posterior.features.T - torch.cat(normalisers)
+            log_mass[some] = logsumexp_over_ranks(scores.logsumexp(1), group)
+    return log_mass
+
+
+def sums(
+    posterior: Posterior, first: int | None = None, weight: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """The M-step's sums ``Σ_i w_i P_ik φ(x_i)``, ``(k, F)`` for chunks of components; the last column is the mass.
+
+    By the time the first chunk comes, all scores have been formed, so the caller may overwrite the components. The
+    next chunk may overwrite this one.
+
+    Args:
+        posterior: its kept exponentials are used.
+        first: only the first so many rows.
+        weight: ``(first,)``, how many times each row counts.
+    """
+    total: Tensor | None = None
+    for tile in posterior.tiles(first):
+        row = 1 / tile.total if weight is None else weight[tile.rows] / tile.total
+        scaled = posterior.features[tile.rows] * row.unsqueeze(-1)
+        if len(posterior.parts) == 1:
+            parts = chunks(len(tile.weight), sum(scaled.shape), scaled.device)
+            buffer = scaled.new_empty(parts[0].stop, scaled.shape[1])
+            for part in parts:
+                summed = torch.mm(tile.weight[part], scaled, out=buffer[: part.stop - part.start])
+                yield part, summed if tile.scale is None else summed.mul_(tile.scale[part].unsqueeze(-1))
+            return
+        # Exponentials that are not kept have all offsets in the exponent: there is no scale.
+        total = tile.weight @ scaled if total is None else total.addmm_(tile.weight, scaled)
+    if total is not None:
+        for part in chunks(len(total), total.shape[1], total.device):
+            yield part, total[part]
+
+
+def top_sums(
+    posterior: Posterior, most: int, first: int | None = None, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sums` of each row's ``most`` largest responsibilities alone, scaled to sum to 1.
+
+    Costs ``n · most · F`` instead of ``n · K · F``. The same bits each time on a GPU as well: no atomic additions.
+
+    Returns:
+        Components that got something ``(u,)`` ascending, their sums ``(u, F)``, and the share of each row's
+        responsibility ``(first,)`` that was kept, in (0, 1].
+    """
+    group = posterior.components.group
+    rank, _ = rank_and_size(group)
+    values, indices, kept = [], [], []
+    posterior.fold()
+    for tile in posterior.tiles(first):
+        value, index = largest(tile.weight, most)
+        best = value.topk(min(most, value.shape[1])).values
+        if group is not None:
+            value, index = F.pad(value, (0, most - value.shape[1])), F.pad(index, (0, most - index.shape[1]))
+            everyone = gather_rows(value.unsqueeze(0), group).permute(1, 0, 2).flatten(1)
+            best, at = everyone.topk(most)
+            mine = torch.zeros_like(everyone).scatter_(1, at, 1.0)[:, rank * most : (rank + 1) * most]
+            value = value * mine
+        share = best.sum(-1)
+        row = 1 / share if weight is None else weight[tile.rows] / share
+        values.append(value * row.unsqueeze(-1))
+        indices.append(index)
+        kept.append(share / tile.total)
+    value, index = torch.cat(values), torch.cat(indices)
+    rows, columns = value.nonzero(as_tuple=True)
+    order = index[rows, columns].argsort(stable=True)
+    rows, columns = rows[order], columns[order]
+    found, counts = index[rows, columns].unique_consecutive(return_counts=True)
+    summed = F.embedding_bag(
+        rows, posterior.features, counts.cumsum(0) - counts, mode="sum", per_sample_weights=value[rows, columns]
+    )
+    return found, summed, torch.cat(kept)
+
+
+def largest(weight: Tensor, most: int, width: int = 64) -> tuple[Tensor, Tensor]:
+    """The ``most`` largest of every column of ``weight (K, r)``: values and row indices ``(r, min(most, K))``.
+
+    The largest lie in the groups of ``width`` rows whose maxima are the largest, so only those are searched.
+    """
+    count, whole = len(weight), len(weight) // width * width
+    most = min(most, count)
+    if whole // width <= 2 * most:
+        found = weight.T.contiguous().topk(most)
+        return found.values, found.indices
+    groups = weight[:whole].view(-1, width, weight.shape[1]).amax(1).T.contiguous().topk(most).indices
+    within = torch.arange(width, device=weight.device)
+    candidates = (groups.unsqueeze(-1) * width + within).flatten(1)
+    rest = torch.arange(whole, count, device=weight.device).expand(len(candidates), -1)
+    candidates = torch.cat([candidates, rest], dim=1)
+    found = weight.T.gather(1, candidates).topk(most)
+    return found.values, candidates.gather(1, found.indices)
