@@ -96,7 +96,7 @@ def _prototype_parts(arm: str, k: int, z: Tensor, device: torch.device) -> dict[
     objective = DINO(k).to(device)
     learned = [p for p in prototypes.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-4) if learned else None
-    z_teacher, z_student = list(z[:GLOBALS]), [v.clone().requires_grad_() for v in z]
+    z_teacher, z_student = z[:GLOBALS], [v.clone().requires_grad_() for v in z]
     flat = z[:GLOBALS].flatten(0, 1)
     parts: dict[str, Cost] = {}
     if not isinstance(prototypes, JointPrototypes):

@@ -331,3 +331,12 @@ def test_sinkhorn_balances_columns():
     scores = 5 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     mass = sinkhorn(scores, iterations=50).sum(0)
     torch.testing.assert_close(mass, torch.full((8,), 8.0), rtol=1e-3, atol=1e-3)
+
+
+def test_targets_without_a_set_of_their_own_are_centred_and_sharpened():
+    prototypes = FixedPrototypes(12, 5, torch.Generator().manual_seed(0))
+    objective = DINO(12)
+    z = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+    objective.update_center(z.mean((0, 1)), prototypes)
+    expected = centred_softmax(prototypes.logits(z, "teacher"), objective.center, 0.04)
+    torch.testing.assert_close(objective.targets(z, prototypes, 0.04).dense(), expected)

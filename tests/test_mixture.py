@@ -11,7 +11,10 @@ from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranks import on_ranks
+from uncollapse.losses import dino_loss
+from uncollapse.methods.dino import DINO
 from uncollapse.mixture import OnlineMixture, forget, forgetting_factor, random_directions
+from uncollapse.prototypes import MixturePrototypes
 
 
 def rows(n, d, seed):
@@ -345,3 +348,22 @@ def test_initial_directions_do_not_depend_on_blocks_or_shares():
         whole, F.normalize(torch.randn(100, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
     )
     assert torch.equal(torch.cat([drawn(slice(0, 41), 32), drawn(slice(41, 100), 32)]), whole)
+
+
+@pytest.mark.parametrize("covariance", ["shared", "isotropic", "diagonal"])
+@pytest.mark.parametrize("temperature", [None, 0.1])
+def test_targets_of_a_set_are_its_responsibilities(covariance, temperature):
+    """What training hands to the loss, as a product that is never stored, is the E-step's posterior."""
+    rng = torch.Generator().manual_seed(0)
+    mixture = OnlineMixture(
+        50, 6, 40, covariance, 10, "sinkhorn", temperature, centred=True, generator=rng
+    )  # fmt: skip
+    z = torch.nn.functional.normalize(torch.randn(2, 20, 6, generator=rng), dim=-1)
+    for _ in range(3):
+        mixture.observe(z.flatten(0, 1))
+    prototypes = MixturePrototypes(mixture, own_target=True)
+    targets = prototypes.posterior(z, 0.1)
+    torch.testing.assert_close(targets.dense().flatten(0, 1), mixture.responsibilities(z.flatten(0, 1)))
+    loss = DINO(50).loss([*z, z[0]], DINO(50).targets(z, prototypes, 0.1), prototypes, 0.1)
+    expected = dino_loss([prototypes.logits(v, "student", 0.1) for v in [*z, z[0]]], list(targets.dense()))
+    torch.testing.assert_close(loss, expected)

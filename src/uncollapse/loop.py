@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from uncollapse.checkpoint import save_checkpoint
 from uncollapse.config import Config, dump_config
+from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.images import ImageSet, MemoryImages
 from uncollapse.loading import view_loader
 from uncollapse.monitor import LossWatch, PrototypeMonitor, assignment_statistics, nearest_cosine
@@ -153,7 +154,7 @@ class Loop:
         assert isinstance(everyone, Tensor)
         return everyone.permute(1, 0, 2, 3).reshape(z.shape[0], -1, z.shape[2])
 
-    def step(self, step: int, views: list[Tensor]) -> tuple[float, list[Tensor]]:
+    def step(self, step: int, views: list[Tensor]) -> tuple[float, SoftmaxTargets]:
         """Views to updated teacher, in the order the design fixes. Returns the loss and the targets."""
         config, state, watch = self.config, self.state, self.watch
         epoch = step // self.steps_per_epoch
@@ -171,9 +172,9 @@ class Loop:
         watch.lap("teacher")
         self._check_finite(z_all, "the teacher's projections", step)
         state.prototypes.observe(z_all.flatten(0, 1), progress)
-        targets = state.objective.targets(list(z_teacher), state.prototypes, tau)
+        targets = state.objective.targets(z_teacher, state.prototypes, tau)
         watch.lap("prototypes")
-        self.monitor.observe(z_all[0] @ state.prototypes.vectors("teacher").T)
+        self.monitor.observe_projections(z_all[0], state.prototypes.vectors("teacher"))
         watch.lap("diagnosis")
         z_student = self.student(views)
         with torch.autocast(self.fabric.device.type, enabled=False):
@@ -265,14 +266,14 @@ class Loop:
                 f"the final checkpoint (step {stop}) could not be written to {self.out}. {self._rescue(stop)}"
             )
 
-    def _log(self, done: int, targets: list[Tensor]) -> None:
+    def _log(self, done: int, targets: SoftmaxTargets) -> None:
         alive = self.monitor.alive()
         if self.log is not None:
             vectors = self.state.prototypes.vectors("teacher")
             self.log.row(
                 "step", done, epoch=round(done / self.steps_per_epoch, 4), loss=self.last_loss,
                 lr=self.optimizer.param_groups[0]["lr"], alive=alive, nearest_cosine=nearest_cosine(vectors),
-                time=time.time(), **assignment_statistics(targets[0]),
+                time=time.time(), **assignment_statistics(replace(targets, z=targets.z[0]).dense()),
             )  # fmt: skip
         if self.monitor.window_full:
             self._warn(self.alarms.alive(alive, self.monitor.window), done)

@@ -8,7 +8,7 @@ projections, responsibility-based forgetting (after Celaya & Agostini, 2015) and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -127,6 +127,15 @@ class OnlineMixture(nn.Module):
             for part in parts:
                 torch.mm(phi, components.parameters(part).T, out=out[:, part])
             return out
+
+    def linear(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Log scores as one product: features ``(*shape, F)`` of unit vectors ``x (n, D)`` and parameters ``(K, F)``.
+
+        ``softmax(features @ parameters.T + offset)`` is `responsibilities`: targets for a loss that makes them where
+        it uses them. Of this rank's components, if sharded.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return self._features(x).view(*shape, -1), self._components(1.0).parameters(slice(0, len(self.mean)))
 
     def responsibilities(self, x: Tensor, beta: float = 1.0) -> Tensor:
         """The E-step: ``(n, K)``, rows summing to 1, with the offsets of the last update.

@@ -10,6 +10,15 @@ from torch import Tensor
 
 from uncollapse.unique import EPSILONS, epsilon_sweep
 
+_BLOCK = 1 << 23
+"""Cosines in flight at once: 32 MiB of float32."""
+
+
+def _argmax(x: Tensor) -> Tensor:
+    # NumPy's argmax is several times faster than torch's on a CPU, and this runs every step.
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return torch.from_numpy(x.numpy().argmax(-1)) if on_cpu else x.argmax(-1)
+
 
 class PrototypeMonitor:
     """Follows one set of prototypes in any training loop.
@@ -38,10 +47,13 @@ class PrototypeMonitor:
 
     def observe(self, cosines: Tensor) -> None:
         """Notes the argmax of every row of raw cosines ``(n, K)``: uncentred, unbalanced."""
-        cosines = cosines.detach()
-        # NumPy's argmax is several times faster than torch's on a CPU, and this runs every step.
-        on_cpu = cosines.device.type == "cpu" and cosines.dtype == torch.float32
-        self.observe_argmax(torch.from_numpy(cosines.numpy().argmax(-1)) if on_cpu else cosines.argmax(-1))
+        self.observe_argmax(_argmax(cosines.detach()))
+
+    @torch.no_grad()
+    def observe_projections(self, z: Tensor, vectors: Tensor) -> None:
+        """As :meth:`observe`, from projections ``(n, D)`` and prototypes ``(K, D)``, in blocks of rows."""
+        rows = max(64, _BLOCK // len(vectors))
+        self.observe_argmax(torch.cat([_argmax(some @ vectors.T) for some in z.detach().split(rows)]))
 
     def observe_argmax(self, argmax: Tensor) -> None:
         """As :meth:`observe`, from argmaxes ``(n,)``."""

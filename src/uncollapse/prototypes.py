@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncollapse.config import MixtureConfig, PrototypeConfig
+from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.diversity import koleo_proto, nearest_neighbours
 from uncollapse.mixture import OnlineMixture
 
@@ -21,6 +22,9 @@ Side = Literal["student", "teacher"]
 
 class Prototypes(nn.Module):
     """What an objective may ask of a set. The defaults do nothing, which is right for most ways to learn."""
+
+    own_target = False
+    """Whether `posterior` gives the target; a centre is then of no use."""
 
     def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
         """``weight (K, D)`` and optional ``bias (K,)`` with ``logits = z @ weight.T / temperature + bias``."""
@@ -48,8 +52,8 @@ class Prototypes(nn.Module):
         patch tokens share balance two of the one against hundreds of the other.
         """
 
-    def posterior(self, z: Tensor, temperature: float) -> Tensor | None:
-        """The set's own target ``(n, K)`` for teacher projections, or None: the objective makes it."""
+    def posterior(self, z: Tensor, temperature: float) -> SoftmaxTargets | None:
+        """The set's own target for teacher projections ``(T, n, D)``, or None: the objective makes it."""
         return None
 
     def after_step(self) -> None:
@@ -148,7 +152,7 @@ class MixturePrototypes(Prototypes):
     def observe(self, z: Tensor, progress: float, weight: Tensor | None = None, level: str = "cls") -> None:
         self.mixture.observe(z, weight, self.beta(progress))
 
-    def posterior(self, z: Tensor, temperature: float) -> Tensor | None:
+    def posterior(self, z: Tensor, temperature: float) -> SoftmaxTargets | None:
         """The mixture's own responsibilities, as sharp as its variances make them.
 
         With a fixed E-step temperature, the softmax over cosines at the teacher's: the offsets are transport
@@ -158,8 +162,9 @@ class MixturePrototypes(Prototypes):
             return None
         mixture = self.mixture
         if mixture.temperature is None:
-            return mixture.responsibilities(z)
-        return torch.softmax((self.logits(z, "teacher") + mixture.offset * mixture.temperature) / temperature, dim=-1)
+            return SoftmaxTargets(*mixture.linear(z.flatten(0, 1), z.shape[:2]), 1.0, mixture.offset)
+        bias = mixture.offset * (mixture.temperature / temperature)
+        return SoftmaxTargets(z, mixture.directions(), temperature, bias)
 
 
 def build_prototypes(config: PrototypeConfig, dim: int, rows: int, seed: int) -> Prototypes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from uncollapse.assign import centred_softmax
+from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.losses import fused_dino_loss
 from uncollapse.prototypes import Prototypes
 
@@ -25,15 +25,20 @@ class DINO(nn.Module):
         self.center_momentum = center_momentum
 
     @torch.no_grad()
-    def targets(self, z_teacher: list[Tensor], prototypes: Prototypes, temperature: float) -> list[Tensor]:
-        """One ``(n, K)`` distribution per global view, from the teacher's projections ``(n, D)``."""
-        own = prototypes.posterior(torch.cat(z_teacher), temperature)
+    def targets(self, z_teacher: Tensor, prototypes: Prototypes, temperature: float) -> SoftmaxTargets:
+        """A distribution over prototypes for each of the teacher's projections ``(T, n, D)``, made where it is used.
+
+        ``softmax((logits - center) / temperature)`` unless the set has a target of its own.
+        """
+        own = prototypes.posterior(z_teacher, temperature)
         if own is not None:
-            return list(own.chunk(len(z_teacher)))
-        return [centred_softmax(prototypes.logits(z, "teacher"), self.center, temperature) for z in z_teacher]
+            return own
+        weight, bias = prototypes.affine("teacher")
+        shift = -self.center if bias is None else bias - self.center
+        return SoftmaxTargets(z_teacher, weight, temperature, shift / temperature)
 
     def loss(
-        self, z_student: list[Tensor], targets: list[Tensor], prototypes: Prototypes, temperature: float
+        self, z_student: list[Tensor], targets: SoftmaxTargets, prototypes: Prototypes, temperature: float
     ) -> Tensor:
         """Cross-entropy over all pairs (global teacher view, other student view)."""
         weight, bias = prototypes.affine("student")
@@ -46,5 +51,7 @@ class DINO(nn.Module):
         Logits are linear in z, so their mean over views, batch and ranks is the logit of the mean
         projection ``z_mean (D,)``; no ``(batch, K)`` array is read again and ranks exchange D numbers.
         """
+        if prototypes.own_target:
+            return
         mean_logits = prototypes.logits(z_mean.unsqueeze(0), "teacher").squeeze(0)
         self.center.lerp_(mean_logits, 1 - self.center_momentum)
