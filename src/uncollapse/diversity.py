@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
-from uncollapse.unique import _rounding
+from uncollapse.unique import rounding
 
 _TIE = 4e-15
 """Scores this close in float64 count as equal, and the lowest index wins: exact duplicates are found as one."""
@@ -158,7 +158,7 @@ def _search(unit: Tensor, shards: _Shards, block: int | None) -> Tensor:
     tile = block or (512 if device.type == "cpu" else 4096)  # 2 MiB to stay in cache, or what fills a GPU
     size = min(128, tile)
     tile = tile // size * size
-    slack = 2 * _rounding(unit.shape[1])
+    slack = 2 * rounding(unit.shape[1])
     found = _Found(unit, shards, size)
     best = torch.full((k,), -torch.inf, device=device)
     single = unit.float()

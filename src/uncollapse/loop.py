@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from uncollapse.checkpoint import save_checkpoint
 from uncollapse.config import Config, dump_config
 from uncollapse.cross_entropy import SoftmaxTargets
+from uncollapse.distributed import gather_rows, world
 from uncollapse.images import ImageSet, MemoryImages
 from uncollapse.loading import view_loader
 from uncollapse.monitor import LossWatch, PrototypeMonitor, assignment_statistics, nearest_cosine
@@ -110,8 +111,8 @@ class Loop:
 
     def _plan(self, start: int, stop: int) -> Iterator[tuple[int, list[int], list[int]]]:
         """(step, image indices, positions in the global batch) of this rank."""
-        batch, world, rank = self.config.run.batch, self.fabric.world_size, self.fabric.global_rank
-        mine = np.arange(batch).reshape(world, -1)[rank]
+        batch, ranks, rank = self.config.run.batch, self.fabric.world_size, self.fabric.global_rank
+        mine = np.arange(batch).reshape(ranks, -1)[rank]
         order, current = np.empty(0, dtype=np.int64), -1
         for step in range(start, stop):
             epoch, within = divmod(step, self.steps_per_epoch)
@@ -148,11 +149,7 @@ class Loop:
 
     def _gather(self, z: Tensor) -> Tensor:
         """``(views, n, D)`` of every rank in the order one rank would have them: ``(views, batch, D)``."""
-        if self.fabric.world_size == 1:
-            return z
-        everyone = self.fabric.all_gather(z)
-        assert isinstance(everyone, Tensor)
-        return everyone.permute(1, 0, 2, 3).reshape(z.shape[0], -1, z.shape[2])
+        return gather_rows(z.transpose(0, 1), world()).transpose(0, 1)
 
     def step(self, step: int, views: list[Tensor]) -> tuple[float, SoftmaxTargets]:
         """Views to updated teacher, in the order the design fixes. Returns the loss and the targets."""

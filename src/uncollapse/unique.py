@@ -194,7 +194,7 @@ class Rows:
                 f"{name} has {len(bad)} zero or non-finite rows (first: {first}); "
                 "they have no direction, so drop them or find out why they are there"
             )
-        self.slack = _rounding(w.shape[1])
+        self.slack = rounding(w.shape[1])
         self._basis: Tensor | None = None
         self._scratch = torch.empty(0, device=self.w.device)
 
@@ -287,7 +287,7 @@ def _normalised(x: Tensor) -> Tensor:
     return x / (x * x).sum(1, keepdim=True).sqrt()
 
 
-def _rounding(dim: int) -> float:
+def rounding(dim: int) -> float:
     """Largest error of a float32 cosine: of any order of summation, plus of the rounded inputs."""
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         matmul = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
