@@ -41,8 +41,9 @@ def markdown(results: dict[str, Any]) -> str:
                     for n, c in row["others"].items()
                 ]
                 met = {None: "", True: ": met", False: ": **missed**"}[row["met"]]
-                cells = [row["name"], row["size"], f"{1e3 * row['ours']['seconds']:.1f}", f"{row['ours']['peak'] / 2**20:.0f}",
-                         limit, "; ".join([*others, row["note"]] if row["note"] else others), row["target"] + met]  # fmt: skip
+                time, memory = 1e3 * row["ours"]["seconds"], row["ours"]["peak"] / 2**20
+                notes = "; ".join([*others, row["note"]] if row["note"] else others)
+                cells = [row["name"], row["size"], f"{time:.1f}", f"{memory:.0f}", limit, notes, row["target"] + met]
                 lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
             lines.append("")
     return "\n".join(lines)

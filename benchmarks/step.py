@@ -128,7 +128,18 @@ def _prototype_parts(arm: str, k: int, z: Tensor, device: torch.device) -> dict[
 
 
 def markdown(found: Sequence[Row], device: torch.device) -> str:
-    lines = [f"Measured on: {describe(device)}.", "", "| part | time, ms | memory, MiB | |", "|---|---|---|---|"]
+    lines = [
+        "# What each way to learn prototypes adds to a training step",
+        "",
+        "Written by `python benchmarks/step.py --markdown docs/step-cost.md`. ViT-S/16, two global views of 224 px and ten",
+        "local ones of 96 px, head 2048-2048-256, DINO's objective; views are made already. On a CPU the encoder's parts",
+        "are measured on a few images and multiplied up (time and activations are linear in them).",
+        "",
+        f"{found[0].size}; {describe(device)}.",
+        "",
+        "| part | time, ms | memory, MiB | |",
+        "|---|---|---|---|",
+    ]
     for row in found:
         cost = row.ours
         lines.append(f"| {row.name} | {1e3 * cost.seconds:.1f} | {cost.peak / 2**20:.0f} | {row.note} |")

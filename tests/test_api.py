@@ -13,6 +13,10 @@ def test_every_promised_name_imports():
         assert callable(getattr(uncollapse, name))
 
 
+def test_no_name_is_hidden_by_a_module_of_the_same_name():
+    assert not set(uncollapse.__all__) & set(uncollapse._HOMES.values())
+
+
 def test_import_and_help_do_not_load_torch():
     script = (
         "import sys, uncollapse.cli\n"

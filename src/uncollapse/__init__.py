@@ -10,16 +10,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from uncollapse.assign import sinkhorn_offsets as sinkhorn_offsets
+    from uncollapse.carp_loss import fused_carp_loss as fused_carp_loss
+    from uncollapse.cross_entropy import SoftmaxTargets as SoftmaxTargets
     from uncollapse.diagnosis import Diagnosis as Diagnosis
     from uncollapse.diagnosis import diagnose as diagnose
     from uncollapse.diversity import koleo_proto as koleo_proto
+    from uncollapse.diversity import nearest_neighbours as nearest_neighbours
     from uncollapse.losses import dino_loss as dino_loss
     from uncollapse.losses import fused_dino_loss as fused_dino_loss
+    from uncollapse.losses import fused_patch_loss as fused_patch_loss
+    from uncollapse.losses import patch_weights as patch_weights
+    from uncollapse.mean_entropy import me_max as me_max
     from uncollapse.metrics import prototype_report as prototype_report
     from uncollapse.mixture import OnlineMixture as OnlineMixture
     from uncollapse.monitor import PrototypeMonitor as PrototypeMonitor
     from uncollapse.unique import epsilon_sweep as epsilon_sweep
     from uncollapse.unique import unique_prototypes as unique_prototypes
+    from uncollapse.vmf import vmf_bias as vmf_bias
 
 __version__ = "0.1.0"
 
@@ -27,13 +35,21 @@ _HOMES = {
     "Diagnosis": "diagnosis",
     "OnlineMixture": "mixture",
     "PrototypeMonitor": "monitor",
+    "SoftmaxTargets": "cross_entropy",
     "diagnose": "diagnosis",
     "dino_loss": "losses",
     "epsilon_sweep": "unique",
+    "fused_carp_loss": "carp_loss",
     "fused_dino_loss": "losses",
+    "fused_patch_loss": "losses",
     "koleo_proto": "diversity",
+    "me_max": "mean_entropy",
+    "nearest_neighbours": "diversity",
+    "patch_weights": "losses",
     "prototype_report": "metrics",
+    "sinkhorn_offsets": "assign",
     "unique_prototypes": "unique",
+    "vmf_bias": "vmf",
 }
 
 __all__ = list(_HOMES)
