@@ -131,9 +131,9 @@ def markdown(found: Sequence[Row], device: torch.device) -> str:
     lines = [
         "# What each way to learn prototypes adds to a training step",
         "",
-        "Written by `python benchmarks/step.py --markdown docs/step-cost.md`. ViT-S/16, two global views of 224 px and ten",
-        "local ones of 96 px, head 2048-2048-256, DINO's objective; views are made already. On a CPU the encoder's parts",
-        "are measured on a few images and multiplied up (time and activations are linear in them).",
+        "Written by `python benchmarks/step.py --markdown docs/step-cost.md`. ViT-S/16, two global views of 224 px and",
+        "ten local ones of 96 px, head 2048-2048-256, DINO's objective; views are made already. On a CPU the encoder's",
+        "parts are measured on a few images and multiplied up (time and activations are linear in them).",
         "",
         f"{found[0].size}; {describe(device)}.",
         "",

@@ -40,8 +40,9 @@ and products of subnormal numbers take a CPU up to a hundred times as long as ot
 
 _CACHED = 1 << 20
 _FEWEST_ROWS = 64
-_SHIFT = 5.0
-"""Offsets that moved further go back into the exponent: what the floor hid until then is below e⁻⁵⁹ of its row."""
+_SHIFT = 12.0
+"""Offsets that moved further go back into the exponent: what the floor hid until then is below e⁻⁴⁰ of its row. A new
+batch moves them by 5 to 11 in three iterations, so that its scores are formed once."""
 _STARVED = -40.0
 """A log mass below this, relative to the largest possible, is formed again in the log domain."""
 
@@ -185,6 +186,7 @@ def log_masses(posterior: Posterior, group: Group = None, raw: bool = False, exa
     log_mass = torch.full_like(posterior.base, -math.inf)
     highest = log_mass.new_full((), -math.inf if raw else 0.0)
     normalisers = [posterior.features.new_zeros(0)]
+    scaled = False
     for tile in posterior.tiles():
         if raw:
             reference = tile.top.amax()
@@ -194,11 +196,13 @@ def log_masses(posterior: Posterior, group: Group = None, raw: bool = False, exa
             reference, row = torch.zeros_like(highest), 1 / tile.total
             normaliser = tile.top + tile.total.log()
         normalisers.append(normaliser)
+        scaled = scaled or tile.scale is not None
         mass = tile.weight @ row
         log_mass = torch.logaddexp(log_mass, (mass if tile.scale is None else mass * tile.scale).log() + reference)
     log_mass = logsumexp_over_ranks(log_mass, group)
     if exact:
-        starved = (log_mass < max_over_ranks(highest, group) + _STARVED).nonzero().squeeze(-1)
+        least = _STARVED + (2 * _SHIFT if scaled else 0)  # a scale lifts what the floor hid
+        starved = (log_mass < max_over_ranks(highest, group) + least).nonzero().squeeze(-1)
         step = max(1, (1 << 22) // max(1, len(posterior.features)))
         for start in range(0, len(starved), step):
             some = starved[start : start + step]
