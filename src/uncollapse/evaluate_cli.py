@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
     add("source", metavar="RUN|FILE|timm:NAME", help="run folder, checkpoint of any known family, or a timm model")
     add("--data", metavar="TRAIN[,TEST]", help="labelled images; without TEST a part of TRAIN is held out (a run's own "
         "data, if left out)")  # fmt: skip
-    add("--tasks", metavar="TASK,...", help="which; or all (default: the cheap ones)")
+    add("--tasks", nargs="+", metavar="TASK", help="which, apart by commas or spaces; or all (default: the cheap ones)")
     add("--side", choices=("teacher", "student"), default="teacher", help="which network (default: %(default)s)")
     add("--untrained", action="store_true", help="also the same architecture at its random start: the control")
     add("--weights", metavar="FILE", help="weights of timm:NAME, which is random without")
@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         )
     if arguments.no_cache and arguments.cache is not None:
         raise ConfigError("--cache and --no-cache exclude each other")
-    tasks = None if arguments.tasks is None else [t.strip() for t in arguments.tasks.split(",") if t.strip()]
+    words = ",".join(arguments.tasks or []).split(",")
+    tasks = None if arguments.tasks is None else [t.strip() for t in words if t.strip()]
     from uncollapse.evaluate.tasks import TASKS
 
     if tasks is not None and (unknown := [t for t in tasks if t not in TASKS and tasks != ["all"]]):

@@ -101,7 +101,7 @@ def test_the_second_call_reads_features_and_keeps_older_results(run, tasks, caps
         raise AssertionError("computed again")
 
     monkeypatch.setattr(extraction, "forward", never)
-    main(["evaluate", str(run), "--tasks", "retrieval,fewshot"])
+    main(["evaluate", str(run), "--tasks", "retrieval", "fewshot"])
     assert capsys.readouterr().err.count("features from cache") == 2
     content = json.loads((run / "evaluation.json").read_text())
     assert set(content["data"]["builtin:digits"]["encoders"]["teacher"]["tasks"]) == {"knn", "retrieval", "fewshot"}
