@@ -38,13 +38,13 @@ def forget(log_lambda: float, weight: Tensor, evidence: Tensor) -> tuple[Tensor,
 
 
 def features(x: Tensor, covariance: Covariance | None) -> Tensor:
-    """What a Gaussian's log density is linear in: ``[x, x², 1]`` diagonal, ``[x, |x|², 1]`` isotropic or shared.
+    """What a Gaussian's log density is linear in: ``[x, -x²/2, 1]`` diagonal, ``[x, -|x|²/2, 1]`` isotropic or shared.
 
     Args:
         x: ``(n, D)``.
         covariance: None where scores are cosines: ``[x, 1]``.
     """
-    squares = [] if covariance is None else [x.square()]
+    squares = [] if covariance is None else [-0.5 * x.square()]
     if covariance in ("isotropic", "shared"):
         squares = [squares[0].sum(-1, keepdim=True)]
     return torch.cat([x, *squares, torch.ones_like(x[:, :1])], dim=1)
@@ -62,19 +62,23 @@ def natural_parameters(
         out: ``(k, F)`` to write to.
     """
     k, dim = mean.shape
-    squares = dim if covariance == "diagonal" else 1
-    out = mean.new_empty(k, dim + squares + 1) if out is None else out
-    precision = 1 / variance
-    scaled = torch.mul(mean, precision, out=out[:, :dim])
-    out[:, dim:-1] = -0.5 * precision
-    square = (mean * scaled).sum(-1) if covariance == "diagonal" else _square(mean)[:, 0] * precision[:, 0]
-    out[:, -1] = log_weight - 0.5 * (square + variance.log().sum(-1) * (dim // squares))
+    out = mean.new_empty(k, dim + (dim if covariance == "diagonal" else 1) + 1) if out is None else out
+    scaled, precision = out[:, :dim], out[:, dim:-1]
+    if covariance == "diagonal":
+        torch.reciprocal(variance, out=precision)
+        torch.mul(mean, precision, out=scaled)
+        both = variance.log().addcmul_(mean, scaled).sum(-1)
+    else:
+        precision[:] = variance.reciprocal()
+        torch.mul(mean, precision, out=scaled)
+        both = _square(mean)[:, 0] * precision[:, 0] + dim * variance[:, 0].log()
+    out[:, -1] = log_weight - 0.5 * both
     return out
 
 
-def _square(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """``|scale · x|²`` of every row ``(k, 1)`` in one pass; a square and a sum are two, and an array between them."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(scale).square_()
+def _square(x: Tensor) -> Tensor:
+    """``|x|²`` of every row ``(k, 1)`` in one pass; a square and a sum are two, and an array between them."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
 
 
 def update_moments(
@@ -86,22 +90,23 @@ def update_moments(
 
     Args:
         mean: ``(k, D)``, overwritten.
-        variance: ``(k, D)`` diagonal, ``(k, 1)`` isotropic or ``(1, 1)`` shared; None leaves it out.
+        variance: ``(k, D)`` diagonal, overwritten; ``(k, 1)`` isotropic or ``(1, 1)`` shared; None leaves it out.
         rho: ``(k,)`` in [0, 1], the share of a component's evidence that is new.
-        sums: ``(k, F)``, responsibility-weighted sums of `features`.
+        sums: ``(k, F)``, responsibility-weighted sums of `features`; overwritten, so that nothing of that size is
+            taken anew.
         covariance: of ``variance``; a shared one comes back once per component ``(k, 1)``, to be averaged.
     """
     dim, rho = mean.shape[1], rho.unsqueeze(-1)
-    per_mass = 1 / sums[:, -1:].clamp_min(1e-30)
-    first = sums[:, :dim]
-    back = torch.addcmul(mean, first, per_mass, value=-1)  # from the batch's mean to the old one
-    updated = None
-    if variance is not None:
-        second = sums[:, dim:-1] * per_mass
-        if covariance == "diagonal":
-            spread, moved = second - (first * per_mass).square_(), back.square()
-        else:
-            spread, moved = (second - _square(first, per_mass)) / dim, _square(back) / dim
-        updated = (1 - rho) * (variance + rho * moved) + rho * spread.clamp_min_(0)
-    mean.addcmul_(back, rho, value=-1)
-    return updated
+    per_mass = sums[:, -1:].clamp_min(1e-30).reciprocal_()
+    batch = sums[:, :dim].mul_(per_mass)
+    if variance is None:
+        mean.addcmul_(batch.sub_(mean), rho)
+        return None
+    second = sums[:, dim:-1].mul_(-2 * per_mass)
+    if covariance == "diagonal":
+        spread = second.addcmul_(batch, batch, value=-1).clamp_min_(0)
+        mean.addcmul_(batch.sub_(mean), rho)
+        return variance.addcmul_(batch.square_(), rho).lerp_(spread, rho)
+    spread = second.sub_(_square(batch)).div_(dim).clamp_min_(0)
+    mean.addcmul_(batch.sub_(mean), rho)
+    return torch.addcmul(variance, _square(batch), rho / dim).lerp_(spread, rho)

@@ -202,14 +202,17 @@ class OnlineMixture(nn.Module):
                 old = old[part]
             mean = self.mean[part]
             variance = update_moments(mean, old, rho, summed, self.covariance)
-            if not isinstance(part, slice):  # an index copies, a slice does not
+            copied = not isinstance(part, slice)  # an index copies, a slice does not
+            if copied:
                 self.mean[part] = mean
             if variance is None:
                 continue
             if self.covariance == "shared":
                 shared += torch.stack([variance[:, 0] @ mass, mass.sum()])
-            else:
-                self.variance[part] = variance.clamp_min_(self.variance_floor)
+                continue
+            variance.clamp_min_(self.variance_floor)
+            if copied or self.covariance == "isotropic":
+                self.variance[part] = variance
         if self.covariance == "shared" and self.temperature is None:
             total, mass = self._sum(shared)
             self.variance.fill_(total / mass).clamp_min_(self.variance_floor)
