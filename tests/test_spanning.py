@@ -92,9 +92,9 @@ def test_block_sizes_change_nothing(panel, monkeypatch):
 def test_a_bfloat16_product_changes_nothing(monkeypatch):
     w = cloud(700, 32, 60, 0.05, 2)
     expected = complete_sweep(w, EPSILONS)
-    product = "uncollapse.unique.Rows.product"
+    product = "uncollapse.rows.Rows.product"
     monkeypatch.setattr(product, lambda self, a, b: a.bfloat16().float() @ b.bfloat16().float().T)
-    monkeypatch.setattr("uncollapse.unique.rounding", lambda dim: 2.0**-6)
+    monkeypatch.setattr("uncollapse.rows.rounding", lambda dim: 2.0**-6)
     assert complete_sweep(w, EPSILONS) == expected
 
 

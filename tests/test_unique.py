@@ -1,12 +1,15 @@
 """Unique prototypes against float64 brute force."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse import unique
+from uncollapse import rows, unique
+from uncollapse.rows import Rows
 from uncollapse.unique import (
     EPSILONS,
     components,
@@ -130,14 +133,16 @@ def test_nearest_kept_is_the_argmax(case: tuple[torch.Tensor, float]) -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles and prefix bounds at sizes that brute force still reaches."""
-    for name, value in {
-        "_SMALL": 64,
-        "_BLOCK": 96,
-        "_TILE": 80,
-        "_PREFIX_FROM": 128,
-        "_ELEMENTS": 1 << 14,
-    }.items():
-        monkeypatch.setattr(unique, name, value)
+    for module, name, value in [
+        (unique, "_SMALL", 64),
+        (unique, "_BLOCK", 96),
+        (unique, "TILE", 80),
+        (unique, "ELEMENTS", 1 << 14),
+        (rows, "TILE", 80),
+        (rows, "ELEMENTS", 1 << 14),
+        (rows, "_PREFIX_FROM", 128),
+    ]:
+        monkeypatch.setattr(module, name, value)
 
 
 def clusters(k: int, centres: int, dim: int, spread: float, seed: int) -> torch.Tensor:
@@ -164,11 +169,30 @@ def test_tiled_path_is_the_definition(eps: float, centres: int, spread: float) -
 def test_prefix_bound_is_used_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(700, 128, generator=torch.Generator().manual_seed(0))
     w[350:] = w[:350] + 0.05 * w[350:]
-    assert unique.Rows(w).prefix(0.025) is not None
+    assert Rows(w).prefix(0.025) is not None
     with_bound = greedy_cover(w, 0.025)
-    monkeypatch.setattr(unique, "_PREFIX_FROM", 10**9)
-    assert unique.Rows(w).prefix(0.025) is None
+    monkeypatch.setattr(rows, "_PREFIX_FROM", 10**9)
+    assert Rows(w).prefix(0.025) is None
     assert with_bound.tolist() == greedy_cover(w, 0.025).tolist() == brute_greedy(w, 0.025)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("few", [0, 10**9])
+def test_candidates_one_by_one_or_by_tiles(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    w = clusters(700, 300, 64, 0.05, seed=5)
+    monkeypatch.setattr(unique, "_FEW", few)
+    assert greedy_cover(w, 0.025).tolist() == brute_greedy(w, 0.025)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("seed", range(5))
+def test_prefix_bounds_every_cosine(seed: int) -> None:
+    """Also for rows that the prefix holds whole, where nothing is left but rounding."""
+    w = clusters(500, 200, 64, 0.02 * seed, seed) @ torch.diag(torch.logspace(0, -seed, 64))
+    found = Rows(w).prefix(0.025)
+    assert found is not None
+    bound = found.double() @ found.double().T
+    assert (bound.numpy() >= unit64(w) @ unit64(w).T - 1e-7).all()
 
 
 def test_chain_is_one_component_and_many_unique() -> None:
@@ -203,6 +227,14 @@ def test_huge_and_tiny_rows() -> None:
     assert unique_prototypes(torch.tensor([[1e-300, 1e-300], [1e300, 1e300]], dtype=torch.float64)) == 1
 
 
+def test_huge_and_tiny_rows_in_float32() -> None:
+    w = torch.tensor([[3e38, 3e38, 0.0], [1e-44, 1e-44, 0.0], [0.0, 1e-40, 0.0], [1e-25, 0.0, 1e-25]])
+    assert greedy_cover(w, 0.025).tolist() == [0, 2, 3]
+    for bad in (math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"1 zero or non-finite rows \(first: 1\)"):
+            unique_prototypes(torch.tensor([[1.0, 2.0], [1.0, bad]]))
+
+
 @pytest.mark.skipif(
     not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"),
     reason="this torch cannot reduce the precision of CPU products",
@@ -212,7 +244,7 @@ def test_reduced_precision_products_change_nothing(monkeypatch: pytest.MonkeyPat
     z = clusters(200, 50, 64, 0.5, seed=4)
     expected, chosen = brute_greedy(w, 0.025), (unit64(z) @ unit64(w).T).argmax(1).tolist()
     # Not every CPU takes the setting's offer, so the products are rounded here.
-    monkeypatch.setattr(unique.Rows, "product", lambda self, a, b: a.bfloat16().float() @ b.bfloat16().float().T)
+    monkeypatch.setattr(Rows, "product", lambda self, a, b: a.bfloat16().float() @ b.bfloat16().float().T)
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:

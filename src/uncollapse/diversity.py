@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
-from uncollapse.unique import rounding
+from uncollapse.rows import rounding
 
 _TIE = 4e-15
 """Scores this close in float64 count as equal, and the lowest index wins: exact duplicates are found as one."""

@@ -22,7 +22,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor
 
-from uncollapse.unique import EPSILONS, Rows, components, greedy_cover, row_has_neighbour
+from uncollapse.rows import Rows
+from uncollapse.unique import EPSILONS, components, greedy_cover, row_has_neighbour
 
 _PIVOTS = 512
 _FIRST_PANEL, _PANEL, _TILE = 64, 1024, 4096
