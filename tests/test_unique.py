@@ -180,7 +180,8 @@ def test_prefix_bound_is_used_and_changes_nothing(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("few", [0, 10**9])
 def test_candidates_one_by_one_or_by_tiles(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
     w = clusters(700, 300, 64, 0.05, seed=5)
-    monkeypatch.setattr(unique, "_FEW", few)
+    monkeypatch.setattr(unique, "_FEW_ROWS", few)
+    monkeypatch.setattr(unique, "_FEW_EACH", few)
     assert greedy_cover(w, 0.025).tolist() == brute_greedy(w, 0.025)
 
 
@@ -193,6 +194,15 @@ def test_prefix_bounds_every_cosine(seed: int) -> None:
     assert found is not None
     bound = found.double() @ found.double().T
     assert (bound.numpy() >= unit64(w) @ unit64(w).T - 1e-7).all()
+
+
+@pytest.mark.parametrize("eps", [0.025, 0.1, 0.5])
+def test_prefix_is_chosen_on_rows_that_did_not_give_its_basis(eps: float) -> None:
+    """Chosen on its own sample, a short prefix looks good enough at any eps; then every tile is computed twice."""
+    w = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0))
+    found = Rows(w).prefix(eps)
+    passed = 1.0 if found is None else float((found[:500] @ found[500:1500].T >= 1 - eps).float().mean())
+    assert (found is None) if eps == 0.5 else (passed < 1e-4)
 
 
 def test_chain_is_one_component_and_many_unique() -> None:

@@ -23,7 +23,7 @@ EPSILONS = (0.025, 0.1, 0.25, 0.5)
 
 _SMALL = 2048  # up to here one K x K product (16 MB) is the fastest way
 _BLOCK = 1024  # rows of a tile
-_FEW = 16  # candidates per row up to which they are compared one by one instead of by a whole tile
+_FEW_ROWS, _FEW_EACH = 128, 2  # suspects of a block, and candidates of each, up to which these are compared singly
 
 
 def greedy_cover(w: Tensor, eps: float, block: int | None = None) -> Tensor:
@@ -213,9 +213,10 @@ def _cover(rows: Rows, eps: float, block: int | None) -> Tensor:
                 if not len(which):
                     continue
                 suspects = ids[which]
-                a, b = torch.nonzero(bounds[which] >= low).unbind(1)
-                if len(a) <= _FEW * len(which):
-                    found = suspects[a[rows.pairs_near(suspects[a], kept[tile][b], eps)]]
+                pairs = torch.nonzero(bounds[which] >= low) if len(which) <= _FEW_ROWS else None
+                if pairs is not None and len(pairs) <= _FEW_EACH * len(which):
+                    near = rows.pairs_near(suspects[pairs[:, 0]], kept[tile][pairs[:, 1]], eps)
+                    found = suspects[pairs[near, 0]]
                 else:
                     found = _near_any(rows, suspects, unit[tile], kept[tile], eps)
             else:
