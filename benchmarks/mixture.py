@@ -6,8 +6,10 @@ The limit is the two matrix products, one exponential for each row and component
 timed in turns with the rest, so that a busy machine slows all of them; for a diagonal Gaussian the products are twice
 as deep. `top 16` forms one product and the sums of 16 components a row.
 Its note has the share of responsibility that was kept and how far the means are from the dense mixture's after 50
-updates on clustered rows. scikit-learn's row is one iteration of `GaussianMixture.fit` from the same means: the same E-
-and M-step plus its lower bound, without forgetting; it keeps (n, K) arrays, and starts with a random (n, K) of its own.
+updates on clustered rows. `Sinkhorn` forms all scores again whenever offsets move far; on these clustered rows they do
+in each of its three iterations, so that it forms the scores four times where the limit counts one. scikit-learn's row
+is one iteration of `GaussianMixture.fit` from the same means: the same E- and M-step plus its lower bound, without
+forgetting; it keeps (n, K) arrays, and starts with a random (n, K) of its own.
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranks import on_ranks
+from uncollapse.config import MixtureConfig, PrototypeConfig
 from uncollapse.losses import dino_loss
 from uncollapse.methods.dino import DINO
 from uncollapse.mixture import OnlineMixture, forget, forgetting_factor, random_directions
-from uncollapse.prototypes import MixturePrototypes
+from uncollapse.prototypes import MixturePrototypes, build_prototypes
 
 
 def rows(n, d, seed):
@@ -367,3 +368,15 @@ def test_targets_of_a_set_are_its_responsibilities(covariance, temperature):
     loss = DINO(50).loss([*z, z[0]], DINO(50).targets(z, prototypes, 0.1), prototypes, 0.1)
     expected = dino_loss([prototypes.logits(v, "student", 0.1) for v in [*z, z[0]]], list(targets.dense()))
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("kind", ["decoupled", "decoupled-paper"])
+def test_a_recipe_can_ask_for_the_largest_responsibilities_alone(kind):
+    z = F.normalize(torch.randn(32, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
+    means = {}
+    for top in (None, 2, 16):
+        prototypes = build_prototypes(PrototypeConfig(kind, 16, mixture=MixtureConfig(top=top)), 8, len(z), 0)
+        prototypes.observe(z, 0.5)
+        means[top] = prototypes.mixture.mean
+    torch.testing.assert_close(means[None], means[16])
+    assert not torch.allclose(means[None], means[2], atol=1e-4)

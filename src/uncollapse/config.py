@@ -121,6 +121,8 @@ class MixtureConfig:
     """Share of training after which β has reached 1."""
     target: Literal["posterior", "centred"] | None = None
     """The teacher's target: the mixture's posterior, or DINO's centred softmax over cosines."""
+    top: Positive | None = None
+    """Only each projection's so many largest responsibilities count in the M-step; null: all of them."""
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,6 @@ def _mixture(config: MixtureConfig, count: int, dim: int, rows: int, generator: 
     assert config.anneal_start
     mixture = OnlineMixture(
         count, dim, rows, config.covariance, config.memory_steps, config.balance, config.temperature,
-        config.queue or 0, centred=bool(config.centred), generator=generator,
+        config.queue or 0, centred=bool(config.centred), generator=generator, top=config.top,
     )  # fmt: skip
     return MixturePrototypes(mixture, config.target == "posterior", config.anneal_start, config.anneal_steps or 0.0)
