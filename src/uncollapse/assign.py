@@ -19,7 +19,7 @@ def centred_softmax(logits: Tensor, center: Tensor, temperature: float) -> Tenso
         center: ``(K,)``, running mean of such logits; subtracted before the division, as DINO does.
         temperature: above 0.
     """
-    return torch.softmax((logits - center) / temperature, dim=-1)
+    return torch.softmax((logits - center).div_(temperature), dim=-1)  # in place: a third array of that size less
 
 
 def sinkhorn(log_scores: Tensor, iterations: int = 3) -> Tensor:
