@@ -71,8 +71,8 @@ def nearest_neighbours(w: Tensor, block: int | None = None, group: Group = None)
     """Index of every row's nearest other row by cosine; ties (to 4e-15 in float64) go to the lowest index.
 
     About half of K² products are formed (each rank's own half, and K²/W with other ranks' rows, where the matrix is
-    sharded) and K²/64 float32 kept, K²/128 from K = 32,768 on. Where very many rows are near-duplicates of very many
-    others, so that float32 cannot tell which is nearest, up to the whole product is formed again in float64.
+    sharded) and K²/128 float32 kept. Where very many rows are near-duplicates of very many others, so that float32
+    cannot tell which is nearest, up to the whole product is formed again in float64.
 
     Args:
         w: ``(K, D)`` floating point, K ≥ 2; rows need not be unit length. With ``group``, this rank's rows.
