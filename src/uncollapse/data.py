@@ -126,13 +126,41 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None, list[str]]:
     return image, label, list(features[label].get("names") or []) if label in named else []
 
 
+def unlabelled_because(spec: str) -> str:
+    """What keeps a folder or Parquet set from having labels, in words; empty where that is not known."""
+    path = Path(spec)
+    for folder in (path / "train", path):
+        if folder.is_dir():
+            loose = [p.name for p in visible(folder) if p.suffix.lower() in SUFFIXES and p.is_file()]
+            if loose and any(p.is_dir() for p in visible(folder)):
+                return f"{folder / loose[0]} lies beside the class folders ({len(loose)} such file(s)); move it"
+    shards = [path] if path.suffix.lower() == ".parquet" else sorted(path.rglob("*.parquet")) if path.is_dir() else []
+    for shard in shards:
+        opened = open_parquet(shard)
+        _, label, classes = _columns(opened.schema_arrow, shard)
+        if label is not None:
+            values = opened.read(columns=[label]).column(label).to_pylist()
+            for row, value in enumerate(values):
+                if value is None or value < 0 or (classes and value >= len(classes)):
+                    return f"{shard}, row {row}: its '{label}' is {value}, and one such row leaves the set unlabelled"
+    return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", … {len(names)} in all" if len(names) > 3 else "") or "no names"
+
+
 def _parquet_items(paths: Sequence[Path]) -> Items:
     image, label, classes = _columns(open_parquet(paths[0]).schema_arrow, paths[0])
     parts = []
     for path in paths:
         shard = open_parquet(path)
-        if _columns(shard.schema_arrow, path)[:2] != (image, label):
+        found = _columns(shard.schema_arrow, path)
+        if found[:2] != (image, label):
             raise DataError(f"{path}: its image and label columns are not those of {paths[0]}")
+        if found[2] != classes:
+            raise DataError(f"{path}: its classes ({_some(found[2])}) are not those of {paths[0]} ({_some(classes)}), "
+                            f"so the two are not shards of one set; name one of them")  # fmt: skip
         if label is not None:
             parts.append(shard.read(columns=[label]).column(label))
     labels = None

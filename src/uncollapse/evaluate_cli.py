@@ -72,14 +72,17 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         raise ConfigError(
             f"--long-tail: the largest class is at least as large as the smallest, got {arguments.long_tail:g}"
         )
+    if arguments.masks is not None and not arguments.masks.is_dir():
+        raise ConfigError(f"--masks: {arguments.masks} is no folder; it holds the images and their masks")
     if arguments.no_cache and arguments.cache is not None:
         raise ConfigError("--cache and --no-cache exclude each other")
     words = ",".join(arguments.tasks or []).split(",")
     tasks = None if arguments.tasks is None else [t.strip() for t in words if t.strip()]
     from uncollapse.evaluate.tasks import TASKS
 
-    if tasks is not None and (unknown := [t for t in tasks if t not in TASKS and tasks != ["all"]]):
+    if tasks is not None and (unknown := [t for t in tasks if t not in TASKS and t != "all"]):
         raise ConfigError(f"--tasks: no task {', '.join(map(repr, unknown))}; there are {', '.join(TASKS)} and all")
+    tasks = ["all"] if tasks and "all" in tasks else tasks
     import torch
     from rich.console import Console
 
@@ -121,6 +124,8 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         _rewrite_report(out)
     if arguments.json:
         print(json.dumps(to_json(found), indent=1, allow_nan=False))
+        for note in _notes(found):
+            print(f"note: {note}", file=sys.stderr)
     else:
         print_results(found, settings.key)
         print(f"results     {out / 'evaluation.json'}")
@@ -211,6 +216,7 @@ def to_json(found: Sequence[Evaluated]) -> dict[str, Any]:
 def print_results(found: Sequence[Evaluated], key: str) -> None:
     """A table on stdout: task, headline with its interval, the other metrics, n, protocol and source."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from uncollapse.evaluation_section import interval, number
@@ -219,7 +225,7 @@ def print_results(found: Sequence[Evaluated], key: str) -> None:
     if not console.is_terminal:
         console = Console(width=160)  # in a file, 80 columns would only fold the protocols
     counts = f": {found[0].n_train:,} training and {found[0].n_test:,} test images" if found[0].n_train else ""
-    table = Table(title=key + counts, title_justify="left")
+    table = Table(title=escape(key + counts), title_justify="left")
     columns = ["task", "headline", "95 %", "other metrics", "n", "protocol"]
     for column in columns:
         table.add_column(column, justify="right" if column in ("headline", "n") else "left", overflow="fold")
@@ -231,9 +237,18 @@ def print_results(found: Sequence[Evaluated], key: str) -> None:
         name = result.task if one is found[0] else f"{result.task}, {one.encoder.side}"
         table.add_row(
             name, f"{headline} {number(headline, value)}", interval(result.ci95),
-            "\n".join(f"{n} {number(n, v)}" for n, v in others), f"{result.n:,}",
+            "\n".join(_with_interval(n, number(n, v), interval(result.ci95_of.get(n))) for n, v in others),
+            f"{result.n:,}",
             f"{result.protocol}\n{result.source}",
         )  # fmt: skip
     console.print(table)
-    for note in dict.fromkeys(note for one in found for note in one.notes):
+    for note in _notes(found):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _notes(found: Sequence[Evaluated]) -> list[str]:
+    return list(dict.fromkeys(note for one in found for note in one.notes))
+
+
+def _with_interval(name: str, value: str, ends: str) -> str:
+    return f"{name} {value} ({ends})" if ends else f"{name} {value}"

@@ -12,7 +12,7 @@ import numpy as np
 from uncollapse import figures
 from uncollapse.runs import Arms, Row, RunRecord
 
-FIXED = ("ci95", "n", "protocol", "source", "command", "details")
+FIXED = ("ci95", "ci95_of", "n", "protocol", "source", "command", "details")
 """Entries of a task that are not metrics."""
 COUNTS = re.compile(r"(^n_|_clusters$|^count|_count$|^prototypes$|_prototypes$|^classes$|_classes$)")
 """Names of metrics that are counts, whatever their value."""
@@ -122,7 +122,11 @@ def _row(run: RunRecord, label: str, task: str, content: Row, seeds: bool) -> Ro
         "metric": metric,
         "value": number(metric, value),
         "interval": interval(content.get("ci95")),
-        "others": [(n, number(n, v)) for n, v in others if isinstance(v, int | float) or v is None],
+        "others": [
+            (n, number(n, v), interval((content.get("ci95_of") or {}).get(n)))
+            for n, v in others
+            if isinstance(v, int | float) or v is None
+        ],
         "n": f"{content['n']:,}" if isinstance(content.get("n"), int) else "",
         "protocol": content.get("protocol", ""),
         "source": content.get("source", ""),

@@ -260,7 +260,8 @@ def subset(images: ImageSet, indices: Sequence[int] | np.ndarray | torch.Tensor)
     if isinstance(images, MemoryImages):
         return replace(images, canvas=images.canvas[rows], sizes=images.sizes[rows], labels=labels,
                        bad=list(images.bad))  # fmt: skip
-    return replace(images, index=images.index[rows.numpy()], labels=labels, bad=list(images.bad))
+    # Notes are of the images one holds; those on the others would count against this set's share.
+    return replace(images, index=images.index[rows.numpy()], labels=labels, bad=[])
 
 
 def bad_message(bad: Sequence[str], n: int, max_bad: float) -> str:

@@ -15,7 +15,7 @@ from sklearn.cluster import KMeans
 from uncollapse.evaluate.cluster import (
     Table,
     agreement,
-    ami_interval,
+    agreement_intervals,
     cluster,
     expected_information,
     kmeans,
@@ -107,7 +107,7 @@ def test_the_interval_covers_what_a_bootstrap_misses() -> None:
     covered = twins = 0
     for seed in range(24):
         c, y = sample()
-        low, high = ami_interval(c, y, 50, seed)
+        low, high = agreement_intervals(c, y, 50, seed)["ami"]
         covered += low <= truth <= high
         drawn = [Table.of(c[i], y[i]).ami() for i in rng.integers(0, 200, (20, 200))]
         twins += np.percentile(drawn, 2.5) <= truth
@@ -117,7 +117,7 @@ def test_the_interval_covers_what_a_bootstrap_misses() -> None:
 
 def test_perfect_clusters_have_a_perfect_score_and_interval() -> None:
     y = np.arange(90) % 3
-    assert ami_interval(2 - y, y) == pytest.approx((1, 1))
+    assert all(ends == pytest.approx((1, 1)) for ends in agreement_intervals(2 - y, y).values())
     assert all(agreement(2 - y, y)[m] == pytest.approx(1) for m in ("ami", "nmi", "ari", "fmi", "accuracy", "purity"))
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from uncollapse.config import DataConfig
-from uncollapse.data import load_images
+from uncollapse.data import load_images, unlabelled_because
 from uncollapse.evaluate.datasets import load_pair, long_tail_rows, open_pair, proportional_rows, split_spec
 from uncollapse.images import DataError, LazyImages, MemoryImages
 
@@ -147,7 +147,7 @@ def test_proportional_rows(counts, most, seed):
 
 def test_classes_are_aligned_by_name(tmp_path):
     train = folders(tmp_path / "one", {"ant": 4, "bee": 4, "cow": 4})
-    test = folders(tmp_path / "two", {"bee": 2, "cow": 3, "dog": 1})
+    test = folders(tmp_path / "two", {"bee": 2, "cow": 3, "dog": 1}, first=20)
     pair = open_pair(f"{train},{test}")
     assert pair.train.classes == pair.test.classes == ["ant", "bee", "cow", "dog"]
     assert pair.test.labels.tolist() == [1, 1, 2, 2, 2, 3]
@@ -239,3 +239,34 @@ def test_long_tails_leave_the_test_part_alone(tmp_path):
 def test_long_tails_that_cannot_be_drawn(counts, factor, words):
     with pytest.raises(DataError, match=words):
         long_tail_rows(np.repeat(np.arange(len(counts)), counts), factor)
+
+
+@pytest.mark.parametrize("config", [DataConfig(), LAZY])
+def test_test_images_that_are_training_images_are_refused_or_counted(tmp_path, config):
+    root = folders(tmp_path / "set", {"a": 6, "b": 6})
+    with pytest.raises(DataError, match="every test image is a training image too"):
+        open_pair(f"{root},{root}", config=config)
+    lines = [f"{root}/{c}/{k:03}.png {n}" for n, c in enumerate("ab") for k in range(6)]
+    (tmp_path / "train.txt").write_text("\n".join(lines[:-2]))
+    (tmp_path / "test.txt").write_text("\n".join(lines[-4:]))
+    pair = open_pair(f"list:{tmp_path}/train.txt@/,list:{tmp_path}/test.txt@/", config=config)
+    assert any("2 of 4 test images are training images too (the same file)" in note for note in pair.notes)
+    assert not any("too" in note for note in open_pair(str(root), config=config).notes)
+
+
+def test_copies_of_training_images_are_counted_where_pixels_are_at_hand(tmp_path):
+    train, test = folders(tmp_path / "x", {"a": 3, "b": 3}), folders(tmp_path / "y", {"a": 3, "b": 3}, first=4)
+    notes = open_pair(f"{train},{test}").notes
+    assert any("2 of 6 test images are training images too (the same pixels)" in note for note in notes)
+
+
+def test_parquet_files_with_other_classes_are_not_shards_of_one_set(tmp_path):
+    parquet(tmp_path / "train-0.parquet", [0, 1, 0], ["cat", "dog"])
+    parquet(tmp_path / "train-1.parquet", [0, 1, 1], ["dog", "cat"])
+    with pytest.raises(DataError, match=r"train-1.parquet: its classes \(dog, cat\) are not those of .*train-0"):
+        open_pair(str(tmp_path))
+
+
+def test_a_row_without_a_label_is_named(tmp_path):
+    parquet(tmp_path / "train.parquet", [0, 1, -1, 0], ["cat", "dog"])
+    assert "row 2: its 'label' is -1" in unlabelled_because(str(tmp_path))

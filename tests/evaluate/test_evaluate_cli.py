@@ -191,6 +191,61 @@ def test_results_of_older_weights_are_not_mixed_with_new_ones(run, tasks, capsys
     assert data["encoders"]["teacher"]["step"] == 9
 
 
+def test_results_of_other_images_or_sizes_are_not_mixed(run, tasks, tmp_path, capsys):
+    def kept():
+        (data,) = json.loads((run / "evaluation.json").read_text())["data"].values()
+        return set(data["encoders"]["teacher"]["tasks"])
+
+    images(tmp_path / "set", "ab", 12)
+    data = ["evaluate", str(run), "--data", str(tmp_path / "set")]
+    main([*data, "--tasks", "knn"])
+    main([*data, "--tasks", "cluster"])
+    assert kept() == {"knn", "cluster"}
+    main([*data, "--tasks", "retrieval", "--size", "16"])
+    assert kept() == {"retrieval"}
+    (tmp_path / "set" / "a" / "0.png").unlink()
+    main([*data, "--tasks", "fewshot", "--size", "16"])
+    assert kept() == {"fewshot"}
+
+
+def test_unreadable_images_are_said_and_stored_whatever_the_output(run, tasks, tmp_path, capsys):
+    images(tmp_path / "train", "ab", 30)
+    images(tmp_path / "test", "ab", 30, seed=1)
+    (tmp_path / "test" / "a" / "3.png").write_bytes(b"")
+    words = ["evaluate", str(run), "--data", f"{tmp_path / 'train'},{tmp_path / 'test'}", "--tasks", "knn"]
+    main([*words, "--json"])
+    shown = capsys.readouterr()
+    json.loads(shown.out)
+    said = "1 test image(s) cannot be read and are left out: "
+    assert said in shown.err
+    assert "3.png" in shown.err
+    (data,) = json.loads((run / "evaluation.json").read_text())["data"].values()
+    assert any(said in note for note in data["encoders"]["teacher"]["notes"])
+
+
+def test_sets_whose_paths_end_alike_have_runs_of_their_own_in_tensorboard(run, tasks, tmp_path):
+    for name in "xy":
+        images(tmp_path / name / "train", "ab", 6, seed=ord(name))
+        images(tmp_path / name / "test", "ab", 2, seed=ord(name) + 5)
+        pair = f"{tmp_path / name / 'train'},{tmp_path / name / 'test'}"
+        main(["evaluate", str(run), "--data", pair, "--tasks", "knn"])
+    assert len(list((run / "tensorboard").glob("evaluate-*"))) == 2
+
+
+def test_a_task_that_failed_leaves_no_empty_entry(run, tasks, monkeypatch, capsys):
+    def work(context):
+        raise ValueError("no")
+
+    monkeypatch.setitem(TASKS, "knn", dataclasses.replace(TASKS["knn"], run=work))
+    assert failing(run, "--tasks", "knn") == 1
+    assert not (run / "evaluation.json").exists()
+
+
+def test_all_may_stand_among_other_tasks(run, tasks, capsys):
+    main(["evaluate", str(run), "--tasks", "knn,all"])
+    assert {"knn", "linear", "retrieval", "finetune"} <= {name for name, _ in tasks}
+
+
 def test_a_damaged_evaluation_is_put_aside(run, tasks, capsys):
     (run / "evaluation.json").write_text("{")
     main(["evaluate", str(run), "--tasks", "knn"])
@@ -256,7 +311,8 @@ def test_an_interruption_keeps_the_tasks_that_were_done(run, tasks, monkeypatch)
     ("words", "says"),
     [
         (["--tasks", "knnn"], "no task 'knnn'; there are knn, linear"),
-        (["--tasks", "knn,all"], "no task 'all'"),
+        (["--tasks", "knnn,all"], "no task 'knnn'"),
+        (["--masks", "nowhere"], "--masks: nowhere is no folder"),
         (["--tasks", ","], "no task named"),
         (["--tasks", "transfer"], "--sets"),
         (["--tasks", "segment"], "--masks"),
@@ -306,6 +362,7 @@ def test_data_without_labels_names_the_file_and_the_tasks(run, tasks, tmp_path, 
     assert failing(run, "--data", f"{tmp_path / 'train'},{tmp_path / 'test'}", "--tasks", "knn,linear") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{tmp_path / part}: no labels, which knn, linear need" in line
+    assert "lies beside the class folders (6 such file(s))" in line
 
 
 def test_one_class_is_nothing_to_tell_apart(run, tasks, tmp_path, capsys):

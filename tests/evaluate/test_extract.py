@@ -1,6 +1,7 @@
 """Features made once: the same from memory, from files and from the cache, whatever interrupts."""
 
 import errno
+import os
 import warnings
 
 import numpy as np
@@ -12,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from uncollapse.evaluate import extract as module
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import cache_key, extract, identity
-from uncollapse.images import DataError, Files, LazyImages, MemoryImages
+from uncollapse.images import DataError, Files, LazyImages, MemoryImages, subset
 
 N, SIZE = 23, 16
 
@@ -248,6 +249,28 @@ def test_unreadable_images_are_left_out_and_stay_out(encoder, tmp_path, monkeypa
     counting = Counting(monkeypatch)
     equal(found, extract(encoder, images, cache=tmp_path / "cache"))
     assert counting.images == 0
+
+
+def test_a_part_of_a_set_answers_for_its_own_images_alone(encoder, tmp_path):
+    images = lazy(tmp_path / "images", {5}, max_bad=0.1)
+    extract(encoder, images)
+    assert len(images.bad) == 1
+    part = subset(images, [0, 1, 2])
+    assert part.bad == []
+    assert len(extract(encoder, part)) == 3  # one of three would be too many
+    with pytest.raises(DataError, match="cannot be read"):
+        extract(encoder, subset(images, [4, 5, 6]))
+
+
+def test_names_that_are_not_utf8_are_names(encoder, tmp_path):
+    images = lazy(tmp_path / "images")
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        (tmp_path / "images" / images.source.names[0]).rename(tmp_path / "images" / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    images.source.names[0] = name
+    assert len(extract(encoder, images, cache=tmp_path / "cache")) == N
 
 
 @pytest.mark.parametrize("workers", [0, 1])

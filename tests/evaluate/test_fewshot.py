@@ -74,3 +74,42 @@ def test_empty_splits_are_named_and_have_no_number():
     assert result.details["without_test_images"] == ["many", "few"]
     assert "linear_few" not in result.metrics
     assert longtail(*digits([30] * 10), cuts=(25, 5)).details["classes"]["many"] == 10
+
+
+def test_the_interval_of_the_macro_accuracy_knows_that_class_sizes_vary():
+    """A perfect classifier is perfect in every resample, whatever the sizes of the test classes."""
+
+    def blobs(counts, seed):
+        y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        noise = torch.randn(len(y), len(counts), generator=torch.Generator().manual_seed(seed))
+        x = 5 * torch.eye(len(counts))[y] + 0.1 * noise
+        return Features(x[:, None], None, None, y, torch.arange(len(y)), [])
+
+    result = longtail(blobs([150, 40, 10], 0), blobs([50, 10, 5], 1))
+    assert result.metrics["macro"] == 1
+    assert result.ci95 == (1, 1)
+    assert {"linear_many", "linear_few", "knn_macro", "knn_overall"} <= set(result.ci95_of)
+
+
+def test_the_few_shot_classifier_is_the_minimum_of_its_objective():
+    """Ten images of each class, so that the draw is all of them; minimised by other means beside it."""
+    train, test = digits([10] * 10)
+    x = train.last.double() - train.last.double().mean(1, keepdim=True)
+    x = x / x.norm(dim=1, keepdim=True)
+    weight = torch.zeros(10, 64, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([weight], max_iter=20000, tolerance_grad=1e-10, tolerance_change=0, history_size=50,
+                               line_search_fn="strong_wolfe")  # fmt: skip
+
+    def objective():
+        solver.zero_grad()
+        loss = torch.nn.functional.cross_entropy(x @ weight.T, train.labels)
+        loss = loss + 0.00025 / len(x) * weight.square().sum() / 2
+        loss.backward()
+        return loss
+
+    solver.step(objective)
+    z = test.last.double() - test.last.double().mean(1, keepdim=True)
+    expected = float(((z @ weight.detach().T).argmax(1) == test.labels).double().mean())
+    found = fewshot(train, test, shots=(10,), draws=2)
+    assert "unconverged" not in found.details
+    assert found.details["values"]["10shot"] == pytest.approx([expected, expected], abs=0.0021)  # one of 597 images

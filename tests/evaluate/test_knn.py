@@ -73,8 +73,11 @@ def test_small_sets_lose_the_large_k_and_say_so():
     result = knn(features(60, seed=1), features(20, seed=2))
     assert "100" in result.details["left_out"]
     assert "top1_k100" not in result.metrics
-    with pytest.raises(ValueError, match="exceeds the 5 training images"):
-        knn(features(5), features(5))
+    few = knn(features(5), features(5))
+    assert few.details["k"] == 5
+    assert set(few.metrics) == {"top1", "top1_k5"}
+    with pytest.raises(ValueError, match="no k is given"):
+        knn(features(5), features(5), ks=())
 
 
 def test_bad_input_is_named():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap, t
 
-from uncollapse.evaluate.result import bootstrap95, bootstrap95_mean, spread95
+from uncollapse.evaluate.result import bootstrap95, bootstrap95_class_means, bootstrap95_mean, spread95
 
 
 @pytest.mark.parametrize("values", [np.repeat([0.0, 1.0], [60, 140]), np.random.default_rng(0).normal(size=300)])
@@ -35,3 +35,17 @@ def test_spread_is_students_interval():
     expected = t.interval(0.95, 2, np.mean([0.1, 0.2, 0.4]), np.std([0.1, 0.2, 0.4], ddof=1) / 3**0.5)
     assert (low, high) == pytest.approx(expected)
     assert math.isnan(spread95([0.3])[0])
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_class_means_are_formed_anew_in_every_resample(binary):
+    rng = np.random.default_rng(0)
+    classes = rng.choice([0, 3, 7], 400, p=[0.7, 0.25, 0.05])
+    values = rng.random(400)
+    values = (values < 0.2 + 0.1 * classes).astype(float) if binary else values
+
+    def macro(i):
+        return np.mean([values[i][classes[i] == c].mean() for c in np.unique(classes[i])])
+
+    ours, plain = bootstrap95_class_means(values, classes, 4000), bootstrap95(macro, 400, 4000, seed=1)
+    assert ours == pytest.approx(plain, abs=0.12 * (plain[1] - plain[0]))

@@ -19,8 +19,8 @@ RESTARTS = 10
 """k-means starts this often; the start with the smallest sum of squares on the training features is kept."""
 WHOLE = 1 << 30
 """Largest n · k · d for k-means on everything at once; above it mini-batches."""
-DRAWS = 200
-"""Half-samples behind the interval."""
+DRAWS = 100
+"""Half-samples behind the intervals."""
 
 
 def cluster(train: Features, test: Features, vectors: Tensor | None = None, seed: int = 0) -> Result:
@@ -66,19 +66,24 @@ def cluster(train: Features, test: Features, vectors: Tensor | None = None, seed
         metrics |= {f"{name}_{metric}": value for metric, value in agreement(found, truth).items()}
     metrics |= {f"n_{name}_used": float(len(np.unique(found))) for name, found in clusters.items()}
     headline = next(iter(clusters))
+    intervals = {
+        f"{name}_{metric}": ends
+        for name, found in clusters.items()
+        for metric, ends in agreement_intervals(found, truth, seed=seed).items()
+    }
     several = len(np.unique(clusters[headline])) > notes["classes"]
     notes["rules"] = [
         "AMI leads: it is corrected for chance, while NMI and purity rise with the number of clusters",
         "accuracy matches each class to at most one cluster; images of clusters left over count as errors"
         + (", of which there must be some here" if several else ""),
         "purity lets every cluster stand for its commonest class among the same test images",
-        "interval: AMI ± 1.96 standard deviations of it over half-samples without replacement, because twins of one "
-        "image in a bootstrap sample agree on cluster and class and would raise it",
+        "intervals: ± 1.96 standard deviations over half-samples without replacement, because twins of one image in a "
+        "bootstrap sample agree on cluster and class and would raise agreement",
     ]
     return Result(
-        "cluster", metrics, ami_interval(clusters[headline], truth, seed=seed), len(truth),
+        "cluster", metrics, intervals[f"{headline}_ami"], len(truth),
         f"{'argmax of the raw cosine; ' if 'prototypes' in clusters else ''}{how}",
-        "unsupervised classes of iBOT (Zhou et al., 2022); AMI: Vinh et al., 2010", notes,
+        "unsupervised classes of iBOT (Zhou et al., 2022); AMI: Vinh et al., 2010", notes, intervals,
     )  # fmt: skip
 
 
@@ -218,29 +223,27 @@ def expected_information(sizes: Ints, classes: Ints) -> float:
     return total
 
 
-def ami_interval(clusters: Ints, truth: Ints, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the AMI over the choice of test images: delete-half jackknife (Shao & Wu, 1989).
+def agreement_intervals(
+    clusters: Ints, truth: Ints, draws: int = DRAWS, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95 % intervals of `agreement` over the choice of test images: delete-half jackknife (Shao & Wu, 1989).
 
     The standard deviation over random halves is that of the whole for a smooth statistic. A bootstrap would draw
     some images twice; twins share cluster and class, which reads as agreement that is not there.
 
     Returns:
-        At most 1; (nan, nan) with fewer than four images.
+        For each metric, within its range; (nan, nan) with fewer than four images.
     """
-    n = len(truth)
+    n, whole = len(truth), agreement(clusters, truth)
     if n < 4:
-        return math.nan, math.nan
-    table, rng = Table.of(clusters, truth), np.random.default_rng(seed)
-    cell = np.repeat(np.arange(len(table.counts)), table.counts)
-    values = []
-    for _ in range(draws):
-        counts = np.bincount(rng.permutation(cell)[: n // 2], minlength=len(table.counts))
-        some = counts > 0
-        row, column, counts = table.row[some], table.column[some], counts[some]
-        sizes, classes = (np.bincount(i, weights=counts).astype(np.int64) for i in (row, column))
-        values.append(Table(row, column, counts, sizes, classes).ami())
-    middle, half = table.ami(), 1.96 * float(np.std(values))
-    return middle - half, min(1.0, middle + half)
+        return dict.fromkeys(whole, (math.nan, math.nan))
+    rng = np.random.default_rng(seed)
+    halves = [agreement(clusters[half], truth[half]) for half in (rng.permutation(n)[: n // 2] for _ in range(draws))]
+    found = {}
+    for name, middle in whole.items():
+        half = 1.96 * float(np.std([one[name] for one in halves]))
+        found[name] = middle - half if name in ("ami", "ari") else max(0.0, middle - half), min(1.0, middle + half)
+    return found
 
 
 def _entropy(counts: Ints) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import unicodedata
 import warnings
 from collections import defaultdict
@@ -27,7 +29,7 @@ from uncollapse.evaluate.layouts import (
     list_parts,
     torchvision_parts,
 )
-from uncollapse.images import DataError, Files, ImageSet, LazyImages, MemoryImages, subset
+from uncollapse.images import DataError, Files, ImageSet, LazyImages, MemoryImages, ParquetRows, subset
 
 BUILTIN = "builtin:"
 BALANCED = 2.0
@@ -109,6 +111,13 @@ def open_pair(
         if not len(images):
             raise DataError(f"{spec}: no {what} image is usable")
     notes += _unreadable(train, train_index, sets[0])
+    same = _same_files(train, train_index, test, test_index)
+    if same == len(test_index):
+        raise DataError(f"{data}: every test image is a training image too, so nothing can be measured; name other "
+                        "images as TEST, or leave it out to have a part held out")  # fmt: skip
+    if twice := max(same, _same_pixels(*sets)):
+        notes.append(f"{twice:,} of {len(sets[1]):,} test images are training images too (the same "
+                     f"{'file' if same else 'pixels'}), which flatters every number")  # fmt: skip
     return Pair(*sets, notes=notes)
 
 
@@ -265,6 +274,34 @@ def _unreadable(part: Part, index: np.ndarray, images: ImageSet) -> list[str]:
         lost = [int(c) for c in np.setdiff1d(wanted, images.labels.unique().numpy())]
     names = [part.classes[c] if part.classes else str(c) for c in lost]
     return [f"{len(names)} class(es) without a readable training image: {_listed(names)}"] if names else []
+
+
+def _same_files(train: Part, train_index: np.ndarray, test: Part, test_index: np.ndarray) -> int:
+    """Test images whose file, or row of a file, is a training image as well."""
+    if not isinstance(train, Items) or not isinstance(test, Items) or type(train.source) is not type(test.source):
+        return 0
+    if isinstance(train.source, ParquetRows) and isinstance(test.source, ParquetRows):
+        shards = [set(map(os.path.abspath, source.paths)) for source in (train.source, test.source)]
+        if shards[0].isdisjoint(shards[1]):
+            return 0
+    known = {os.path.abspath(train.source.name(int(i))) for i in train_index}
+    return sum(os.path.abspath(test.source.name(int(i))) in known for i in test_index)
+
+
+def _same_pixels(train: ImageSet, test: ImageSet) -> int:
+    """Test images whose pixels are those of a training image; 0 where they are not in memory."""
+
+    def digests(images: MemoryImages) -> list[bytes]:
+        canvas, found = images.canvas.numpy(), []
+        for one, (height, width) in zip(canvas, images.sizes.tolist(), strict=True):
+            shape = height.to_bytes(4, "big") + width.to_bytes(4, "big")
+            found.append(hashlib.blake2b(shape + one[:, :height, :width].tobytes(), digest_size=16).digest())
+        return found
+
+    if not isinstance(train, MemoryImages) or not isinstance(test, MemoryImages):
+        return 0
+    known = set(digests(train))
+    return sum(one in known for one in digests(test))
 
 
 def _any_opens(part: Items, rows: np.ndarray) -> bool:

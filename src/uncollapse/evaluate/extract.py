@@ -131,9 +131,9 @@ def identity(images: ImageSet) -> str:
     for name in paths if paths is not None else (source.name(int(i)) for i in images.index):
         try:
             state = os.stat(name)
-            found.update(f"{os.path.abspath(name)}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+            found.update(os.fsencode(f"{os.path.abspath(name)}\0{state.st_size}\0{state.st_mtime_ns}\n"))
         except OSError:
-            found.update(f"{name}\0missing\n".encode())
+            found.update(os.fsencode(f"{name}\0missing\n"))
     return found.hexdigest()
 
 

@@ -20,7 +20,7 @@ from uncollapse.checkpoint import load_checkpoint, save_checkpoint
 from uncollapse.data import split_items
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import batches, identity
-from uncollapse.evaluate.result import Result, bootstrap95_mean
+from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
 from uncollapse.evaluate.tuning import FinetuneConfig, Tuned, augmented_batches, parameter_groups, seeded
 from uncollapse.images import DataError, ImageSet, subset
 from uncollapse.progress import Report, run_bars
@@ -125,6 +125,10 @@ def _result(
             "rule": f"lr by accuracy on {held} held-out training images after {config.search_share:g} of the steps; "
             "test images seen once, at the end",
             "steps": steps, "full_steps": full, "batch": batch,
+        },
+        {
+            **({"top5": bootstrap95_mean(top5)} if work.classes > 5 else {}),
+            "class_mean": bootstrap95_class_means(top1, labels),
         },
     )  # fmt: skip
 

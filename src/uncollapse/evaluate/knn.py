@@ -27,7 +27,8 @@ def knn(
 
     Features are the last class tokens (or pooled maps), L2-normalised; each of the k nearest votes with weight
     ``exp(cos / temperature)``. One neighbour search serves every k. A k above the number of training images is
-    left out and named; a test image whose class is not in train counts as wrong.
+    left out and named, and where all are, every training image votes; a test image whose class is not in train counts
+    as wrong.
 
     Args:
         ks: numbers of neighbours; the headline is k = 20, or the largest usable k where 20 is not among them.
@@ -37,15 +38,17 @@ def knn(
         ``top1`` (the headline's k) and ``top1_kK`` for every k, in [0, 1]; bootstrap interval over test images.
 
     Raises:
-        ValueError: no k is usable, temperature ≤ 0, labels are missing, or features are not finite or all zero.
+        ValueError: no k is given or one is below 1, temperature ≤ 0, labels are missing, or features are not finite
+            or all zero.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if any(k < 1 for k in ks):
         raise ValueError(f"k must be at least 1, got {list(ks)}")
-    usable = sorted({k for k in ks if k <= len(train)})
+    # Where even the smallest is too large, all training images vote.
+    usable = sorted({k for k in ks if k <= len(train)}) or [len(train)] * bool(ks)
     if not usable:
-        raise ValueError(f"every k of {list(ks)} exceeds the {len(train)} training images; choose a smaller one")
+        raise ValueError("no k is given")
     correct = predictions(train, test, usable, temperature, device)
     _, _, truth = labelled(train, test)
     right = {k: (p.numpy() == truth) for k, p in correct.items()}
@@ -60,6 +63,7 @@ def knn(
     return Result(
         "knn", metrics, bootstrap95_mean(right[headline]), len(test),
         f"weighted kNN on L2-normalised features, k = {headline}, temperature {temperature:g}", SOURCE, details,
+        {f"top1_k{k}": bootstrap95_mean(r) for k, r in right.items()},
     )  # fmt: skip
 
 

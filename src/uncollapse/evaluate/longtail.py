@@ -8,7 +8,7 @@ import torch
 from uncollapse.evaluate import knn as neighbours
 from uncollapse.evaluate.features import Features, labelled
 from uncollapse.evaluate.linear import Probe, fit_probe
-from uncollapse.evaluate.result import Result, bootstrap95_mean
+from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
 
 CUTS = (100, 20)
 SOURCE = "Liu et al. 2019 (OLTR): many above 100 training images, few below 20, medium between"
@@ -54,13 +54,17 @@ def longtail(
         "few": (counts < cuts[1]) & (counts > 0),
     }
     metrics: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float]] = {}
     for name, guess in guesses.items():
         right = guess == truth
         metrics[f"{name}_overall"] = float(right.mean())
+        intervals[f"{name}_overall"] = bootstrap95_mean(right)
         metrics[f"{name}_macro"] = float(np.mean([right[truth == c].mean() for c in np.unique(truth)]))
+        intervals[f"{name}_macro"] = bootstrap95_class_means(right, truth)
         for split, members in splits.items():
             if members[truth].any():
                 metrics[f"{name}_{split}"] = float(right[members[truth]].mean())
+                intervals[f"{name}_{split}"] = bootstrap95_mean(right[members[truth]])
     details: dict[str, object] = {
         "classes": {split: int(members.sum()) for split, members in splits.items()},
         "test_images": {split: int(members[truth].sum()) for split, members in splits.items()},
@@ -70,10 +74,8 @@ def longtail(
         details["without_test_images"] = empty
     if unseen := int((counts[truth] == 0).sum()):
         details["unseen"] = f"{unseen} test images of classes that are not in train count as wrong"
-    right = (guesses["linear"] == truth).astype(float)
-    # Each image weighted so that the plain mean is the mean over classes.
-    per_class = np.bincount(truth, minlength=classes)
-    weighted = right * len(truth) / (per_class[truth] * (per_class > 0).sum())
     metrics = {"macro": metrics["linear_macro"], **metrics}
     protocol = f"many > {cuts[0]}, few < {cuts[1]} training images; linear probe, and kNN with k = {k}"
-    return Result("longtail", metrics, bootstrap95_mean(weighted), len(test), protocol, SOURCE, details)
+    return Result(
+        "longtail", metrics, intervals["linear_macro"], len(test), protocol, SOURCE, details, intervals
+    )  # fmt: skip

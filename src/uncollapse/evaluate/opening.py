@@ -117,10 +117,13 @@ def _of_side(found: list[PrototypeSet], side: str) -> list[PrototypeSet]:
 
 def _encoder(rebuilt: Rebuilt, s: PrototypeSet, side: str, where: str, notes: list[str]) -> EvalEncoder:
     rows = s.directions().float()
-    bad = ~torch.isfinite(rows).all(1)
-    if bool(bad.any()):
-        notes = [*notes, f"{int(bad.sum())} of {len(rows)} prototypes are NaN or infinite: no image is theirs"]
-        rows = rows.masked_fill(bad[:, None], 0.0)
+    usable = torch.isfinite(rows).all(1) & (rows != 0).any(1)
+    if not bool(usable.all()):
+        lost = f"{int((~usable).sum())} of {len(rows)} prototypes"
+        if not bool(usable.any()):
+            raise InputError(f"{where}: all {len(rows)} prototypes are zero, NaN or infinite; the file is damaged")
+        notes = [*notes, f"{lost} are zero, NaN or infinite and are left out: no image is theirs"]
+        rows = rows[usable]
     encoder = EvalEncoder(
         _plain(rebuilt.backbone), rebuilt.size, head=rebuilt.head, vectors=F.normalize(rows, dim=1),
         described=rebuilt.described, name=where, side=side, config=rebuilt.config, notes=notes,

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from uncollapse.evaluate.features import Features, Ints, labelled
-from uncollapse.evaluate.result import Result, bootstrap95_mean
+from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
 from uncollapse.metrics import prototype_argmax
 from uncollapse.probes import confidence95
 from uncollapse.unique import greedy_cover, nearest_kept
@@ -170,6 +170,19 @@ def prototype_owners(
         f"duplicates at ε = {eps:g}",
         "ours; duplicates as in partial prototype collapse (Govindarajan et al., 2024), splits of Liu et al., 2019",
         _details(o, test, truth, right, owned, distinct, seed),
+        {
+            "top1_merged": bootstrap95_mean(right_merged), "duplicates_usage": bootstrap95_mean(on_copy),
+            "top1_commonest": bootstrap95_mean(truth == o.class_train.argmax()),
+            **{
+                name: bootstrap95_mean(right[some])
+                for name, some in (("duplicates_top1", on_copy), ("distinct_top1", ~on_copy)) if some.any()
+            },
+            **{
+                f"{name}_top1": bootstrap95_class_means(right[some], truth[some])
+                for name, of_class in zip(SPLITS, splits(o.class_train), strict=True)
+                if (some := of_class[truth]).any()
+            },
+        },
     )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
     """The contents of ``evaluation.json``, empty where there is none; None (and a warning) if it is not understood.
 
     ``{"format": 1, "data": {KEY: {"n_train", "n_test", "classes", "encoders": {LABEL: {"name", "described",
-    "weights", "step", "size", "notes", "pictures", "tasks": {TASK: {METRIC: value, "ci95", "n", "protocol", "source",
-    "details", "command"}}}}}}}``
+    "weights", "images", "step", "size", "notes", "pictures", "tasks": {TASK: {METRIC: value, "ci95", "ci95_of", "n",
+    "protocol", "source", "details", "command"}}}}}}}``
     """
     path = folder / FILE
     if not path.exists():
@@ -43,7 +43,8 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 def merge(folder: Path, key: str, one: Evaluated, command: str) -> None:
     """Adds one encoder's results to a folder's ``evaluation.json``: a task done again replaces its older result.
 
-    Results of the same label with other weights (the run went on) are dropped, not mixed. Written atomically.
+    Results of the same label with other weights (the run went on), of other images or labels, or at another size are
+    dropped, not mixed. Written atomically.
 
     Args:
         key: of the data set and its cuts. command: the command line, stored with each task.
@@ -53,18 +54,20 @@ def merge(folder: Path, key: str, one: Evaluated, command: str) -> None:
         (folder / FILE).replace(folder / f"{FILE}.old")
         warnings.warn(f"{folder / FILE} is kept as {FILE}.old and a new one begun", stacklevel=2)
         content = {"format": FORMAT, "data": {}}
-    data = content["data"].setdefault(key, {"encoders": {}})
-    data |= {"n_train": one.n_train, "n_test": one.n_test, "classes": one.classes}
-    weights = one.encoder.weights_hash
-    old = data["encoders"].get(one.label, {})
-    tasks = old.get("tasks", {}) if old.get("weights") == weights else {}
+    state = {"weights": one.encoder.weights_hash, "images": one.images, "size": one.encoder.size}
+    old = content["data"].get(key, {}).get("encoders", {}).get(one.label, {})
+    tasks = old.get("tasks", {}) if all(old.get(name) == value for name, value in state.items()) else {}
     for result in one.results:
         tasks[result.task] = {**finite(result.to_json()), "command": command}
+    if not tasks:  # nothing worked: no entry to wonder about
+        return
+    data = content["data"].setdefault(key, {"encoders": {}})
+    data |= {"n_train": one.n_train, "n_test": one.n_test, "classes": one.classes}
     pictures = {t: p for t, p in old.get("pictures", {}).items() if t in tasks}
     pictures |= _drawn(folder, key, one)
     data["encoders"][one.label] = {
-        "name": one.encoder.name, "described": one.encoder.described, "weights": weights,
-        "step": one.encoder.step, "size": one.encoder.size, "notes": one.notes, "tasks": tasks,
+        "name": one.encoder.name, "described": one.encoder.described, **state,
+        "step": one.encoder.step, "notes": one.notes, "tasks": tasks,
         "pictures": pictures,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,7 @@ def _drawn(folder: Path, key: str, one: Evaluated) -> dict[str, list[dict[str, s
     for i, picture in enumerate(one.pictures):
         head, _, content = picture.src.partition(",")
         ending = "svg" if "svg" in head else "png"
-        name = f"{slug(key, one.label)}-{hashlib.sha256(key.encode()).hexdigest()[:6]}-{picture.task}{i}.{ending}"
+        name = f"{slug(key, one.label)}-{picture.task}{i}.{ending}"
         (folder / "evaluation").mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "evaluation" / name, base64.b64decode(content))
         entry = {"file": f"evaluation/{name}", "caption": picture.caption, "alt": picture.alt}
@@ -86,8 +89,9 @@ def _drawn(folder: Path, key: str, one: Evaluated) -> dict[str, list[dict[str, s
 
 
 def slug(key: str, label: str) -> str:
-    """Data set and encoder as a file's name."""
-    return re.sub(r"[^\w.-]+", "-", f"{Path(key.split(',')[0]).name}-{label}").strip("-")
+    """Data set and encoder as a file's name; a digest tells sets apart whose paths end alike."""
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(key.split(',')[0]).name}-{label}").strip("-")
+    return f"{name}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
 def embed_pictures(folder: Path, data: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from uncollapse.evaluate.features import Features, labelled
-from uncollapse.evaluate.result import Result, bootstrap95_mean
+from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
 
 _ELEMENTS = 1 << 24
 """Most cosines held at once: 64 MB in float32. Sorting them takes no more on the CPU, some times that on a GPU."""
@@ -74,6 +74,11 @@ def retrieval(train: Features, test: Features, top: int = 100, device: torch.dev
         "retrieval", metrics, bootstrap95_mean(found["ap"]), int(asked.sum()),
         f"cosine ranking of {len(train)} training images, full-depth average precision",
         "average precision over the full ranking, as in TREC and scikit-learn", details,
+        {
+            f"map_at_{top}": bootstrap95_mean(found["ap_top"]), "recall_at_1": bootstrap95_mean(found["recall_1"]),
+            "recall_at_10": bootstrap95_mean(found["recall_10"]),
+            "map_per_class": bootstrap95_class_means(found["ap"], codes),
+        },
     )  # fmt: skip
 
 

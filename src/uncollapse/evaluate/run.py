@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 
 from uncollapse.config import ConfigError, DataConfig
+from uncollapse.data import unlabelled_because
 from uncollapse.evaluate.datasets import open_pair, split_spec
 from uncollapse.evaluate.encoders import EvalEncoder
-from uncollapse.evaluate.extract import Progress, extract
+from uncollapse.evaluate.extract import Progress, extract, identity
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
 from uncollapse.evaluate.tasks import TASKS, Context, Picture, Task, chosen
-from uncollapse.images import DataError, ImageSet
+from uncollapse.images import DataError, ImageSet, LazyImages
 
 Say = Callable[[str], None]
 Bar = Callable[[str], Progress]
@@ -69,6 +71,8 @@ class Evaluated:
     """What one encoder gave on one data set."""
 
     encoder: EvalEncoder
+    images: str = ""
+    """Digest of the images and labels of both parts; empty without."""
     n_train: int = 0
     n_test: int = 0
     classes: int = 0
@@ -115,15 +119,18 @@ def evaluate(
     tasks, skipped = chosen(settings.tasks, encoders[0], counts, settings.sets, settings.masks)
     if train is not None and test is not None:
         _check_labels([t.name for t in tasks if t.data], train, test, settings.data)
+    images = "" if train is None or test is None else _digest(train, test)
     found = []
     for encoder in encoders:
         mine = [t for t in tasks if encoder is encoders[0] or (t.control and _able(t, encoder))]
-        done = Evaluated(encoder, notes=[*encoder.notes, *rules, *skipped])
+        done = Evaluated(encoder, images, notes=[*encoder.notes, *rules, *skipped])
         if train is not None and test is not None:
             done.n_train, done.n_test, done.classes = len(train), len(test), len(train.classes)
-        context = _context(encoder, train, test, mine, settings, say, bar)
+        context = _context(encoder, train, test, mine, settings, say, bar, done.notes)
         if context.train is not None and context.test is not None:
             done.n_train, done.n_test = len(context.train), len(context.test)
+        for part, of_part, features in (("training", train, context.train), ("test", test, context.test)):
+            done.notes += [] if of_part is None else _unreadable(part, of_part, features)
         for task in mine:
             say(f"{done.label}: {task.name}")
             _run(task, context, done)
@@ -154,7 +161,7 @@ def _run(task: Task, context: Context, done: Evaluated) -> None:
 
 def _context(
     encoder: EvalEncoder, train: ImageSet | None, test: ImageSet | None, tasks: Sequence[Task], settings: Settings,
-    say: Say, bar: Bar | None,
+    say: Say, bar: Bar | None, notes: list[str],
 ) -> Context:  # fmt: skip
     label = "untrained " if encoder.side == "untrained" else ""
 
@@ -167,11 +174,15 @@ def _context(
         )  # fmt: skip
 
     def of_set(spec: str) -> tuple[Features, Features]:
-        pair = open_pair(spec, settings.seed, settings.limit, progress=bar is not None)
-        some, others = pair.train, pair.test
-        _check_labels(["transfer"], some, others, spec)
+        pair = open_pair(spec, settings.split_seed, settings.limit, None, settings.data_config, bar is not None)
+        _check_labels(["transfer"], pair.train, pair.test, spec)
         name = Path(split_spec(spec)[0]).name
-        return features(some, f"{name} train"), features(others, f"{name} test")
+        found = features(pair.train, f"{name} train"), features(pair.test, f"{name} test")
+        notes.extend(f"{name}: {note}" for note in [
+            *pair.notes, *_rules(pair.train, pair.test), *_unreadable("training", pair.train, found[0]),
+            *_unreadable("test", pair.test, found[1]),
+        ])  # fmt: skip
+        return found
 
     needed = any(t.features for t in tasks)
     return Context(
@@ -196,6 +207,26 @@ def _report(bar: Bar, label: str) -> Callable[[str, int, int, float], None]:
 # ----------------------------------------------------------------------------------------- data, checked
 
 
+def _digest(train: ImageSet, test: ImageSet) -> str:
+    found = hashlib.sha256()
+    for images in (train, test):
+        labels = b"" if images.labels is None else images.labels.numpy().tobytes()
+        found.update(f"{identity(images)} {hashlib.sha256(labels).hexdigest()} {images.classes}\n".encode())
+    return found.hexdigest()[:32]
+
+
+def _unreadable(part: str, images: ImageSet, features: Features | None) -> list[str]:
+    """A line that counts and names the images that are left out, whether they were met now or the cache lacks them."""
+    bad = list(images.bad)
+    if isinstance(images, LazyImages) and features is not None and len(features) < len(images):
+        lost = sorted(set(range(len(images))) - set(features.indices.tolist()))
+        bad = [images.source.name(int(images.index[i])) for i in lost]
+    if not bad:
+        return []
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return [f"{len(bad)} {part} image(s) cannot be read and are left out: {'; '.join(bad[:3])}{more}"]
+
+
 def class_counts(images: ImageSet) -> list[int]:
     """Images of each class that has any; empty without labels."""
     if images.labels is None:
@@ -211,8 +242,8 @@ def _check_labels(needing: Sequence[str], train: ImageSet, test: ImageSet, data:
         if images.labels is None:
             verb = "need" if len(needing) > 1 else "needs"
             raise DataError(
-                f"{part}: no labels, which {', '.join(needing)} {verb}: folders give them by their names, Parquet by a "
-                "column 'label'"
+                f"{part}: no labels, which {', '.join(needing)} {verb}: "
+                + (unlabelled_because(part) or "folders give them by their names, Parquet by a column 'label'")
             )
     if len(class_counts(train)) < 2:
         raise DataError(f"{first}: its training images are all of one class, so there is nothing to tell apart")

@@ -271,11 +271,12 @@ def segment(
     if unseen:
         details["rule"] = f"test classes {unseen} are in no training mask and count with IoU 0"
     return Result(
-        "segment", {"miou": miou(total), "pixel_accuracy": float(total[0].sum() / total[2].sum())},
+        "segment", {"miou": miou(total), "pixel_accuracy": _right(total)},
         bootstrap95(lambda rows: miou(counts[rows].sum(0)), len(test)), len(test),
         f"linear on {source.grid[0]}×{source.grid[1]} frozen patch tokens, whole images at {encoder.size} pixels, "
         f"cross-entropy over {PIXELS}×{PIXELS} pixels per patch, {_steps(len(train), config)} steps, lr {lr:g}",
         SOURCE, details,
+        {"pixel_accuracy": bootstrap95(lambda rows: _right(counts[rows].sum(0)), len(test))},
     )  # fmt: skip
 
 
@@ -325,6 +326,11 @@ def per_class(counts: np.ndarray) -> np.ndarray:
     """IoU of each class from (3, C) counts of pixels right, predicted and true; NaN where it is in neither."""
     union = counts[1] + counts[2] - counts[0]
     return np.divide(counts[0], union, out=np.full(len(union), math.nan), where=union > 0)
+
+
+def _right(counts: np.ndarray) -> float:
+    """Share of the pixels that are right; NaN where every one is ignored."""
+    return float(counts[0].sum() / counts[2].sum()) if counts[2].any() else math.nan
 
 
 def miou(counts: np.ndarray) -> float:

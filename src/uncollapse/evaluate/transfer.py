@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
 from uncollapse.images import DataError
@@ -16,7 +18,7 @@ SOURCE = "kNN and linear as in their own tasks; sets averaged with equal weight 
 Extract = Callable[[str], tuple[Features, Features]]
 
 
-def transfer(extract: Extract, sets: Sequence[str], seed: int = 0) -> Result:
+def transfer(extract: Extract, sets: Sequence[str], seed: int = 0, device: torch.device | str = "cpu") -> Result:
     """kNN and linear accuracy on each of ``sets``, and their means with equal weight whatever the sets' sizes.
 
     A set that fails (its files are missing, it has no labels, ...) is left out of every mean, named in
@@ -30,7 +32,7 @@ def transfer(extract: Extract, sets: Sequence[str], seed: int = 0) -> Result:
     Args:
         extract: features of the training and test part of a set, given as `load_pair` takes it.
         sets: as ``--data`` takes them; duplicates count once.
-        seed: of whatever the two tasks draw.
+        seed: of whatever the two tasks draw. device: of both.
 
     Returns:
         Metrics ``knn_mean``, ``linear_mean``, then ``knn NAME`` and ``linear NAME`` of each set.
@@ -51,7 +53,10 @@ def transfer(extract: Extract, sets: Sequence[str], seed: int = 0) -> Result:
         try:
             train, test = extract(spec)
             # Both or none: a mean over other sets than its neighbour's would be compared with it.
-            found[names[spec]] = {"knn": knn(train, test), "linear": linear(train, test, seed=seed)}
+            found[names[spec]] = {
+                "knn": knn(train, test, device=device),
+                "linear": linear(train, test, seed=seed, device=device),
+            }
         except Exception as error:  # one set must not take the others' numbers with it
             failed[names[spec]] = " ".join(str(error).split()) or type(error).__name__
     if not found:
