@@ -13,7 +13,7 @@ import torch
 import uncollapse
 from layouts import EPS, LAYOUTS, S, T, planted
 from uncollapse.cli import main
-from uncollapse.diagnosis import SWEEP, diagnose, failures
+from uncollapse.diagnosis import SWEEP, diagnose, diagnose_file, failures, in_order
 from uncollapse.diagnosis_table import names_of, shortened
 from uncollapse.judging import judge, random_likeness
 from uncollapse.reading import InputError
@@ -49,12 +49,12 @@ def test_a_few_trained_rows_among_dead_ones_do_not_hide_them():
 
 
 def test_training_is_told_from_a_random_start():
-    assert random_likeness(dino_like()).alike is False
+    assert random_likeness(dino_like(), EPS).alike is False
     spread = torch.nn.functional.normalize(torch.randn(400, 8, generator=torch.Generator().manual_seed(1)), dim=1)
     for _ in range(200):  # rows pushed away from their nearest one: the KoLeo way to be unlike chance
         nearest = (spread @ spread.T).fill_diagonal_(-2).argmax(1)
         spread = torch.nn.functional.normalize(spread + 0.02 * (spread - spread[nearest]), dim=1)
-    assert random_likeness(spread).alike is False
+    assert random_likeness(spread, EPS).alike is False
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,9 @@ def test_training_is_told_from_a_random_start():
         ({0.025: 90, 0.25: 40}, {}, "bunched"),
         ({0.025: 90, 0.25: 60}, {}, "distinct, use unknown"),
         ({0.025: 100}, {"used": 5, "effective": 3.0, "n": 500}, "mostly unused"),
+        ({0.025: 90}, {"wide": 40}, "bunched"),
         ({0.025: 100}, {"used": 60, "effective": 50.0, "n": 500}, "distinct and used"),
+        ({0.025: 100}, {"used": 60, "effective": 50.0, "n": 500, "wide": 40}, "bunched"),
     ],
 )
 def test_verdicts_follow_their_stated_rules(unique, extra, label):
@@ -75,6 +77,55 @@ def test_verdicts_follow_their_stated_rules(unique, extra, label):
     assert verdict.label == label
     assert verdict.rule
     assert verdict.sentence.endswith(".")
+
+
+def test_copies_of_random_vectors_are_a_collapse_wherever_they_stand():
+    """2,048 evenly spread rows of these are all different: the full count has to say otherwise."""
+    w = torch.randn(2048, 64, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0)
+    d = diagnose(w, EPS, complete=False)
+    assert d.unique == {EPS: 2048}
+    assert d.random.alike
+    assert d.verdict.label == "partial collapse"
+    few_dimensions = diagnose(torch.randn(8192, 4, generator=torch.Generator().manual_seed(0)), EPS, complete=False)
+    assert few_dimensions.share < 0.5
+    assert few_dimensions.share == pytest.approx(few_dimensions.random.unique, abs=0.05)
+    assert few_dimensions.verdict.label == "untrained or unused"
+
+
+@pytest.mark.parametrize("shape", [(100, 256), (256, 256), (1000, 256)])
+def test_orthogonal_starts_are_starts(shape):
+    d = diagnose(torch.nn.init.orthogonal_(torch.empty(shape)))
+    assert d.verdict.label == "untrained or unused"
+    assert "orthogonal" in d.verdict.rule
+
+
+def test_too_few_rows_to_tell_are_said_to_be():
+    d = diagnose(torch.randn(10, 256, generator=torch.Generator().manual_seed(0)))
+    assert d.random.alike is None
+    assert "too few rows or dimensions to tell them from a random start" in d.verdict.rule
+
+
+def test_an_infinite_length_is_damage(tmp_path, capsys):
+    g = torch.ones(100, 1)
+    g[7] = float("inf")
+    v = torch.randn(100, 16, generator=torch.Generator().manual_seed(0))
+    torch.save({"head.last_layer.weight_v": v, "head.last_layer.weight_g": g}, tmp_path / "a.pth")
+    main(["diagnose", str(tmp_path / "a.pth"), "--json"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["verdict"]["label"] == "damaged"
+    assert found["non_finite_rows"] == 1
+    huge = diagnose(v.double() * 1e200)
+    assert huge.verdict.label == "untrained or unused"
+    json.dumps(huge.to_json(), allow_nan=False)
+
+
+def test_arrays_of_any_kind_count_as_tensors():
+    w = T.w.numpy()
+    for array in (w, w[::-1], w.astype(">f4"), np.asfortranarray(w)):
+        assert uncollapse.unique_prototypes(array, EPS) == diagnose(array, np.float32(EPS), complete=False).unique[
+            float(np.float32(EPS))
+        ]  # fmt: skip
+    assert uncollapse.epsilon_sweep(w) == uncollapse.epsilon_sweep(T.w)
 
 
 def test_vectors_alone_are_never_called_healthy():
@@ -121,7 +172,7 @@ def test_groups_and_complete():
 
 @pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(2, 3, dtype=torch.int64), torch.ones(0, 3)])
 def test_what_is_no_matrix(bad):
-    with pytest.raises(InputError, match="prototypes, dimensions"):
+    with pytest.raises(InputError, match=r"prototypes × dimensions|prototypes are floating"):
         diagnose(bad)
     with pytest.raises(InputError, match="ε"):
         diagnose(torch.eye(3), 0.0)
@@ -204,6 +255,53 @@ def test_bad_input_is_one_line_and_exit_code_2(extra, says, epochs, capsys):
     assert stop.value.code == 2
     assert err.count("\n") == 1
     assert re.search(says, err)
+
+
+def test_one_bad_file_does_not_lose_the_others(epochs, tmp_path, capsys):
+    (tmp_path / "x").write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        main(["diagnose", epochs[0], str(tmp_path / "x"), epochs[1], "--json"])
+    shown = capsys.readouterr()
+    assert stop.value.code == 2
+    assert [f["source"]["file"] for f in json.loads(shown.out)] == epochs
+    assert "empty" in shown.err
+
+
+def test_epochs_are_in_order_of_their_numbers(tmp_path):
+    from uncollapse.diagnosis_page import write_page
+
+    paths = [str(tmp_path / f"ckp-{epoch}.pth") for epoch in (0, 25, 100)]
+    assert in_order(sorted(paths)) == paths
+    assert in_order(paths[::-1]) == paths[::-1]  # an order of the user's own
+    heads = {"prototypes.heads.0.weight": T.w, "prototypes.heads.1.weight": S.w, "projection_head.0.weight": S.w}
+    for path in paths[:2]:
+        torch.save(heads, path)
+    found = [d for path in paths[:2] for d in diagnose_file(path, EPS)]
+    write_page(found[:2], tmp_path / "one.html")
+    assert "from the first file to the last" not in (tmp_path / "one.html").read_text()
+    write_page(found, tmp_path / "two.html")
+    caption = re.search(r"from the first file to the last: ([^<]*)", (tmp_path / "two.html").read_text())[1]
+    share = f"{100 * T.unique / len(T.w):.1f} %"
+    assert f"1 {share} to {share}" in caption
+
+
+def test_a_damaged_newest_checkpoint_is_named(tmp_path, capsys):
+    from uncollapse.checkpoint import save_checkpoint
+
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "checkpoints", step, {"teacher": {"head.last_layer.weight": T.w}}, 5)
+    newest = tmp_path / "checkpoints" / "step-00000002.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    (d,) = diagnose_file(tmp_path, EPS)
+    assert d.source.file.endswith("step-00000001.pt")
+    assert any("step-00000002.pt damaged" in note for note in d.notes)
+
+
+def test_a_folder_cannot_be_a_page(epochs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["diagnose", epochs[0], "--html", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "is a folder" in capsys.readouterr().err
 
 
 def test_a_damaged_file_exits_2(tmp_path, capsys):

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 
@@ -15,6 +16,7 @@ from layouts import EPS, T, norm_old, planted, prefixed
 from uncollapse.config import load_config, tiny
 from uncollapse.diagnosis import diagnose, diagnose_file
 from uncollapse.formats import find_prototypes
+from uncollapse.images import DataError
 from uncollapse.reading import InputError, flatten
 from uncollapse.rebuild import rebuild_encoder
 
@@ -75,6 +77,44 @@ def test_a_dino_vit_is_rebuilt_and_measured(tmp_path):
         assert group.prototypes > 1
         assert group.images > 0
         assert group.pictures.shape[:2] == (len(group.members), 8)
+
+
+def test_what_images_cannot_tell_is_said_in_a_line(tmp_path):
+    """An encoder of NaN, prototypes of NaN, and too few images: no traceback, and the counts stay."""
+    model, p = vit(), planted(dim=48)
+    weights = head("head.mlp.", 64, 48)[1]
+    backbone = prefixed("backbone.", model.state_dict())
+    net = {**backbone, **weights, "head.last_layer.weight": p.w}
+    torch.save({"teacher": {**net, "head.last_layer.weight": torch.full_like(p.w, torch.nan)}}, tmp_path / "nan")
+    (d,) = diagnose_file(tmp_path / "nan", EPS, data="builtin:digits", limit=20)
+    assert d.verdict.label == "damaged"
+    assert "no prototype has a direction" in d.notes[-1]
+    broken = {n: t * float("nan") if "qkv" in n else t for n, t in net.items()}
+    torch.save({"teacher": broken}, tmp_path / "encoder")
+    with pytest.raises(InputError, match="projections of 20 of 20 views are zero, NaN or infinite"):
+        diagnose_file(tmp_path / "encoder", EPS, data="builtin:digits", limit=20)
+    torch.save({"teacher": net}, tmp_path / "whole")
+    (tmp_path / "few").mkdir()
+    for i in range(4):
+        Image.new("RGB", (9, 9), (60 * i, 0, 0)).save(tmp_path / "few" / f"{i}.png")
+    with pytest.raises(DataError, match="1 held-out image, and images tell something from two on"):
+        diagnose_file(tmp_path / "whole", EPS, data=str(tmp_path / "few"))
+
+
+def test_the_images_of_a_group_have_names(tmp_path):
+    p = planted(dim=48, copies=30)
+    weights = head("head.mlp.", 64, 48)[1]
+    net = {**prefixed("backbone.", vit().state_dict()), **weights, "head.last_layer.weight": p.w}
+    torch.save({"teacher": net}, tmp_path / "a")
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(60):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    (d,) = diagnose_file(tmp_path / "a", EPS, data=str(tmp_path / "images"))
+    names = {name for group in d.to_json()["shared_groups"] for row in group["nearest"] for name in row}
+    assert names
+    assert all(os.path.isfile(name) for name in names)
 
 
 def test_duplicates_skew_the_marginal_away_from_the_prior():

@@ -118,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--html", type=Path, metavar="FILE", help="also write one self-contained page")
     diagnose.add_argument(
         "--fail-under", type=float, metavar="SHARE",
-        help="exit 1 if a set has a smaller share of unique prototypes, or is damaged, untrained or unused",
+        help="exit 1 if a set has a smaller share of unique prototypes or, whatever the share, is damaged, untrained "
+        "or unused, mostly unused, or collapsed (below half unique)",
     )  # fmt: skip
     diagnose.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     diagnose.set_defaults(run=_diagnose)
@@ -223,11 +224,15 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     under: float | None = arguments.fail_under
     if under is not None and not 0 <= under <= 1:
         raise ConfigError(f"--fail-under: a share between 0 and 1, got {under:g}")
+    if arguments.html is not None and arguments.html.is_dir():
+        raise ConfigError(f"--html: {arguments.html} is a folder; name a file in it")
     if arguments.images < 2:
         raise ConfigError(f"--images: must be at least 2, got {arguments.images}")
     import torch
 
-    from uncollapse.diagnosis import diagnose_file, failures
+    from uncollapse.diagnosis import diagnose_file, failures, in_order
+    from uncollapse.images import DataError
+    from uncollapse.reading import InputError
     from uncollapse.unique import EPSILONS
 
     cuda = torch.cuda.is_available()
@@ -237,13 +242,18 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     complete = True if arguments.complete else False if arguments.quick else None
     from rich.console import Console
 
-    found = []
-    for path in dict.fromkeys(arguments.paths):
+    found, refused = [], []
+    for path in in_order(arguments.paths):
         with Console(stderr=True).status(f"{path}: reading and counting"):
-            found += diagnose_file(
-                path, arguments.eps or EPSILONS, key=arguments.key, trust=arguments.trust, complete=complete,
-                device=device, data=arguments.data, limit=arguments.images,
-            )  # fmt: skip
+            try:
+                found += diagnose_file(
+                    path, arguments.eps or EPSILONS, key=arguments.key, trust=arguments.trust, complete=complete,
+                    device=device, data=arguments.data, limit=arguments.images,
+                )  # fmt: skip
+            except (InputError, DataError) as error:
+                if len(arguments.paths) == 1:
+                    raise
+                refused.append(str(error))  # the others' results are not lost to one file
     if arguments.html is not None:
         from uncollapse.diagnosis_page import write_page
 
@@ -258,6 +268,10 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         print_diagnoses(found)
         if arguments.html is not None:
             print(f"report      {arguments.html}")
+    for line in refused:
+        print(f"uncollapse: error: {line}", file=sys.stderr)
+    if refused:
+        sys.exit(2)
     if under is not None and (failed := failures(found, under)):
         for line in failed:
             print(f"uncollapse: {line}", file=sys.stderr)

@@ -329,7 +329,8 @@ def load_items(items: Items, index: np.ndarray, config: DataConfig, progress: bo
         assert isinstance(pixels, np.ndarray)
         view[row, :, : pixels.shape[0], : pixels.shape[1]] = pixels.transpose(2, 0, 1)
         decoded[k] = ""  # free as we go: the canvas is a second copy
-    return MemoryImages(canvas, sizes, None if labels is None else labels[good], items.classes, bad)
+    names = [items.source.name(int(index[k])) for k in good]
+    return MemoryImages(canvas, sizes, None if labels is None else labels[good], items.classes, bad, names)
 
 
 def _builtin(name: str, config: DataConfig, rng: np.random.Generator) -> tuple[MemoryImages, MemoryImages]:
@@ -343,6 +344,7 @@ def _builtin(name: str, config: DataConfig, rng: np.random.Generator) -> tuple[M
     images = MemoryImages(
         pixels[:, None].expand(n, 3, 8, 8).contiguous(), torch.full((n, 2), 8),
         torch.from_numpy(digits.target.astype(np.int64)), [str(i) for i in range(10)],
+        names=[f"digit {i}" for i in range(n)],
     )  # fmt: skip
     train, held = split_items(n, digits.target, DIGITS_HELD_OUT, config.held_out_max, rng)
     return subset(images, train), subset(images, held)  # type: ignore[return-value]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncollapse.formats import PrototypeSet, find_prototypes, may_be_prototypes
-from uncollapse.judging import FAILING, RandomLikeness, Verdict, judge, random_likeness
-from uncollapse.reading import InputError, checkpoint_of, flatten, read_tensors
+from uncollapse.formats import PrototypeSet, checked, find_prototypes, may_be_prototypes
+from uncollapse.judging import FAILING, WIDE, RandomLikeness, Verdict, judge, random_likeness
+from uncollapse.reading import InputError, flatten, newest_of, read_tensors
 from uncollapse.rebuild import own_directions
+from uncollapse.rows import tensor_of
 from uncollapse.spanning import Sweep, complete_sweep, spanning_tree
 from uncollapse.unique import EPSILONS, greedy_cover, nearest_kept
 
@@ -119,6 +122,8 @@ class Diagnosis:
             "notes": self.notes,
             "seconds": {name: round(s, 4) for name, s in self.seconds.items()},
         }
+        for name in ("nearest", "norms"):  # JSON has no infinity
+            out[name] = {k: v if math.isfinite(v) else None for k, v in out[name].items()}
         if self.sweep is not None:
             out["sweep"] = {name: keyed(getattr(self.sweep, name)) for name in ("unique", "components", "no_neighbour")}
         if self.images is not None:
@@ -151,12 +156,11 @@ def diagnose(
         InputError: a file that cannot be read, or holds no prototypes. ValueError: ε out of range.
     """
     if isinstance(source, Tensor | np.ndarray):
-        matrix = torch.as_tensor(source).detach()
-        if matrix.ndim != 2 or 0 in matrix.shape or not matrix.is_floating_point():
-            raise InputError(
-                f"expected a floating (prototypes, dimensions) tensor, got {tuple(matrix.shape)} of {matrix.dtype}"
-            )
-        return measure(PrototypeSet("", "", "unstated", "", matrix), "tensor", eps, complete, device)
+        try:
+            matrix = tensor_of(source).detach()
+        except TypeError as error:
+            raise InputError(f"expected a floating (prototypes, dimensions) array: {error}") from None
+        return measure(checked(PrototypeSet("", "", "unstated", "", matrix), "tensor"), "tensor", eps, complete, device)
     return diagnose_file(source, eps, key=key, trust=trust, complete=complete, device=device, most=1)[0]
 
 
@@ -185,20 +189,23 @@ def diagnose_file(
     Raises:
         InputError, ValueError: as `diagnose`.
     """
-    file = checkpoint_of(Path(path))
+    file, passed_over = newest_of(Path(path))
     began = time.perf_counter()
     loaded = read_tensors(file, trust, may_be_prototypes if data is None and key is None else None)
     tensors = flatten(loaded)
-    sets = [own_directions(loaded, s) for s in find_prototypes(tensors, str(path), key)[:most]]
+    sets = [own_directions(loaded, s) for s in find_prototypes(tensors, str(file), key)[:most]]
     reading = time.perf_counter() - began
     found = []
     for s in sets:
-        d = measure(s, str(path), eps, complete, device)
+        d = measure(s, str(file), eps, complete, device)
+        d.notes += passed_over
         d.seconds["read"] = reading
         found.append(d)
         if data is not None and d.vectors is not None:
             _add_images(d, s, loaded, tensors, data, limit, device)
-    if data is not None and all(d.images is None for d in found):
+        elif data is not None:
+            d.notes.append("no prototype has a direction, so that images have nothing to tell")
+    if data is not None and all(d.images is None and d.vectors is not None for d in found):
         raise InputError(found[0].notes[-1])
     return found
 
@@ -212,12 +219,12 @@ def _add_images(
 
     try:
         rebuilt = rebuild_encoder(loaded, tensors, s, d.source.file)
+        began = time.perf_counter()
+        center = None if s.side == "student" else center_of(tensors, s)
+        look(d, s, rebuilt, data, center, limit, torch.device(device or "cpu"))
     except InputError as error:
         d.notes.append(str(error))
         return
-    began = time.perf_counter()
-    center = None if s.side == "student" else center_of(tensors, s)
-    look(d, s, rebuilt, data, center, limit, torch.device(device or "cpu"))
     d.seconds["images"] = time.perf_counter() - began
 
 
@@ -226,7 +233,8 @@ def measure(
     device: torch.device | str | None = None,
 ) -> Diagnosis:  # fmt: skip
     """The diagnosis of one set; see `diagnose`."""
-    epsilons = [float(e) for e in ([eps] if isinstance(eps, float | int) else eps)]
+    several = eps if isinstance(eps, Sequence | np.ndarray) else [eps]
+    epsilons = [float(e) for e in several]
     if not epsilons or not all(0 < e <= 2 for e in epsilons):
         raise InputError(f"ε is a cosine distance, 1 - cos, and must lie in (0, 2], got {epsilons or 'none'}")
     epsilons = list(dict.fromkeys(epsilons))
@@ -259,7 +267,7 @@ def measure(
     seconds = {"unique": time.perf_counter() - began, "product": product_seconds(w)}
     began = time.perf_counter()
     group_of = nearest_kept(w, kept)
-    likeness = random_likeness(w)
+    likeness = random_likeness(w, epsilons[0])
     work = float(total) * total * dim
     everything = work <= (COMPLETE_WORK if w.device.type == "cpu" else 100 * COMPLETE_WORK)
     nearest: dict[str, float] = {}
@@ -280,9 +288,29 @@ def measure(
     return Diagnosis(
         unique=unique, components=linked, no_neighbour=alone, sweep=sweep,
         groups=np.sort(np.bincount(group_of.cpu().numpy())[kept.cpu().numpy()])[::-1].copy(), nearest=nearest,
-        random=likeness, verdict=judge(total, bad, dim, unique, likeness), seconds=seconds,
+        random=likeness, verdict=judge(total, bad, dim, unique, likeness, wide=wide_of(sweep)), seconds=seconds,
         vectors=w, group_of=group_of, rows=usable.nonzero()[:, 0].cpu(), **common,
     )  # fmt: skip
+
+
+def in_order(paths: Sequence[str]) -> list[str]:
+    """Paths without repetitions; those in the alphabetical order of a shell's ``*`` by their numbers instead, so that
+
+    ``epoch100`` comes after ``epoch25``.
+    """
+    once = list(dict.fromkeys(paths))
+    if once != sorted(once):
+        return once
+
+    def numbers(path: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path)]
+
+    return sorted(once, key=numbers)
+
+
+def wide_of(sweep: Sweep | None) -> int | None:
+    """The count at the wide ε that tells bunched prototypes, where the sweep has it."""
+    return None if sweep is None else sweep.unique.get(WIDE)
 
 
 def failures(found: Sequence[Diagnosis], under: float) -> list[str]:

@@ -62,13 +62,19 @@ Panels = list[tuple[str, str]]
 
 
 def _over(found: Sequence[Diagnosis]) -> Panels:
-    """Share of unique prototypes against the place in the list, one line per kind of set."""
+    """Share of unique prototypes against the file's place in the list, a line for each set that several files have."""
+    place = {file: i + 1 for i, file in enumerate(dict.fromkeys(d.source.file for d in found))}
+    sets: dict[tuple[str, int], list[Diagnosis]] = {}
+    for i, d in enumerate(found):
+        # Of several matrices of one kind in a file, the n-th goes with the n-th of the other files.
+        nth = sum(d.source.file == e.source.file and str(d.source) == str(e.source) for e in found[:i])
+        sets.setdefault((str(d.source), nth), []).append(d)
     curves: dict[str, list[figures.Curve]] = {}
-    for kind in dict.fromkeys(str(d.source) for d in found):
-        points = [d for d in found if str(d.source) == kind]
+    for (kind, nth), points in sets.items():
         if len(points) > 1:
-            x = np.arange(1, len(points) + 1, dtype=float)
-            curves[kind] = [(x, np.array([100 * d.share for d in points]))]
+            x = np.array([place[d.source.file] for d in points], dtype=float)
+            name = f"{kind} {nth + 1}" if (kind, 1) in sets else kind
+            curves[name] = [(x, np.array([100 * d.share for d in points]))]
     if not curves:
         return []
     image = figures.line_panel(

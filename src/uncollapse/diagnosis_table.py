@@ -126,7 +126,8 @@ def print_diagnoses(found: Sequence[Diagnosis], console: Console | None = None) 
     for d, name in zip(found, names, strict=True):
         family = f" [{d.source.family}]" if d.source.family else ""
         console.print(f"{name}{family}  {d.prototypes:,} × {d.dim} {d.dtype}", style="bold", markup=False)
-        console.print(f"{d.source.file}{': ' + d.source.key if d.source.key else ''}", markup=False, highlight=False)
+        where = f"{d.source.file}{': ' + d.source.key if d.source.key else ''}"
+        console.print(where, markup=False, highlight=False, soft_wrap=True)  # a path broken in two cannot be copied
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         table.add_column("ε", overflow="fold")
         for eps in d.unique:

@@ -94,12 +94,19 @@ class PrototypeSet:
     notes: tuple[str, ...] = ()
 
     def directions(self) -> Tensor:
-        """(K, D): the rows, turned round where g is negative and zero where g is."""
-        return self.weight if self.scale is None else self.weight * self.scale.sign()[:, None].to(self.weight.dtype)
+        """(K, D): the rows, turned round where g is negative, zero where g is, and NaN where g is not finite."""
+        if self.scale is None:
+            return self.weight
+        sign = torch.where(torch.isfinite(self.scale), self.scale.sign(), torch.nan)
+        return self.weight * sign[:, None].to(self.weight.dtype)
 
     def norms(self) -> Tensor:
         """(K,) float64: lengths of the effective prototypes, |g| under weight norm."""
-        return self.weight.double().norm(dim=1) if self.scale is None else self.scale.double().abs()
+        if self.scale is not None:
+            return self.scale.double().abs()
+        rows = self.weight.double()
+        largest = rows.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)  # squares of 1e200 overflow
+        return largest * (rows / largest[:, None]).norm(dim=1)
 
     def lengths(self) -> Tensor | None:
         """(K,) float32: lengths of the prototypes in the logits of training; None where those are cosines.
@@ -168,7 +175,7 @@ def _match(path: str, tensor: Tensor, tensors: Mapping[str, Tensor], where: str)
     if own := OWN.match(cleaned):
         side: Side = own[2] or "shared"  # type: ignore[assignment]
         scale = tensors.get(path.removesuffix("_v") + "_g") if own[2] else None
-        return _checked(PrototypeSet(path, own[1], side, family_of(tensors), tensor, _flat(scale)), where)
+        return checked(PrototypeSet(path, own[1], side, family_of(tensors), tensor, _flat(scale)), where)
     last = cleaned.rpartition("/")[2]
     for weight, g in SPELLINGS:
         if weight and not (last == weight or last.endswith("." + weight)):
@@ -187,7 +194,7 @@ def _match(path: str, tensor: Tensor, tensors: Mapping[str, Tensor], where: str)
         family = family_of(tensors)
         if family == "CAPI" and name == "cls":
             name = "patch"  # the student predicts the clusters of masked patches; CAPI has no class token
-        return _checked(PrototypeSet(path, name, side_of(cleaned), family, tensor, _flat(scale), bias, notes), where)
+        return checked(PrototypeSet(path, name, side_of(cleaned), family, tensor, _flat(scale), bias, notes), where)
     return None
 
 
@@ -246,7 +253,12 @@ def _flat(scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale.reshape(-1).float()
 
 
-def _checked(s: PrototypeSet, where: str) -> PrototypeSet:
+def checked(s: PrototypeSet, where: str) -> PrototypeSet:
+    """The set as it is, 8-bit floats widened.
+
+    Raises:
+        InputError: no dense floating (K, D) matrix with values.
+    """
     spot = f"{where}{': ' + s.key if s.key else ''}"
     if s.weight.layout != torch.strided or s.weight.is_meta:
         raise InputError(f"{spot}: a sparse tensor, or one without values; save it as an ordinary dense one")
@@ -279,7 +291,7 @@ def _picked(tensors: Mapping[str, Tensor], where: str, key: str) -> PrototypeSet
     path = matching[0]
     tensor = tensors[path]
     known = _match(path, tensor, tensors, where) if tensor.ndim == 2 else None
-    return known or _checked(PrototypeSet(path, "picked", side_of(clean(path)), family_of(tensors), tensor), where)
+    return known or checked(PrototypeSet(path, "picked", side_of(clean(path)), family_of(tensors), tensor), where)
 
 
 def _bare(tensors: Mapping[str, Tensor], where: str) -> PrototypeSet:
@@ -288,7 +300,7 @@ def _bare(tensors: Mapping[str, Tensor], where: str) -> PrototypeSet:
     if len(tensors) <= 3 and len(matrices) == 1:
         notes = ("the only matrix of the file; nothing in it says that these are prototypes",) if matrices[0] else ()
         found = PrototypeSet(matrices[0], "bare", "unstated", "bare tensor", tensors[matrices[0]], notes=notes)
-        return _checked(found, where)
+        return checked(found, where)
     if not tensors:
         raise InputError(
             f"{where}: it holds no tensors (states of optimisers aside), so there are no prototypes in it; {WHERE_ELSE}"

@@ -190,6 +190,7 @@ class MemoryImages:
 
     ``canvas``: uint8 (n, 3, H, W), RGB; ``sizes``: int64 (n, 2), the true (height, width) of each image.
     ``labels``: int64 (n,) or None. ``bad``: "name: reason" of images that could not be read and were dropped.
+    ``names``: of the images, such as their paths; empty where they have none.
     """
 
     canvas: torch.Tensor
@@ -197,9 +198,13 @@ class MemoryImages:
     labels: torch.Tensor | None = None
     classes: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.canvas)
+
+    def name(self, i: int) -> str:
+        return self.names[i] if self.names else f"#{i}"
 
     def image(self, i: int) -> Image.Image:
         """Image ``i`` as an RGB PIL image of its true size."""
@@ -225,6 +230,9 @@ class LazyImages:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def name(self, i: int) -> str:
+        return self.source.name(int(self.index[i]))
 
     def readable(self, i: int) -> Image.Image | None:
         """Image ``i``, or None where it cannot be read (then it is listed in ``bad``)."""
@@ -258,8 +266,9 @@ def subset(images: ImageSet, indices: Sequence[int] | np.ndarray | torch.Tensor)
     rows = torch.as_tensor(indices, dtype=torch.int64)
     labels = None if images.labels is None else images.labels[rows]
     if isinstance(images, MemoryImages):
+        names = [images.names[i] for i in rows.tolist()] if images.names else []
         return replace(images, canvas=images.canvas[rows], sizes=images.sizes[rows], labels=labels,
-                       bad=list(images.bad))  # fmt: skip
+                       bad=list(images.bad), names=names)  # fmt: skip
     # Notes are of the images one holds; those on the others would count against this set's share.
     return replace(images, index=images.index[rows.numpy()], labels=labels, bad=[])
 

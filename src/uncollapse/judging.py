@@ -42,11 +42,17 @@ class RandomLikeness:
     """Mean cosine to the nearest other row."""
     nearest_random: float
     """The same of random directions of this shape."""
+    unique: float
+    """Share of unique rows at the headline ε among as many random directions; below 1 where D is small."""
+    orthogonal: bool
+    """Whether rows (K ≤ D) or columns are orthogonal to 1e-3, as orthogonal initialisation makes them."""
     alike: bool | None
-    """Whether it cannot be told from them; None where there are too few rows or dimensions to say."""
+    """Whether it cannot be told from a random start; None where there are too few rows or dimensions to say."""
 
     @property
     def rule(self) -> str:
+        if self.orthogonal:
+            return "rows or columns are orthogonal to 0.001, as orthogonal initialisation leaves them"
         return (
             "looks like a random start: mean direction (rows × length²), spread (D × mean cos²) and mean cosine to "
             f"the nearest row are {self.resultant:.2f}, {self.spread:.3f} and {self.nearest:.3f}, for random "
@@ -54,8 +60,8 @@ class RandomLikeness:
         )
 
 
-def random_likeness(w: Tensor) -> RandomLikeness:
-    """Compares w (K, D; rows finite and not zero) with random directions of its shape.
+def random_likeness(w: Tensor, eps: float) -> RandomLikeness:
+    """Compares w (K, D; rows finite and not zero) with random directions of its shape, and of orthogonal ones.
 
     Any start in use (uniform or normal entries, any scale) has directions that are uniform or close to it:
     mean near 0, mean squared cosine 1/D, and nearest neighbours as far as chance has them. Training changes at
@@ -71,7 +77,7 @@ def random_likeness(w: Tensor) -> RandomLikeness:
         for _ in range(_DRAWS if n > 1 else 0)
     ]
     if not draws:
-        return RandomLikeness(n, found[0], found[1], found[2], found[2], None)
+        return RandomLikeness(n, *found, found[2], 1.0, False, None)
     expected = sum(d[2] for d in draws) / len(draws)
     noise = math.sqrt(sum((d[2] - expected) ** 2 for d in draws) / (len(draws) - 1))
     alike = None
@@ -81,7 +87,39 @@ def random_likeness(w: Tensor) -> RandomLikeness:
             and abs(found[1] - 1) < 0.1 + 6 * math.sqrt(4 / (n * (n - 1)))
             and abs(found[2] - expected) < 0.02 + 6 * noise
         )
-    return RandomLikeness(n, *found, nearest_random=expected, alike=alike)
+    orthogonal = n >= 8 and dim >= 4 and _is_orthogonal(w, chosen)
+    return RandomLikeness(n, *found, expected, random_share(len(w), dim, eps), orthogonal, orthogonal or alike)
+
+
+def _is_orthogonal(w: Tensor, chosen: Tensor) -> bool:
+    k, dim = w.shape
+    if k <= dim:
+        rows = torch.nn.functional.normalize(chosen, dim=1)
+        return float((rows @ rows.T).fill_diagonal_(0).abs().max()) < 1e-3
+    scale = w.abs().amax().double()
+    gram = sum((part.double() / scale).T @ (part.double() / scale) for part in w.split(1 << 16))
+    assert isinstance(gram, Tensor)
+    gram = gram / (gram.trace() / dim)
+    return float((gram - torch.eye(dim, dtype=gram.dtype, device=gram.device)).abs().max()) < 1e-3
+
+
+def random_share(rows: int, dim: int, eps: float) -> float:
+    """Share of unique rows among random directions, ``rows`` of them: 1 unless there are few dimensions or ε is wide.
+
+    The chance that two random directions are closer than ε is that of a cap of the sphere, an incomplete beta function.
+    Where a row has next to no other in its cap the share is 1; elsewhere it is counted on such a draw.
+    """
+    from scipy.special import betainc
+
+    from uncollapse.unique import greedy_cover
+
+    if dim < 2 or rows < 2:
+        return 1.0
+    cap = 0.5 * float(betainc((dim - 1) / 2, 0.5, min(1.0, 1 - (1 - eps) ** 2)))
+    if rows * (cap if eps <= 1 else 1 - cap) < 0.01:
+        return 1.0
+    drawn = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
+    return len(greedy_cover(drawn, eps)) / rows
 
 
 def _shape_of(x: Tensor) -> tuple[float, float, float]:
@@ -98,12 +136,13 @@ def _shape_of(x: Tensor) -> tuple[float, float, float]:
 def judge(
     total: int, bad: int, dim: int, unique: dict[float, int], likeness: RandomLikeness | None,
     used: int | None = None, effective: float | None = None, n: int | None = None, unit: str = "images",
+    wide: int | None = None,
 ) -> Verdict:  # fmt: skip
     """The verdict on K = ``total`` prototypes, ``bad`` of which are zero or not finite.
 
     ``unique`` counts the usable ones at each ε, the headline first; ``used`` and ``effective`` (N_eff at the
-    headline) come from ``n`` images, or what ``unit`` says. No verdict calls a matrix healthy from its vectors
-    alone: random vectors that nothing ever used are all unique.
+    headline) come from ``n`` images, or what ``unit`` says; ``wide`` is the count at ε = 0.25 where ``unique`` lacks
+    it. No verdict calls a matrix healthy from its vectors alone: random vectors that nothing ever used are all unique.
     """
     eps, kept = next(iter(unique.items()))
     share = kept / total
@@ -124,7 +163,8 @@ def judge(
             "one prototype, or one dimension",
             "A single prototype has no duplicates." if total == 1 else "In one dimension there are two directions.",
         )
-    if likeness is not None and likeness.alike:
+    # Random likeness looks at the shape of some rows; copies of random vectors have it too, but are not as many.
+    if likeness is not None and likeness.alike and share >= DUPLICATES * likeness.unique:
         return Verdict(
             "untrained or unused",
             likeness.rule,
@@ -155,18 +195,23 @@ def judge(
                 f"N_eff({eps:g}) below {100 * UNUSED:.0f} % of the {most:,} that {n:,} {unit} could use",
                 f"{counted}.{seen} Distinct vectors that do little.",
             )
-        rule = f"at least {100 * DUPLICATES:.0f} % unique, and N_eff({eps:g}) at least {100 * UNUSED:.0f} % of {most:,}"
-        return Verdict("distinct and used", rule, f"{counted}.{seen}")
-    wide = unique.get(WIDE)
+    wide = unique.get(WIDE, wide)
     if wide is not None and wide / total < BUNCHED:
         return Verdict(
             "bunched",
             f"at least {100 * DUPLICATES:.0f} % unique at ε = {eps:g}, below {100 * BUNCHED:.0f} % at ε = {WIDE}",
-            f"{counted}, but close together: {100 * wide / total:.1f} % remain at ε = {WIDE}. "
-            "Whether they are used, only images tell (--data).",
+            f"{counted}, but close together: {100 * wide / total:.1f} % remain at ε = {WIDE}."
+            + (seen or " Whether they are used, only images tell (--data)."),
         )
+    if used is not None and n is not None:
+        most = min(total, n)
+        rule = f"at least {100 * DUPLICATES:.0f} % unique, and N_eff({eps:g}) at least {100 * UNUSED:.0f} % of {most:,}"
+        return Verdict("distinct and used", rule, f"{counted}.{seen}")
+    start = "unlike a random start"
+    if likeness is None or likeness.alike is None:
+        start = "too few rows or dimensions to tell them from a random start"
     return Verdict(
         "distinct, use unknown",
-        f"at least {100 * DUPLICATES:.0f} % unique at ε = {eps:g}, and unlike a random start",
+        f"at least {100 * DUPLICATES:.0f} % unique at ε = {eps:g}, and {start}",
         f"{counted}. Whether they are used, only images tell (--data).",
     )

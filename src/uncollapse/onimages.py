@@ -17,9 +17,10 @@ from uncollapse.backbones import Encoder
 from uncollapse.config import Config, DataConfig, ViewConfig
 from uncollapse.data import load_images
 from uncollapse.formats import PrototypeSet
-from uncollapse.images import ImageSet, subset
-from uncollapse.judging import judge
+from uncollapse.images import DataError, ImageSet, subset
+from uncollapse.judging import WIDE, judge
 from uncollapse.metrics import alignment, effective_rank, prototype_argmax, prototype_report, uniformity
+from uncollapse.reading import InputError
 from uncollapse.rebuild import Rebuilt
 from uncollapse.summary import VIEWS, extract, nearest_images, project_views
 
@@ -43,8 +44,8 @@ class SharedGroup:
     """Indices of the first ones (rows of the checkpoint), the busiest first."""
     images: int
     """Images nearest to one of them; of patch prototypes, images with such a patch."""
-    nearest: list[list[int]]
-    """For each member listed, the indices of the held-out images nearest to it (those with the nearest patches)."""
+    nearest: list[list[str]]
+    """For each member listed, the names (paths) of the held-out images nearest to it, or with the nearest patches."""
     overlap: float
     """Share of those images that the listed members have in common on average: 1 is the same list."""
     pictures: np.ndarray | None = field(default=None, repr=False)
@@ -135,6 +136,8 @@ def look(
     assert d.group_of is not None
     config = _configured(rebuilt, data)
     train, held = load_images(data, config.data, config.seed)
+    if len(held) < 2:
+        raise DataError(f"{data}: {len(held)} held-out image, and images tell something from two on; give more images")
     train, held = (_some(images, limit, config.seed) for images in (train, held))
     backbone = _SomePatches(rebuilt.backbone) if rebuilt.tokens else rebuilt.backbone
     unnormalised = d.source.family == "CARP" and isinstance(rebuilt.head, nn.Sequential)
@@ -142,6 +145,12 @@ def look(
     encoder = Encoder(backbone, head).to(device)
     w = d.vectors.float().cpu()
     features, raw, _ = extract(encoder, held, config, device)
+    lost = int((~torch.isfinite(raw).all(1) | (raw == 0).all(1)).sum())
+    if lost:
+        raise InputError(
+            f"{d.source.file}: the projections of {lost:,} of {len(raw):,} views are zero, NaN or infinite; the "
+            "encoder's weights are damaged, or training diverged"
+        )
     z = F.normalize(raw, dim=1)
     z_views = project_views(encoder, held, config, device)
     each = backbone.each if isinstance(backbone, _SomePatches) else 1
@@ -174,10 +183,7 @@ def look(
             "uniformity_features": uniformity(features) if len(features) > 1 else None,
             "alignment": None if rebuilt.tokens else alignment(z_views),
         },
-        shared=_shared(
-            w, z.unflatten(0, (-1, each)), d.group_of.cpu(), argmax, usable,
-            held if each * len(held) == len(z) else None,
-        ),
+        shared=_shared(w, z.unflatten(0, (-1, each)), d.group_of.cpu(), argmax, usable, held),
         usage=usage.numpy(),
     )  # fmt: skip
     if rebuilt.tokens:
@@ -191,7 +197,7 @@ def look(
         d.notes.append("mean target and 'used by logits' add the layer's bias; all else is by the cosine")
     d.verdict = judge(
         d.prototypes, d.zero_rows + d.non_finite_rows, d.dim, d.unique, d.random, report.used,
-        report.effective[d.epsilon], len(z), unit,
+        report.effective[d.epsilon], len(z), unit, None if d.sweep is None else d.sweep.unique.get(WIDE),
     )  # fmt: skip
 
 
@@ -272,13 +278,16 @@ def _marginal(
 
 def _entropy(p: Tensor) -> float:
     p = p[p > 0]
-    return float(-(p * p.log()).sum())
+    return float(-(p * p.log()).sum()) + 0.0  # not -0
 
 
 def _shared(
     w: Tensor, z: Tensor, group: Tensor, argmax: Tensor, usable: Tensor, held: ImageSet | None
 ) -> list[SharedGroup]:
     """Groups of duplicates that are in use, the busiest first; z is (images, tokens of each, D), of unit length."""
+    # Unreadable images have no projection; without them the places no longer tell which image is which.
+    held = held if held is not None and len(held) == len(z) else None
+    names = [f"#{i}" if held is None else held.name(i) for i in range(len(z))]
     usage = torch.bincount(argmax, minlength=len(w))
     size = torch.bincount(group, minlength=len(w))
     total = torch.zeros_like(usage).index_add_(0, group, usage)
@@ -297,7 +306,8 @@ def _shared(
         if held is not None and len(out) < PICTURED:
             pictures = nearest_images(torch.eye(len(members)), near.T.contiguous(), held, NEAREST)
         out.append(SharedGroup(
-            int(size[leader]), usable[members].tolist(), int((of_image == leader).any(1).sum()), nearest,
+            int(size[leader]), usable[members].tolist(), int((of_image == leader).any(1).sum()),
+            [[names[i] for i in row] for row in nearest],
             float(np.mean([len(a & b) / len(a) for a, b in pairs])), pictures,
         ))  # fmt: skip
     return out

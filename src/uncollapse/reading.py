@@ -162,7 +162,10 @@ def read_tensors(path: Path, trust: bool = False, only: Callable[[str], bool] | 
     if kind == "safetensors":
         return _safetensors(path)
     if kind in ("npy", "npz"):
-        return _numpy(path)
+        found = _numpy(path)
+        if isinstance(found, np.ndarray):
+            raise InputError(f"{path}: an array of {found.dtype}; prototypes are floating-point numbers")
+        return found
     return _torch(path, trust)
 
 
@@ -269,9 +272,9 @@ def _is_optimizer(value: Any) -> bool:
 # ------------------------------------------------------------------------------------------- folders
 
 
-def checkpoint_of(path: Path) -> Path:
+def newest_of(path: Path) -> tuple[Path, list[str]]:
     """What to read: a file or a folder of torch.distributed.checkpoint is itself; of one of our run folders, the
-    newest checkpoint whose digest fits.
+    newest checkpoint whose digest fits, and a line that names the newer ones that were passed over.
 
     Raises:
         InputError: a folder without a usable checkpoint.
@@ -279,7 +282,7 @@ def checkpoint_of(path: Path) -> Path:
     from uncollapse.sharded import is_sharded
 
     if not path.is_dir() or is_sharded(path):
-        return path
+        return path, []
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = sorted(folder.glob("step-*.json"), reverse=True)
     for record in steps:
@@ -288,7 +291,8 @@ def checkpoint_of(path: Path) -> Path:
             with file.open("rb") as content:
                 found = hashlib.file_digest(content, "sha256").hexdigest()
             if json.loads(record.read_text())["sha256"] == found:
-                return file
+                skipped = ", ".join(r.with_suffix(".pt").name for r in steps if r > record)
+                return file, [f"{skipped} damaged: {file.name} is the newest whole checkpoint"] if skipped else []
         except (OSError, ValueError, KeyError, TypeError):
             continue
     if steps:

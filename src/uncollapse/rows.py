@@ -18,10 +18,18 @@ _REST = 2.0**-20
 """Added to the squared length of what a prefix leaves out, of which float32 rows tell no more."""
 
 
+def tensor_of(w: Tensor | np.ndarray) -> Tensor:
+    """A tensor as it is; an array of any byte order and strides as one."""
+    if isinstance(w, Tensor):
+        return w
+    return torch.as_tensor(np.ascontiguousarray(w, dtype=w.dtype.newbyteorder("=")))
+
+
 class Rows:
     """The rows of a matrix on the unit sphere, in float32, with what is needed to decide exactly."""
 
-    def __init__(self, w: Tensor, name: str = "w") -> None:
+    def __init__(self, w: Tensor | np.ndarray, name: str = "w") -> None:
+        w = tensor_of(w)
         if w.ndim != 2 or not w.is_floating_point() or 0 in w.shape:
             raise ValueError(
                 f"{name} must be a non-empty floating (rows, dimensions) tensor, "

@@ -41,7 +41,7 @@ class SpanningTree:
     lengths: np.ndarray
     """(K - 1,) float64 edge lengths, ascending, in [0, 2]."""
     nearest: np.ndarray
-    """(K,) float64 distance of each row to its nearest other row; within ``slack``."""
+    """(K,) float64 distance of each row to its nearest other row; within ``slack``. Empty for a single row."""
     slack: float
 
 
@@ -68,7 +68,7 @@ def spanning_tree(w: Tensor) -> SpanningTree:
     rows = Rows(w)
     slack = 4 * rows.slack
     if len(rows) == 1:
-        return SpanningTree(np.empty(0), np.full(1, 2.0), slack)
+        return SpanningTree(np.empty(0), np.empty(0), slack)
     nearest = np.full(len(rows), -2.0, np.float32)  # as cosines
     tree = _rough_tree(rows)
     order, gaps = _leaf_order(tree, len(rows))

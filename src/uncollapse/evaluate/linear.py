@@ -252,7 +252,7 @@ class _Grid:
         """One step on a batch; its smallest loss where that is asked for."""
         here = torch.arange(len(x), device=x.device)
         # Without what is too small to matter: products of subnormal numbers take a CPU many times as long.
-        error = torch.nn.functional.threshold_(torch.softmax(self.scores(x), 2), _NOTHING, 0.0)
+        error = torch.threshold_(torch.softmax(self.scores(x), 2), _NOTHING, 0.0)
         loss = float(-error[here, :, truth].clamp_min(1e-30).log().amin(1).mean()) if asked else math.nan
         error[here, :, truth] -= 1
         error = error.view(len(x), -1).div_(len(x))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from uncollapse.config import ConfigError
 from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
 from uncollapse.formats import PrototypeSet, clean, find_prototypes, side_of
-from uncollapse.reading import InputError, checkpoint_of, flatten, read_tensors
+from uncollapse.reading import InputError, flatten, newest_of, read_tensors
 from uncollapse.rebuild import Rebuilt, backbone_part, one_side, own_directions
 from uncollapse.rebuild import rebuild_encoder as rebuild
 from uncollapse.rebuild_backbones import Backbone, ClassToken, backbone_of
@@ -57,10 +57,11 @@ def open_encoder(
     for option, given in (("--weights", weights is not None), ("--pretrained", pretrained)):
         if given:
             raise ConfigError(f"{option} is for timm:NAME; {name} brings its own weights")
-    file = checkpoint_of(Path(source))
+    file, passed_over = newest_of(Path(source))
     loaded = read_tensors(file, trust)
     tensors = flatten(loaded)
     encoder = _checkpoint(loaded, tensors, side, name)
+    encoder.notes = [*encoder.notes, *passed_over]
     encoder.step = int(loaded.get("step") or 0) if isinstance(loaded, dict) and _is_int(loaded.get("step")) else 0
     if size is not None:
         encoder.size = size

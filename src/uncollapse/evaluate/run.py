@@ -220,7 +220,7 @@ def _unreadable(part: str, images: ImageSet, features: Features | None) -> list[
     bad = list(images.bad)
     if isinstance(images, LazyImages) and features is not None and len(features) < len(images):
         lost = sorted(set(range(len(images))) - set(features.indices.tolist()))
-        bad = [images.source.name(int(images.index[i])) for i in lost]
+        bad = [images.name(i) for i in lost]
     if not bad:
         return []
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
