@@ -104,9 +104,7 @@ class PrototypeSet:
         """(K,) float64: lengths of the effective prototypes, |g| under weight norm."""
         if self.scale is not None:
             return self.scale.double().abs()
-        rows = self.weight.double()
-        largest = rows.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)  # squares of 1e200 overflow
-        return largest * (rows / largest[:, None]).norm(dim=1)
+        return torch.cat([_lengths(part.double()) for part in self.weight.split(1 << 14)])
 
     def lengths(self) -> Tensor | None:
         """(K,) float32: lengths of the prototypes in the logits of training; None where those are cosines.
@@ -118,6 +116,11 @@ class PrototypeSet:
             return self.scale.float().abs()
         linear = re.search(r"(^|[./])(last_layer2?|layer)\.weight$", self.key)
         return self.norms().float() if linear else None
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    largest = rows.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)  # squares of 1e200 overflow
+    return largest * (rows / largest[:, None]).norm(dim=1)
 
 
 def clean(key: str) -> str:

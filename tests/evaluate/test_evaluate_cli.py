@@ -3,69 +3,17 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from command import failing, images
 
 from uncollapse.checkpoint import save_checkpoint
 from uncollapse.cli import main
-from uncollapse.config import dump_config, load_config, tiny
+from uncollapse.config import load_config, tiny
 from uncollapse.evaluate import extract as extraction
-from uncollapse.evaluate.result import Result
 from uncollapse.evaluate.tasks import TASKS, Task, chosen
 from uncollapse.evaluation_section import interval, number
 from uncollapse.state import build_state, state_dicts
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run folder of the tiny demo, untrained but for a nudge."""
-    config = tiny(load_config("demo", {"data.path": "builtin:digits"}))
-    state = build_state(config)
-    with torch.no_grad():
-        for p in state.teacher.parameters():
-            p.add_(0.01 * torch.randn_like(p))
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text(dump_config(config))
-    save_checkpoint(folder / "checkpoints", 7, {"config": dataclasses.asdict(config), **state_dicts(state)}, 1)
-    return folder
-
-
-@pytest.fixture
-def tasks(monkeypatch):
-    """Stand-ins that say what they were given, so that these tests are of the command and not of the protocols."""
-    calls = []
-
-    def stand_in(name):
-        def work(context):
-            calls.append((name, context))
-            n = len(context.test) if context.test is not None else 9
-            return Result(name, {"top1": 0.5, "count": 12.0}, (0.4, 0.6), n, f"protocol of {name}", f"source of {name}")
-
-        return work
-
-    for name, task in list(TASKS.items()):
-        monkeypatch.setitem(TASKS, name, dataclasses.replace(task, run=stand_in(name)))
-    return calls
-
-
-def images(folder, classes, each, size=12, seed=0):
-    rng = np.random.default_rng(seed)
-    for c in classes:
-        (folder / c).mkdir(parents=True)
-        for i in range(each):
-            pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / c / f"{i}.png")
-    return folder
-
-
-def failing(*words):
-    with pytest.raises(SystemExit) as caught:
-        main(["evaluate", *map(str, words)])
-    return caught.value.code
-
 
 # ------------------------------------------------------------------------------------------ what it does
 
@@ -279,119 +227,6 @@ def test_the_protocols_themselves_from_one_end_to_the_other(run, capsys):
     assert content["knn"]["top1"] == expected["top1"] > 0.5
     (of_set,) = json.loads((run / "evaluation.json").read_text())["data"].values()
     assert all(task["command"] for task in of_set["encoders"]["teacher"]["tasks"].values())
-
-
-# ------------------------------------------------------------------------------------- what goes wrong
-
-
-def test_one_failing_task_does_not_lose_the_others(run, tasks, monkeypatch, capsys):
-    def broken(context):
-        raise ValueError("k is 20 but there\nare 3")
-
-    monkeypatch.setitem(TASKS, "knn", dataclasses.replace(TASKS["knn"], run=broken))
-    assert failing(run, "--tasks", "knn,linear", "--json") == 1
-    shown = capsys.readouterr()
-    assert list(json.loads(shown.out)) == ["linear"]
-    assert "teacher: knn failed: k is 20 but there are 3" in shown.err
-    (data,) = json.loads((run / "evaluation.json").read_text())["data"].values()
-    assert set(data["encoders"]["teacher"]["tasks"]) == {"linear"}
-
-
-def test_an_interruption_keeps_the_tasks_that_were_done(run, tasks, monkeypatch):
-    def stopped(context):
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(TASKS, "linear", dataclasses.replace(TASKS["linear"], run=stopped))
-    assert failing(run, "--tasks", "knn,linear") == 130
-    (data,) = json.loads((run / "evaluation.json").read_text())["data"].values()
-    assert set(data["encoders"]["teacher"]["tasks"]) == {"knn"}
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--tasks", "knnn"], "no task 'knnn'; there are knn, linear"),
-        (["--tasks", "knnn,all"], "no task 'knnn'"),
-        (["--masks", "nowhere"], "--masks: nowhere is no folder"),
-        (["--tasks", ","], "no task named"),
-        (["--tasks", "transfer"], "--sets"),
-        (["--tasks", "segment"], "--masks"),
-        (["--limit", "1"], "--limit: must be at least 2"),
-        (["--batch", "0"], "--batch"),
-        (["--max-steps", "0"], "--max-steps: must be at least 1"),
-        (["--workers", "-1"], "--workers"),
-        (["--long-tail", "0.5"], "--long-tail"),
-        (["--cache", "x", "--no-cache"], "exclude each other"),
-        (["--weights", "x"], "is for timm:NAME"),
-        (["--optim.lr", "1"], "takes no --optim.lr"),
-        (["--data", "nowhere"], "nowhere"),
-        (["--data", "builtin:letters"], "builtin"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_2(run, tasks, capsys, words, says):
-    assert failing(run, *words) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert says in line
-    assert line.startswith("uncollapse: error: ")
-    assert not (run / "evaluation.json").exists()
-
-
-@pytest.mark.parametrize("source", ["none.pth", "timm:none"])
-def test_a_source_that_is_none(tasks, tmp_path, capsys, source, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert failing(source, "--data", "builtin:digits") == 2
-    assert "none" in capsys.readouterr().err
-
-
-def test_data_is_needed_where_the_encoder_has_none(tasks, capsys):
-    assert failing("timm:resnet10t") == 2
-    assert "--data TRAIN[,TEST]" in capsys.readouterr().err
-
-
-def test_untrained_of_a_random_model_is_refused(tasks, capsys):
-    assert failing("timm:resnet10t", "--untrained", "--data", "builtin:digits") == 2
-    assert "random start already" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_data_without_labels_names_the_file_and_the_tasks(run, tasks, tmp_path, capsys, part):
-    for name in ("train", "test"):
-        images(tmp_path / name, "ab", 3)
-    for i, path in enumerate((tmp_path / part).rglob("*.png")):
-        path.rename(tmp_path / part / f"{i}.png")
-    assert failing(run, "--data", f"{tmp_path / 'train'},{tmp_path / 'test'}", "--tasks", "knn,linear") == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{tmp_path / part}: no labels, which knn, linear need" in line
-    assert "lies beside the class folders (6 such file(s))" in line
-
-
-def test_one_class_is_nothing_to_tell_apart(run, tasks, tmp_path, capsys):
-    images(tmp_path / "train", "a", 5)
-    assert failing(run, "--data", tmp_path / "train") == 2
-    assert "all of one class" in capsys.readouterr().err
-
-
-def test_damaged_weights_are_named_before_any_task(tmp_path, tasks, capsys, run):
-    path = next((run / "checkpoints").glob("*.pt"))
-    content = torch.load(path, weights_only=True)
-    content["teacher"] = {n: t * float("nan") if t.is_floating_point() else t for n, t in content["teacher"].items()}
-    torch.save(content, tmp_path / "bad.pt")
-    assert failing(tmp_path / "bad.pt", "--data", "builtin:digits", "--no-cache") == 2
-    assert "images are NaN or infinite" in capsys.readouterr().err
-    assert tasks == []
-
-
-def test_a_class_without_training_images_is_said(run, tasks, tmp_path, capsys):
-    images(tmp_path / "train", "abc", 3)
-    images(tmp_path / "test", "abc", 2)
-    for path in (tmp_path / "train" / "c").iterdir():
-        path.unlink()
-    Image.new("RGB", (9, 9)).save(tmp_path / "train" / "a" / "z.png")
-    main(["evaluate", str(run), "--data", f"{tmp_path / 'train'},{tmp_path / 'test'}", "--tasks", "knn"])
-    said = "1 class(es) of the test part have no training image: their 2 test images stay in"
-    assert said in capsys.readouterr().out
-    (data,) = json.loads((run / "evaluation.json").read_text())["data"].values()
-    assert any(said in note for note in data["encoders"]["teacher"]["notes"])
 
 
 @pytest.mark.parametrize(
