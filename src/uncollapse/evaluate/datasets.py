@@ -278,6 +278,8 @@ def _unreadable(part: Part, index: np.ndarray, images: ImageSet) -> list[str]:
 
 def _same_files(train: Part, train_index: np.ndarray, test: Part, test_index: np.ndarray) -> int:
     """Test images whose file, or row of a file, is a training image as well."""
+    if train is test:  # a part of it is held out
+        return 0
     if not isinstance(train, Items) or not isinstance(test, Items) or type(train.source) is not type(test.source):
         return 0
     if isinstance(train.source, ParquetRows) and isinstance(test.source, ParquetRows):
