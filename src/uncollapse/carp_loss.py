@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from uncollapse.autograd import first_order
 from uncollapse.cross_entropy import SoftmaxTargets, exponent_floor
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
 from uncollapse.losses import pair_count
@@ -127,7 +127,7 @@ class _Carp(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from uncollapse.distributed import Group, gather_rows, logsumexp_over_ranks, rank_and_size, sum_over_ranks
+from uncollapse.autograd import first_order
+from uncollapse.distributed import Group, gather_rows, max_over_ranks, rank_and_size, sum_over_ranks
 
 _BLOCK = 1 << 23
 """Logits in flight at once: 32 MiB of float32. Matrix products with fewer rows run well below the processor's rate."""
@@ -98,7 +98,7 @@ def fused_cross_entropy(
     parts: list[Tensor | None] = (
         [*targets] if not isinstance(targets, SoftmaxTargets) else [targets.z, targets.weight, targets.bias]
     )
-    _check(z, weight, parts, soft, pairing, row_weight, group)
+    _check(z, weight, parts, soft, pairing, row_weight, bias, group)
     rule = _Rule(
         temperature,
         targets.temperature if isinstance(targets, SoftmaxTargets) else None,
@@ -120,10 +120,11 @@ def _check(
     soft: bool,
     pairing: Tensor,
     row_weight: Tensor,
+    bias: Tensor | None,
     group: Group,
 ) -> None:
     views, n, dim = z.shape
-    first = parts[0]
+    first = parts[0] if parts else None
     if first is None:
         raise ValueError("no targets")
     if not soft and group is not None:
@@ -136,6 +137,18 @@ def _check(
         names = ("pairing", "row_weight", "images of the targets", "prototypes of the targets", "length of a prototype")
         wrong = [f"{name} is {g}, not {w}" for name, g, w in zip(names, got, wanted, strict=True) if g != w]
         raise ValueError("; ".join(wrong))
+    if soft:
+        _, weight_t, bias_t = parts
+        if weight_t is not None and weight_t.shape[1] != first.shape[2]:
+            raise ValueError(f"the targets' z have {first.shape[2]} dimensions, their prototypes {weight_t.shape[1]}")
+        biases = {"bias": bias, "bias of the targets": bias_t}
+    else:
+        if odd := [tuple(t.shape) for t in parts if t is not None and t.shape != (n, len(weight))]:
+            raise ValueError(f"targets must be {(n, len(weight))} each, images by prototypes; one is {odd[0]}")
+        biases = {"bias": bias}
+    for name, b in biases.items():
+        if b is not None and b.shape != (len(weight),):
+            raise ValueError(f"{name} is {tuple(b.shape)}, not {(len(weight),)}")
 
 
 @dataclass(frozen=True)
@@ -159,7 +172,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
@@ -336,7 +349,7 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, 
 
 
 def _exponentiate(logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """In place; the rows' log-sum-exp over all ranks, and the factor that makes softmax of the exponentials."""
+    """In place; the rows' float64 log-sum-exp over all ranks, and the factor that makes softmax of the exponentials."""
     n, k = logits.shape
     top, total = logits.new_empty(n), logits.new_empty(n)
     lowest, floor = torch.finfo(logits.dtype).min, exponent_floor(logits.dtype)
@@ -346,8 +359,13 @@ def _exponentiate(logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
         top[rows].clamp_(min=lowest)  # a rank whose prototypes are all ruled out
         part.sub_(top[rows].unsqueeze(1)).clamp_(min=floor).exp_()
         torch.sum(part, dim=-1, out=total[rows])
-    log_sum = logsumexp_over_ranks(top + total.log(), group)
-    return log_sum, (top - log_sum).exp()
+    if group is not None:
+        highest = max_over_ranks(top.clone(), group)
+        share = (top - highest).exp()
+        top, total = highest, sum_over_ranks(total * share, group)
+        return top.double() + total.double().log(), share / total
+    # Not exp(top - log_sum): of logits with a large common part that would lose all the digits behind it.
+    return top.double() + total.double().log(), 1 / total
 
 
 def exponent_floor(dtype: torch.dtype) -> float:

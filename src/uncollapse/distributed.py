@@ -41,10 +41,22 @@ def max_over_ranks(x: Tensor, group: Group) -> Tensor:
 
 
 def gather_rows(x: Tensor, group: Group) -> Tensor:
-    """``(n, ...)`` of each rank → ``(W n, ...)`` in rank order on all of them; no gradient. Equal n on all ranks."""
+    """``(n, ...)`` of each rank → ``(W n, ...)`` in rank order on all of them; no gradient. Equal n on all ranks.
+
+    Raises:
+        ValueError: other numbers of rows on another rank. On a GPU that is not looked for, since it would have to wait.
+    """
     if group is None:
         return x
     size = dist.get_world_size(group)
+    if x.device.type == "cpu":  # gloo would end the process
+        rows = torch.tensor([len(x), -len(x)])
+        dist.all_reduce(rows, dist.ReduceOp.MAX, group)
+        most, least = int(rows[0]), -int(rows[1])
+        if most != least:
+            raise ValueError(
+                f"ranks have between {least} and {most} rows, {len(x)} here; all need as many: drop the last batch"
+            )
     out = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
     dist.all_gather(out, x.detach().contiguous(), group)
     return torch.cat(out)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from uncollapse.autograd import first_order
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
 from uncollapse.rows import rounding
 
@@ -100,14 +101,16 @@ class _KoLeo(torch.autograd.Function):
                 neighbours = _search(unit, shards, block)
             value, grad = _pairs(unit, neighbours, eps, shards, ctx.needs_input_grad[0])
             if grad is not None:
-                ctx.save_for_backward(_through_normalisation(grad, unit, length).to(w.dtype))
+                # Not in half precision: the factor that a gradient scaler comes with need not fit.
+                ctx.save_for_backward(_through_normalisation(grad, unit, length))
+                ctx.dtype = w.dtype
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return upstream.to(grad.dtype) * grad, None, None, None, None
+        return (upstream.to(grad.dtype) * grad).to(ctx.dtype), None, None, None, None
 
 
 class _Shards:
@@ -196,7 +199,8 @@ def _search(unit: Tensor, shards: _Shards, block: int | None) -> Tensor:
 def _stand_out(x: Tensor, slack: float) -> tuple[Tensor, Tensor]:
     """The other row with the largest cosine ``(K,)``, and whether it is the largest by more than ``slack``."""
     k, groups = len(x), len(x) // _GROUP
-    cosines = _product(x, x, x.new_empty(k * k)).fill_diagonal_(-torch.inf)
+    cosines = torch.mm(x, x.T)
+    cosines.diagonal().fill_(-torch.inf)
     here = torch.arange(k, device=x.device)
     if groups:  # several times faster than one search of all
         inside = cosines[:, : groups * _GROUP].unflatten(1, (groups, _GROUP))
@@ -224,7 +228,7 @@ def _tops_inside(x: Tensor, tile: int, size: int) -> Tensor:
             cosines = _product(x[rows], x[columns], scratch)
             inside = len(x[rows]) if i == j else 0  # of these columns the rows' side shows both triangles
             if inside:
-                cosines[:, :inside].fill_diagonal_(-torch.inf)
+                cosines[:, :inside].diagonal().fill_(-torch.inf)
             tops[j // size : -(-columns.stop // size), rows] = _group_max(cosines, 1, size).T
             if inside < cosines.shape[1]:
                 after = slice(j + inside, columns.stop)
@@ -288,7 +292,8 @@ class _Found:
             torch.addmm(half, left, right.T, out=score)
             if itself:
                 score.masked_fill_((some + (self.start - start)).unsqueeze(1) == self.here[: len(rows)], -torch.inf)
-            top, at = score.max(1)
+            top = score.amax(1)
+            at = (score >= top.unsqueeze(1) - _TIE).byte().argmax(1)  # the first of those that tie
             self._open.append((some, top, at + start))
             self._count += len(some)
         if self._count > 4 * len(self.unit):

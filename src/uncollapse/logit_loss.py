@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from uncollapse.autograd import first_order
 from uncollapse.cross_entropy import exponent_floor
 from uncollapse.losses import pair_count
 
@@ -26,15 +26,21 @@ def fused_dino_loss_on_logits(
     at hand, :func:`uncollapse.losses.fused_dino_loss` needs neither logits nor their gradient in memory.
 
     Args:
-        student_logits: one ``(n, K)`` float32 or float64 per view, the teacher's views first.
+        student_logits: one ``(n, K)`` per view, the teacher's views first. Half precision, as autocast hands over, is
+            widened to float32, which takes a copy.
         targets: one ``(n, K)`` per teacher view, rows summing to 1, no gradient.
         temperature: the student's, by which the logits are divided here; 1 where they already are.
 
     Raises:
-        ValueError: fewer student views than teacher views, or no pair at all.
+        ValueError: fewer student views than teacher views, no pair at all, or shapes that differ.
     """
     pair_count(len(student_logits), len(targets))
-    loss: Tensor = _OnLogits.apply(len(student_logits), temperature, torch.is_grad_enabled(), *student_logits, *targets)
+    shape = student_logits[0].shape
+    if odd := [tuple(t.shape) for t in (*student_logits, *targets) if t.shape != shape]:
+        raise ValueError(f"logits and targets must be of one shape (images, prototypes): {tuple(shape)} and {odd[0]}")
+    dtype = reduce(torch.promote_types, (t.dtype for t in (*student_logits, *targets)), torch.float32)
+    tensors = [t.to(dtype) for t in (*student_logits, *targets)]
+    loss: Tensor = _OnLogits.apply(len(student_logits), temperature, torch.is_grad_enabled(), *tensors)
     return loss
 
 
@@ -48,7 +54,7 @@ class _OnLogits(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uncollapse.autograd import first_order
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
 
 _BLOCK = 1 << 22
@@ -28,9 +29,11 @@ def me_max(z: Tensor, weight: Tensor, temperature: float, bias: Tensor | None = 
             their gradients, as data parallelism takes it, is the gradient of one process with all rows.
 
     Returns:
-        Scalar in [0, log K] nats; 0 when the mean is uniform.
+        Scalar in [0, log K] nats, float32, or float64 where z or ``weight`` is; 0 when the mean is uniform.
     """
-    out: Tensor = _MeMax.apply(z, weight, bias, temperature, group)
+    dtype = torch.promote_types(torch.promote_types(z.dtype, weight.dtype), torch.float32)
+    bias = None if bias is None else bias.detach().to(dtype)
+    out: Tensor = _MeMax.apply(z.to(dtype), weight.to(dtype), bias, temperature, group)
     return out
 
 
@@ -48,16 +51,16 @@ class _MeMax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, group: Group) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            wide = z if z.dtype == torch.float64 else z.float()
-            mean = torch.zeros(len(weight), dtype=wide.dtype, device=z.device)
-            for block in _blocks(wide, weight):
-                mean += _assignments(wide[block], weight, bias, temperature).sum(0)
+            mean = torch.zeros(len(weight), dtype=z.dtype, device=z.device)
+            for block in _blocks(z, weight):
+                mean += _assignments(z[block], weight, bias, temperature).sum(0)
             mean = sum_over_ranks(mean, group) / (len(z) * rank_and_size(group)[1])
         ctx.save_for_backward(z, weight, bias, mean)
         ctx.temperature = temperature
         return math.log(len(weight)) - torch.special.entr(mean).sum()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, bias, mean = ctx.saved_tensors
         grad_z = torch.empty_like(z) if ctx.needs_input_grad[0] else None
@@ -67,13 +70,12 @@ class _MeMax(torch.autograd.Function):
         slope = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
         with torch.autocast(z.device.type, enabled=False):
             for block in _blocks(z, weight):
-                wide = z[block].to(mean.dtype)
-                p = _assignments(wide, weight, bias, ctx.temperature)
+                p = _assignments(z[block], weight, bias, ctx.temperature)
                 error = p * (slope - (p @ slope).unsqueeze(-1))
                 # Over the local rows only: the average over ranks makes it the global mean's gradient.
                 error *= grad / (len(z) * ctx.temperature)
                 if grad_z is not None:
-                    grad_z[block] = (error @ weight).to(z.dtype)
+                    grad_z[block] = error @ weight
                 if grad_w is not None:
-                    grad_w.addmm_(error.T, wide)
+                    grad_w.addmm_(error.T, z[block])
         return grad_z, grad_w, None, None, None

@@ -7,9 +7,10 @@ projections, responsibility-based forgetting (after Celaya & Agostini, 2015) and
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,13 @@ class OnlineMixture(nn.Module):
             raise ValueError(f"{components} components cannot be shared out over {rank_and_size(group)[1]} ranks")
         if top is not None and top < 1:
             raise ValueError(f"top must be at least 1, or None for all components: {top}")
+        for name, value, choices in (("covariance", covariance, Covariance), ("balance", balance, Balance)):
+            if value not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+        positive = {"rows": rows, "memory_steps": memory_steps, "variance_floor": variance_floor}
+        positive |= {} if temperature is None else {"temperature": temperature}
+        if wrong := [f"{name} = {value}" for name, value in positive.items() if not value > 0]:
+            raise ValueError(f"must be above 0: {', '.join(wrong)}")
         self.components = components
         self.covariance: Covariance = covariance
         self.balance: Balance = balance
@@ -105,6 +113,12 @@ class OnlineMixture(nn.Module):
         self.register_buffer("offset", torch.zeros(count))
         self.register_buffer("queue", torch.zeros(queue, dim))
         self.register_buffer("queued", torch.zeros((), dtype=torch.long))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnlineMixture:
+        memo[id(self.group)] = self.group  # a copy belongs to the same ranks
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__dict__ = copy.deepcopy(self.__getstate__(), memo)
+        return new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_spare": None}  # scratch memory is no part of a copy
@@ -165,7 +179,10 @@ class OnlineMixture(nn.Module):
             known = self.queue[: int(self.queued.clamp(max=len(self.queue)))] if len(self.queue) else x[:0]
             balanced = self.balance == "sinkhorn"
             rows = torch.cat([x, known]) if balanced and len(known) else x
-            posterior = Posterior(self._features(rows), self._components(beta), self.offset, self.budget, self._spare)
+            # What was allocated under inference_mode cannot be written to outside of it.
+            usable = self._spare is not None and self._spare.is_inference() == torch.is_inference_mode_enabled()
+            spare = self._spare if usable else None
+            posterior = Posterior(self._features(rows), self._components(beta), self.offset, self.budget, spare)
             if balanced:
                 self._rebalance(posterior)
                 self._enqueue(x)
@@ -215,7 +232,7 @@ class OnlineMixture(nn.Module):
                 self.variance[part] = variance
         if self.covariance == "shared" and self.temperature is None:
             total, mass = self._sum(shared)
-            self.variance.fill_(total / mass).clamp_min_(self.variance_floor)
+            self.variance.copy_(torch.where(mass > 0, total / mass, self.variance)).clamp_min_(self.variance_floor)
 
     # --- what the posterior asks for --------------------------------------------------------------------
 

@@ -27,12 +27,20 @@ def convert(module: nn.Module, group: Group = None) -> nn.Module:
     Raises:
         TypeError: a subclass of batch norm with a forward pass of its own.
     """
-    if group is None and world() is None:
-        return module
+    return module if group is None and world() is None else _convert(module, group, {})
+
+
+def _convert(module: nn.Module, group: Group, done: dict[nn.Module, nn.Module]) -> nn.Module:
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncedNorm | nn.SyncBatchNorm):
-        return SyncedNorm(module, group)
-    for name, child in module.named_children():
-        setattr(module, name, convert(child, group))
+        # One norm in two places stays one: `named_children` would name it once and leave the other place as it was.
+        if module not in done:
+            done[module] = SyncedNorm(module, group)
+        return done[module]
+    if module not in done:
+        done[module] = module
+        for name, child in module._modules.items():
+            if child is not None:
+                setattr(module, name, _convert(child, group, done))
     return module
 
 
