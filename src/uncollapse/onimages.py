@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +16,14 @@ from torch import Tensor, nn
 from uncollapse.backbones import Encoder
 from uncollapse.config import Config, DataConfig, ViewConfig
 from uncollapse.data import load_images
+from uncollapse.diagnosis import Diagnosis, wide_of
 from uncollapse.formats import PrototypeSet
 from uncollapse.images import DataError, ImageSet, subset
-from uncollapse.judging import WIDE, judge
+from uncollapse.judging import judge
 from uncollapse.metrics import alignment, effective_rank, prototype_argmax, prototype_report, uniformity
 from uncollapse.reading import InputError
 from uncollapse.rebuild import Rebuilt
 from uncollapse.summary import VIEWS, extract, nearest_images, project_views
-
-if TYPE_CHECKING:
-    from uncollapse.diagnosis import Diagnosis
 
 TEMPERATURES = {"MSN": 0.025, "SwAV": 0.05, "CAPI": 0.06, "CARP": 1.0}
 """Of the targets, where a family's published recipe differs from DINO's final 0.07. CARP has none, so 1."""
@@ -197,7 +195,7 @@ def look(
         d.notes.append("mean target and 'used by logits' add the layer's bias; all else is by the cosine")
     d.verdict = judge(
         d.prototypes, d.zero_rows + d.non_finite_rows, d.dim, d.unique, d.random, report.used,
-        report.effective[d.epsilon], len(z), unit, None if d.sweep is None else d.sweep.unique.get(WIDE),
+        report.effective[d.epsilon], len(z), unit, wide_of(d.sweep),
     )  # fmt: skip
 
 

@@ -45,10 +45,10 @@ def knn(
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if any(k < 1 for k in ks):
         raise ValueError(f"k must be at least 1, got {list(ks)}")
-    # Where even the smallest is too large, all training images vote.
-    usable = sorted({k for k in ks if k <= len(train)}) or [len(train)] * bool(ks)
-    if not usable:
+    if not ks:
         raise ValueError("no k is given")
+    # Where even the smallest is too large, all training images vote.
+    usable = sorted({k for k in ks if k <= len(train)}) or [len(train)]
     correct = predictions(train, test, usable, temperature, device)
     _, _, truth = labelled(train, test)
     right = {k: (p.numpy() == truth) for k, p in correct.items()}

@@ -208,8 +208,7 @@ def _train(
     x, y = x.mul_(scale).to(device), y.to(device)
     batch, steps = steps_for(len(x))
     generator = torch.Generator().manual_seed(seed)
-    all_columns = torch.arange(x.shape[1])
-    grids = [_Grid(len(all_columns[c]), classes, rates, batch, generator, x.device) for c, rates in groups]
+    grids = [_Grid(x[:, c].shape[1], classes, rates, batch, generator, x.device) for c, rates in groups]
     order, at = torch.randperm(len(x), generator=generator), 0
     for step in range(steps):
         if at + batch > len(x):
