@@ -16,6 +16,7 @@ from torch import Tensor
 from uncollapse.backbones import Encoder
 from uncollapse.checkpoint import write_atomically
 from uncollapse.config import Config
+from uncollapse.fingerprint import image_digests
 from uncollapse.images import ImageSet, MemoryImages, subset
 from uncollapse.loading import eval_batches, view_loader
 from uncollapse.metrics import PrototypeReport, prototype_report, usage_counts
@@ -92,6 +93,7 @@ def finish_run(
         "steps": steps,
         "n_train": len(train_images),
         "n_held_out": len(held_out),
+        **image_digests(train_images, held_out),
         **_jsonable(report),
         "alive": monitor.alive(),
         "alive_window": min(monitor.window, monitor.calls),
