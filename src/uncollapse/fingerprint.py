@@ -34,7 +34,7 @@ def image_digest(images: ImageSet) -> str:
         root = _common_folder(names)
         sizes = _sizes(files)
         for name, file in zip(names, files, strict=True):
-            digest.update(f"{name[len(root) :]}\0{sizes[file]}\n".encode(errors="surrogateescape"))
+            digest.update(f"{name[len(root) :].lstrip('/')}\0{sizes[file]}\n".encode(errors="surrogateescape"))
     else:
         _add_pixels(digest, images)
     if images.labels is not None:
@@ -54,9 +54,8 @@ def _file_of(name: str) -> str:
 
 
 def _common_folder(names: Sequence[str]) -> str:
-    """What every name begins with, up to a folder's end: that of the first and last in order is that of all."""
-    shared = os.path.commonprefix([min(names), max(names)]) if names else ""
-    return shared[: shared.rfind("/") + 1]
+    """The deepest folder above every name: that of the first and last in order is that of all."""
+    return os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))])
 
 
 def _sizes(files: Sequence[str]) -> dict[str, int]:
