@@ -7,14 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uncollapse.config import (
+    ARMS,
     KINDS,
     Config,
     ConfigError,
+    arm_keys,
+    arm_name,
     build_config,
     dump_config,
     load_config,
     parse_value,
     recipe_names,
+    targets_of,
     tiny,
 )
 
@@ -130,3 +134,28 @@ def test_any_valid_value_survives_the_file(lr, batch, flip, seed):
     again = build_config(yaml.safe_load(dump_config(config)))
     assert again == config
     assert dataclasses.replace(Config(), seed=seed).seed == config.seed
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_is_named_by_what_makes_it(arm):
+    assert arm_name(load_config("demo", arm_keys(arm)).prototypes) == arm
+
+
+def test_targets_are_the_modes_own_unless_the_recipe_says_otherwise():
+    def targets(**keys):
+        return targets_of(load_config("demo", {f"prototypes.{k}": v for k, v in keys.items()}).prototypes)
+
+    assert targets(kind="joint") == targets(kind="decoupled-paper") == "centred"
+    assert targets(kind="decoupled") == "posterior"
+    assert targets(kind="decoupled", targets="sinkhorn") == "sinkhorn"
+    assert arm_name(
+        load_config("demo", {"prototypes.kind": "decoupled", "prototypes.targets": "centred"}).prototypes
+    ) == ("decoupled-centred")
+    with pytest.raises(ConfigError, match=r"prototypes.targets: only a mixture has a posterior, joint has none"):
+        targets(kind="joint", targets="posterior")
+
+
+def test_a_run_folder_of_before_names_its_target_inside_the_mixture():
+    content = {"prototypes": {"kind": "decoupled", "mixture": {"target": "centred", "top": 3}}}
+    prototypes = build_config(content).prototypes
+    assert (prototypes.targets, prototypes.mixture.top) == ("centred", 3)

@@ -5,21 +5,21 @@ import json
 import pytest
 
 from uncollapse.cli import main
-from uncollapse.config import KINDS
+from uncollapse.config import ARMS
 
 
 @pytest.mark.slow
-def test_demo_compares_five_arms_and_goes_on_where_it_stopped(tmp_path, capsys):
+def test_demo_compares_all_arms_and_goes_on_where_it_stopped(tmp_path, capsys):
     out = tmp_path / "demo"
     main(["demo", "--out", str(out), "--max-steps", "4"])
     shown = capsys.readouterr().out
     arms = json.loads((out / "summary.json").read_text())["arms"]
-    assert [a["name"] for a in arms] == list(KINDS)
+    assert [a["name"] for a in arms] == list(ARMS)
     assert all(a["steps"] == 4 and a["prototypes"] == 1024 and a["n_held_out"] == 359 for a in arms)
     fixed = next(a for a in arms if a["name"] == "fixed")
     assert fixed["unique"]["0.025"] == 1024
     assert fixed["used"] < 512  # what the share of unique prototypes hides
-    assert all(name in shown for name in KINDS)
+    assert all(name in shown for name in ARMS)
     page = (out / "report.html").read_text()
     assert "https://" not in page
     assert "http://" not in page

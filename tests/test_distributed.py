@@ -9,12 +9,12 @@ import torch
 
 from ranks import on_ranks
 from uncollapse.checkpoint import load_checkpoint
-from uncollapse.config import load_config, tiny
+from uncollapse.config import arm_keys, load_config, tiny
 from uncollapse.distributed import shard
 from uncollapse.diversity import koleo_proto, nearest_neighbours
 
 multiprocessing.set_forkserver_preload(["uncollapse.train", "uncollapse.summary", "timm", "ranks"])
-KINDS = ("joint", "koleo", "decoupled")
+KINDS = ("joint", "joint-sinkhorn", "koleo", "decoupled")
 STEPS = 4
 
 # --- KoLeo-Proto, each rank with some of the rows -----------------------------------------------------------
@@ -68,7 +68,7 @@ def test_shards_give_the_value_and_gradient_of_the_whole(size, tmp_path):
 
 def recipe(kind):
     """Batch norm in the convolutions and in the head; nothing that is random by rank."""
-    options = {"prototypes.kind": kind, "optim.name": "sgd", "optim.lr": 0.3, "optim.warmup_epochs": 0.0}
+    options = {**arm_keys(kind), "optim.name": "sgd", "optim.lr": 0.3, "optim.warmup_epochs": 0.0}
     options |= {"prototypes.freeze_epochs": 0.0, "prototypes.koleo_every": 2, "teacher.momentum": 0.9}
     config = tiny(load_config("demo", options))
     assert config.backbone.name == "conv3"
@@ -108,8 +108,9 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_runs_on_ranks_equal_a_run_alone(size, alone, tmp_path):
-    """1e-4 after four steps: the batch's sums are rounded in another order."""
+    """1e-4 after four steps: the batch's sums are rounded in another order; sharp balanced targets pass on more."""
     together = on_ranks(train_on_rank, size, tmp_path, tmp_path)[0]
     assert together.keys() == alone.keys()
     for name, expected in alone.items():
-        torch.testing.assert_close(together[name], expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        bound = 4e-4 if name.startswith("joint-sinkhorn") else 1e-4
+        torch.testing.assert_close(together[name], expected, rtol=bound, atol=bound, msg=lambda m, n=name: f"{n}: {m}")

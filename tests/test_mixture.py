@@ -362,10 +362,11 @@ def test_targets_of_a_set_are_its_responsibilities(covariance, temperature):
     z = torch.nn.functional.normalize(torch.randn(2, 20, 6, generator=rng), dim=-1)
     for _ in range(3):
         mixture.observe(z.flatten(0, 1))
-    prototypes = MixturePrototypes(mixture, own_target=True)
+    prototypes = MixturePrototypes(mixture)
     targets = prototypes.posterior(z, 0.1)
     torch.testing.assert_close(targets.dense().flatten(0, 1), mixture.responsibilities(z.flatten(0, 1)))
-    loss = DINO(50).loss([*z, z[0]], DINO(50).targets(z, prototypes, 0.1), prototypes, 0.1)
+    objective = DINO(50, target="posterior")
+    loss = objective.loss([*z, z[0]], objective.targets(z, prototypes, 0.1), prototypes, 0.1)
     expected = dino_loss([prototypes.logits(v, "student", 0.1) for v in [*z, z[0]]], list(targets.dense()))
     torch.testing.assert_close(loss, expected)
 
@@ -375,7 +376,7 @@ def test_a_recipe_can_ask_for_the_largest_responsibilities_alone(kind):
     z = F.normalize(torch.randn(32, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
     means = {}
     for top in (None, 2, 16):
-        prototypes = build_prototypes(PrototypeConfig(kind, 16, mixture=MixtureConfig(top=top)), 8, len(z), 0)
+        prototypes = build_prototypes(PrototypeConfig(kind, count=16, mixture=MixtureConfig(top=top)), 8, len(z), 0)
         prototypes.observe(z, 0.5)
         means[top] = prototypes.mixture.mean
     torch.testing.assert_close(means[None], means[16])

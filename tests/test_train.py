@@ -16,15 +16,15 @@ from PIL import Image
 
 from uncollapse.checkpoint import load_checkpoint
 from uncollapse.cli import main
-from uncollapse.config import KINDS, build_config, load_config, tiny
+from uncollapse.config import ARMS, arm_keys, build_config, load_config, tiny
 from uncollapse.loop import TrainingError
 from uncollapse.runlog import read_rows
 from uncollapse.state import assert_separate, build_state, clip_each
 from uncollapse.train import train
 
 
-def tiny_demo(kind="joint", **overrides):
-    return tiny(load_config("demo", {"prototypes.kind": kind, **overrides}))
+def tiny_demo(arm="joint", **overrides):
+    return tiny(load_config("demo", {**arm_keys(arm), **overrides}))
 
 
 def run(config, out, **options):
@@ -46,9 +46,9 @@ def learned(folder):
     return {k: state[k] for k in ("step", "student", "teacher", "prototypes", "objective", "optimizer", "monitor")}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_resume_reaches_the_same_bits(kind, tmp_path):
-    config = tiny_demo(kind)
+@pytest.mark.parametrize("arm", ARMS)
+def test_resume_reaches_the_same_bits(arm, tmp_path):
+    config = tiny_demo(arm)
     run(config, tmp_path / "whole", max_steps=11)
     run(config, tmp_path / "parts", max_steps=4)
     run(config, tmp_path / "parts", max_steps=11, resume=True)
@@ -84,7 +84,7 @@ def test_kill_9_at_any_moment_then_resume_reaches_the_same_bits(tmp_path):
 
 
 def test_arms_share_their_start_and_their_batches(tmp_path):
-    states = [build_state(tiny_demo(kind)) for kind in KINDS]
+    states = [build_state(tiny_demo(arm)) for arm in ARMS]
     first = states[0].student.state_dict()
     assert all(same(first, s.student.state_dict()) for s in states)
     other = build_state(tiny_demo(seed=1)).student.state_dict()
@@ -100,7 +100,7 @@ def test_decoupled_prototypes_are_out_of_every_optimisers_reach(tmp_path):
 
 
 def test_what_moves_and_what_does_not(tmp_path):
-    for kind in KINDS:
+    for kind in ARMS:
         config = tiny_demo(kind)
         before = build_state(config).prototypes.vectors("student")
         run(config, tmp_path / kind, max_steps=3)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from uncollapse.config import (
-    KINDS,
+    ARMS,
     Config,
     ConfigError,
+    arm_keys,
+    arm_name,
     load_config,
     parse_value,
     recipe_names,
@@ -72,11 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="five ways to learn prototypes, compared on real images in minutes")
+    demo = commands.add_parser("demo", help="ways to learn prototypes, compared on real images in minutes")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: %(default)s)")
     demo.add_argument("--seeds", type=int, default=1, help="runs per arm; more than 1 gives mean ± spread")
     demo.add_argument("--max-steps", type=int, help="stop every arm after so many steps")
-    demo.add_argument("--arms", nargs="+", choices=KINDS, default=list(KINDS), help="default: all five")
+    demo.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all six")
     demo.add_argument("--jobs", type=int, help="arms trained at once (default: one per core)")
     demo.set_defaults(run=_demo)
 
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("recipe", nargs="?", help="a recipe's name or a YAML file")
     train.add_argument("--data", help="image folder, Parquet file or folder of them, or builtin:digits")
-    train.add_argument("--prototypes", choices=KINDS, help="how prototypes are learned")
+    train.add_argument("--prototypes", choices=ARMS, help="how prototypes are learned")
     train.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE-PROTOTYPES-seedN)")
     train.add_argument("--max-steps", type=int, help="stop after this many steps in all")
     train.add_argument("--tiny", action="store_true", help="shrink the recipe to run in seconds")
@@ -168,7 +170,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         summary = train(config, out, arguments.max_steps, arguments.resume is not None, progress, say, arguments.device)
     if main_rank:
         print_table([summary])
-        write_report([read_run(out)], out / "report.html", f"{config.prototypes.kind} on {summary['data']}", [])
+        write_report([read_run(out)], out / "report.html", f"{arm_name(config.prototypes)} on {summary['data']}", [])
         print(f"diagnosis took {100 * summary['diagnosis_share']:.2f} % of the run's time")
         print(f"report      {out / 'report.html'}")
 
@@ -180,14 +182,14 @@ def _new_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
         builtin = arguments.data.startswith("builtin:")
         overrides["data.path"] = arguments.data if builtin else str(Path(arguments.data).resolve())
     if arguments.prototypes is not None:
-        overrides["prototypes.kind"] = arguments.prototypes
+        overrides.update(arm_keys(arguments.prototypes))
     config = load_config(arguments.recipe, overrides)
     if arguments.tiny:
         config = tiny(config)
     if not config.data.path:
         raise ConfigError("--data PATH: say where the images are (a folder, Parquet, or builtin:digits)")
     stem = Path(arguments.recipe).stem
-    return config, arguments.out or Path("runs") / f"{stem}-{config.prototypes.kind}-seed{config.seed}"
+    return config, arguments.out or Path("runs") / f"{stem}-{arm_name(config.prototypes)}-seed{config.seed}"
 
 
 def _resumed(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path]:

@@ -20,6 +20,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "fixed"]
 KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed")
+TargetKind = Literal["centred", "sinkhorn", "posterior"]
+ARMS = ("joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fixed")
+"""What a comparison should hold: every way to learn prototypes, and joint ones with balanced targets, which tell the
+effect of decoupling from that of balancing."""
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -119,8 +123,6 @@ class MixtureConfig:
     """First inverse temperature β of the annealed E-step (1: no annealing)."""
     anneal_steps: Unit | None = None
     """Share of training after which β has reached 1."""
-    target: Literal["posterior", "centred"] | None = None
-    """The teacher's target: the mixture's posterior, or DINO's centred softmax over cosines."""
     top: Positive | None = None
     """Only each projection's so many largest responsibilities count in the M-step; null: all of them."""
 
@@ -128,6 +130,9 @@ class MixtureConfig:
 @dataclass(frozen=True)
 class PrototypeConfig:
     kind: PrototypeKind = "joint"
+    targets: TargetKind | None = None
+    """The teacher's target: DINO's centred softmax over cosines, the same balanced by Sinkhorn over the batch, or the
+    mixture's posterior. null: the mode's own, the posterior for ``decoupled`` and ``centred`` for all others."""
     count: Annotated[int, Field(ge=2)] = 65536
     learn_norm: bool = True
     """Whether the length of each prototype is learned (DINO's ``norm_last_layer=False``)."""
@@ -212,6 +217,27 @@ class Config:
 for _cls in (DataConfig, ViewConfig, BackboneConfig, HeadConfig, MixtureConfig, PrototypeConfig,
              TeacherConfig, OptimConfig, RunConfig, LogConfig, Config):  # fmt: skip
     _cls.__pydantic_config__ = _strict  # type: ignore[union-attr]
+
+
+def targets_of(prototypes: PrototypeConfig) -> TargetKind:
+    """The teacher's target that is in force: the recipe's, or the mode's own."""
+    return prototypes.targets or _own_targets(prototypes.kind)
+
+
+def _own_targets(kind: PrototypeKind) -> TargetKind:
+    return "posterior" if kind == "decoupled" else "centred"
+
+
+def arm_name(prototypes: PrototypeConfig) -> str:
+    """What a comparison calls such a run: its mode, and its targets where they are not the mode's own."""
+    targets = targets_of(prototypes)
+    return prototypes.kind if targets == _own_targets(prototypes.kind) else f"{prototypes.kind}-{targets}"
+
+
+def arm_keys(arm: str) -> dict[str, Any]:
+    """The keys of a recipe that make an arm of `ARMS`; the inverse of `arm_name`."""
+    kind, balanced = arm.removesuffix("-sinkhorn"), arm.endswith("-sinkhorn")
+    return {"prototypes.kind": kind, **({"prototypes.targets": "sinkhorn"} if balanced else {})}
 
 
 class _Loader(yaml.SafeLoader):
@@ -305,6 +331,7 @@ def build_config(content: dict[str, Any], source: str = "config") -> Config:
     Raises:
         ConfigError: unknown key, wrong type or impossible value; one line that names the key.
     """
+    content = _as_now(content)
     try:
         config = TypeAdapter(Config).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
@@ -314,6 +341,18 @@ def build_config(content: dict[str, Any], source: str = "config") -> Config:
     for key, problem in _impossible(config):
         raise ConfigError(f"{source}: {key}: {problem}")
     return config
+
+
+def _as_now(content: dict[str, Any]) -> dict[str, Any]:
+    """Keys of run folders of before under their names of today."""
+    prototypes = content.get("prototypes")
+    if not isinstance(prototypes, dict):
+        return content
+    mixture = prototypes.get("mixture")
+    if not isinstance(mixture, dict) or "target" not in mixture:
+        return content
+    rest = {key: value for key, value in mixture.items() if key != "target"}
+    return {**content, "prototypes": {"targets": mixture["target"], **prototypes, "mixture": rest}}
 
 
 def _impossible(config: Config) -> list[tuple[str, str]]:
@@ -340,6 +379,8 @@ def _impossible(config: Config) -> list[tuple[str, str]]:
                 f"{optim.min_lr} exceeds the scaled learning rate {optim.lr * run.batch / optim.lr_batch:g}",
             )
         )
+    if targets_of(config.prototypes) == "posterior" and not config.prototypes.kind.startswith("decoupled"):
+        problems.append(("prototypes.targets", f"only a mixture has a posterior, {config.prototypes.kind} has none"))
     if teacher.temperature > 1 or teacher.temperature_start > 1:
         problems.append(("teacher.temperature", "temperatures above 1 make every target uniform over cosines"))
     return problems

@@ -1,4 +1,4 @@
-"""The demonstration: one objective, five ways to learn its prototypes, from one start on the same batches."""
+"""The demonstration: one objective, several ways to learn its prototypes, from one start on the same batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from uncollapse.checkpoint import write_atomically
-from uncollapse.config import ConfigError, load_config
+from uncollapse.config import ConfigError, arm_keys, load_config
 from uncollapse.progress import run_bars
 from uncollapse.report import write_report
 from uncollapse.runs import read_run
@@ -40,14 +40,14 @@ def _start_worker(messages: Any, stopped: Any, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _train_arm(kind: str, seed: int, out: str, max_steps: int | None, overrides: dict[str, Any]) -> dict[str, Any]:
+def _train_arm(arm: str, seed: int, out: str, max_steps: int | None, overrides: dict[str, Any]) -> dict[str, Any]:
     from uncollapse.train import train
 
-    config = load_config("demo", {**overrides, "prototypes.kind": kind, "seed": seed})
+    config = load_config("demo", {**overrides, **arm_keys(arm), "seed": seed})
     started = Path(out) / "config.yaml"
     if started.exists() and load_config(started) != config:
         raise ConfigError(f"{out} holds a run of another configuration; choose another --out")
-    task = f"{kind} {seed}"
+    task = f"{arm} {seed}"
     last = 0.0
 
     def progress(done: int, total: int, loss: float) -> None:

@@ -23,9 +23,6 @@ Side = Literal["student", "teacher"]
 class Prototypes(nn.Module):
     """What an objective may ask of a set. The defaults do nothing, which is right for most ways to learn."""
 
-    own_target = False
-    """Whether `posterior` gives the target; a centre is then of no use."""
-
     def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
         """``weight (K, D)`` and optional ``bias (K,)`` with ``logits = z @ weight.T / temperature + bias``."""
         raise NotImplementedError
@@ -52,9 +49,9 @@ class Prototypes(nn.Module):
         patch tokens share balance two of the one against hundreds of the other.
         """
 
-    def posterior(self, z: Tensor, temperature: float) -> SoftmaxTargets | None:
-        """The set's own target for teacher projections ``(T, n, D)``, or None: the objective makes it."""
-        return None
+    def posterior(self, z: Tensor, temperature: float) -> SoftmaxTargets:
+        """The set's own target for teacher projections ``(T, n, D)``; only a mixture has one."""
+        raise NotImplementedError(f"{type(self).__name__} has no posterior")
 
     def after_step(self) -> None:
         """Runs after the optimiser's step (re-normalisation, a clustering step of its own)."""
@@ -131,12 +128,9 @@ class FixedPrototypes(Prototypes):
 class MixturePrototypes(Prototypes):
     """Prototypes that are the means of an online Gaussian mixture; no gradient ever reaches them."""
 
-    def __init__(
-        self, mixture: OnlineMixture, own_target: bool, anneal_start: float = 1.0, anneal_steps: float = 0.0
-    ) -> None:
+    def __init__(self, mixture: OnlineMixture, anneal_start: float = 1.0, anneal_steps: float = 0.0) -> None:
         super().__init__()
         self.mixture = mixture
-        self.own_target = own_target
         self.anneal_start = anneal_start
         self.anneal_steps = anneal_steps
 
@@ -152,14 +146,12 @@ class MixturePrototypes(Prototypes):
     def observe(self, z: Tensor, progress: float, weight: Tensor | None = None, level: str = "cls") -> None:
         self.mixture.observe(z, weight, self.beta(progress))
 
-    def posterior(self, z: Tensor, temperature: float) -> SoftmaxTargets | None:
+    def posterior(self, z: Tensor, temperature: float) -> SoftmaxTargets:
         """The mixture's own responsibilities, as sharp as its variances make them.
 
         With a fixed E-step temperature, the softmax over cosines at the teacher's: the offsets are transport
         potentials divided by the E-step's temperature, and are carried over as potentials.
         """
-        if not self.own_target:
-            return None
         mixture = self.mixture
         if mixture.temperature is None:
             return SoftmaxTargets(*mixture.linear(z.flatten(0, 1), z.shape[:2]), 1.0, mixture.offset)
@@ -189,11 +181,11 @@ def mixture_defaults(kind: str, chosen: MixtureConfig) -> MixtureConfig:
     """The mode's own value wherever the recipe says nothing.
 
     ``decoupled-paper`` reads the paper as literally as its published parts allow: one diagonal, annealed,
-    unbalanced mixture over all K, and the objective's usual target.
+    unbalanced mixture over all K.
     """
     defaults = {
-        "decoupled": MixtureConfig("isotropic", 60.0, "sinkhorn", None, 0, True, 1.0, 0.0, "posterior"),
-        "decoupled-paper": MixtureConfig("diagonal", 20.0, "none", None, 0, False, 0.05, 0.3, "centred"),
+        "decoupled": MixtureConfig("isotropic", 60.0, "sinkhorn", None, 0, True, 1.0, 0.0),
+        "decoupled-paper": MixtureConfig("diagonal", 20.0, "none", None, 0, False, 0.05, 0.3),
     }[kind]
     names = MixtureConfig.__dataclass_fields__
     merged = {n: getattr(defaults, n) if getattr(chosen, n) is None else getattr(chosen, n) for n in names}
@@ -209,4 +201,4 @@ def _mixture(config: MixtureConfig, count: int, dim: int, rows: int, generator: 
         count, dim, rows, config.covariance, config.memory_steps, config.balance, config.temperature,
         config.queue or 0, centred=bool(config.centred), generator=generator, top=config.top,
     )  # fmt: skip
-    return MixturePrototypes(mixture, config.target == "posterior", config.anneal_start, config.anneal_steps or 0.0)
+    return MixturePrototypes(mixture, config.anneal_start, config.anneal_steps or 0.0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from uncollapse.config import KINDS
+from uncollapse.config import ARMS
 from uncollapse.runlog import read_rows
 
 Row = dict[str, Any]
@@ -58,11 +58,11 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def group_runs(runs: Iterable[RunRecord]) -> Arms:
-    """Runs by arm, in the order of :data:`~uncollapse.config.KINDS` (others after), seeds ascending."""
+    """Runs by arm, in the order of :data:`~uncollapse.config.ARMS` (others after), seeds ascending."""
     arms: Arms = {}
     for run in sorted(runs, key=lambda run: run.seed):
         arms.setdefault(run.name, []).append(run)
-    order: dict[str, int] = {name: place for place, name in enumerate(KINDS)}
+    order: dict[str, int] = {name: place for place, name in enumerate(ARMS)}
     return dict(sorted(arms.items(), key=lambda item: order.get(item[0], len(order))))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.backbones import Encoder, build_backbone
-from uncollapse.config import Config, ConfigError
+from uncollapse.config import Config, ConfigError, targets_of
 from uncollapse.head import ProjectionHead
 from uncollapse.methods.dino import DINO
 from uncollapse.prototypes import Prototypes, build_prototypes
@@ -57,7 +57,7 @@ def build_state(config: Config) -> TrainState:
     teacher.requires_grad_(False)
     assert_separate(student, teacher)
     prototypes = initial_prototypes(config)
-    objective = DINO(config.prototypes.count, config.teacher.center_momentum)
+    objective = DINO(config.prototypes.count, config.teacher.center_momentum, targets_of(config.prototypes))
     return TrainState(student, teacher, prototypes, objective, build_optimizer(config, student, prototypes))
 
 

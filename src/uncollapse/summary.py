@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uncollapse.backbones import Encoder
 from uncollapse.checkpoint import write_atomically
-from uncollapse.config import Config
+from uncollapse.config import Config, arm_name
 from uncollapse.fingerprint import image_digests
 from uncollapse.images import ImageSet, MemoryImages, subset
 from uncollapse.loading import eval_batches, view_loader
@@ -86,7 +86,7 @@ def finish_run(
     report = prototype_report(vectors, z, z_views, EPSILONS)
     total = sum(seconds.values())
     summary: dict[str, Any] = {
-        "name": config.prototypes.kind,
+        "name": arm_name(config.prototypes),
         "seed": config.seed,
         "prototypes": len(vectors),
         "dim": vectors.shape[1],

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric import Fabric
 
 from uncollapse.checkpoint import load_checkpoint, write_atomically
-from uncollapse.config import Config, ConfigError, dump_config
+from uncollapse.config import Config, ConfigError, arm_name, dump_config
 from uncollapse.data import load_images
 from uncollapse.images import ImageSet, MemoryImages
 from uncollapse.loop import Loop, Progress
@@ -152,7 +152,7 @@ def banner(
         f"data        {config.data.path}: {len(train_images)} training images ({where}), "
         f"{len(held_out)} held out, labels {'for evaluation' if held_out.labels is not None else 'none'}",
         f"encoder     {config.backbone.name} → {config.head.bottleneck}-d projections",
-        f"prototypes  {protos.count}, {protos.kind}",
+        f"prototypes  {protos.count}, {arm_name(protos)}",
         f"optimiser   {optim.name}, learning rate {optim.lr:g} × {run.batch}/{optim.lr_batch} = {lr:g}",
         f"steps       {stop} of {total} ({run.epochs:g} epochs), effective batch {run.batch}"
         + (f"; continuing after step {start}" if start else ""),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from uncollapse.assign import sinkhorn_offsets
+from uncollapse.config import TargetKind
 from uncollapse.cross_entropy import SoftmaxTargets
+from uncollapse.distributed import world
 from uncollapse.losses import fused_dino_loss
 from uncollapse.prototypes import Prototypes
 
@@ -13,27 +16,29 @@ from uncollapse.prototypes import Prototypes
 class DINO(nn.Module):
     """Targets, loss and centre. The only state is the centre, a buffer that is checkpointed.
 
-    Works with any prototype set: a set that has a posterior of its own supplies the target, otherwise it
-    is the centred and sharpened softmax of the teacher's logits.
+    Works with any prototype set. Args: K; the centre's momentum; the target: ``centred`` and sharpened softmax of the
+    teacher's logits (the paper's), ``sinkhorn`` (the same balanced over the batch, as SwAV and DINOv2 do it), or the
+    set's own ``posterior``.
     """
 
     center: Tensor
 
-    def __init__(self, prototypes: int, center_momentum: float = 0.9) -> None:
+    def __init__(self, prototypes: int, center_momentum: float = 0.9, target: TargetKind = "centred") -> None:
         super().__init__()
         self.register_buffer("center", torch.zeros(prototypes))
         self.center_momentum = center_momentum
+        self.target = target
 
     @torch.no_grad()
     def targets(self, z_teacher: Tensor, prototypes: Prototypes, temperature: float) -> SoftmaxTargets:
-        """A distribution over prototypes for each of the teacher's projections ``(T, n, D)``, made where it is used.
-
-        ``softmax((logits - center) / temperature)`` unless the set has a target of its own.
-        """
-        own = prototypes.posterior(z_teacher, temperature)
-        if own is not None:
-            return own
+        """A distribution over prototypes for each of the teacher's projections ``(T, n, D)``, made where it is used."""
+        if self.target == "posterior":
+            return prototypes.posterior(z_teacher, temperature)
         weight, bias = prototypes.affine("teacher")
+        if self.target == "sinkhorn":
+            # Over both views and all ranks, as in DINOv2; a larger batch balances better.
+            offsets = sinkhorn_offsets(z_teacher.flatten(0, 1), weight, temperature, bias=bias, group=world())
+            return SoftmaxTargets(z_teacher, weight, temperature, offsets if bias is None else bias + offsets)
         shift = -self.center if bias is None else bias - self.center
         return SoftmaxTargets(z_teacher, weight, temperature, shift / temperature)
 
@@ -51,7 +56,7 @@ class DINO(nn.Module):
         Logits are linear in z, so their mean over views, batch and ranks is the logit of the mean
         projection ``z_mean (D,)``; no ``(batch, K)`` array is read again and ranks exchange D numbers.
         """
-        if prototypes.own_target:
+        if self.target != "centred":
             return
         mean_logits = prototypes.logits(z_mean.unsqueeze(0), "teacher").squeeze(0)
         self.center.lerp_(mean_logits, 1 - self.center_momentum)
