@@ -170,6 +170,8 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         summary = train(config, out, arguments.max_steps, arguments.resume is not None, progress, say, arguments.device)
     if main_rank:
         print_table([summary])
+        for note in summary.get("notes", []):
+            print(f"note        {note}")
         write_report([read_run(out)], out / "report.html", f"{arm_name(config.prototypes)} on {summary['data']}", [])
         print(f"diagnosis took {100 * summary['diagnosis_share']:.2f} % of the run's time")
         print(f"report      {out / 'report.html'}")

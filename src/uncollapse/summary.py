@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,24 +126,49 @@ def _probes(
     config: Config, state: TrainState, train_images: ImageSet, held_out: ImageSet, features: Tensor,
     labels: Tensor | None, device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
-    """kNN and linear accuracy of the teacher's features, and kNN of the untrained encoder beside it."""
-    none = dict.fromkeys(("knn", "knn_ci95", "linear", "linear_ci95", "knn_untrained"))
-    if labels is None or train_images.labels is None or len(train_images) <= K_NEIGHBOURS:
-        return none
+    """kNN and linear accuracy of the teacher's features, and kNN of the untrained encoder beside it.
+
+    One that cannot be had is None, and ``notes`` says why: the training is done, and no probe may cost it.
+    """
+    found: dict[str, Any] = dict.fromkeys(("knn", "knn_ci95", "linear", "linear_ci95", "knn_untrained"))
+    found["notes"] = []
+    if labels is None or train_images.labels is None:
+        return found
     chosen = np.random.default_rng([config.seed, 2]).permutation(len(train_images))
     bank = subset(train_images, np.sort(chosen[: config.log.evaluate_train]))
-    bank_features, _, bank_labels = extract(state.teacher, bank, config, device)
+    try:
+        bank_features, _, bank_labels = extract(state.teacher, bank, config, device)
+    except Exception as error:
+        found["notes"].append(f"no probes: {_in_words(error)}")
+        return found
     assert bank_labels is not None
-    knn = knn_accuracy(bank_features, bank_labels, features, labels, K_NEIGHBOURS)
-    linear = linear_accuracy(bank_features, bank_labels, features, labels, config.seed)
-    untrained = build_encoder(config, drop_path=False).to(device)
-    raw = [extract(untrained, images, config, device)[0] for images in (bank, held_out)]
-    n = len(labels)
-    return {
-        "knn": knn, "knn_ci95": list(confidence95(knn, n)), "knn_k": K_NEIGHBOURS, "n_bank": len(bank_features),
-        "linear": linear.accuracy, "linear_ci95": list(confidence95(linear.accuracy, n)),
-        "knn_untrained": knn_accuracy(raw[0], bank_labels, raw[1], labels, K_NEIGHBOURS),
-    }  # fmt: skip
+    k, n = min(K_NEIGHBOURS, len(bank_features)), len(labels)
+    found.update(knn_k=k, n_bank=len(bank_features))
+
+    def measure(name: str, accuracy: Callable[[], float], what: str) -> None:
+        try:
+            found[name] = accuracy()
+        except Exception as error:
+            found["notes"].append(f"no {what}: {_in_words(error)}")
+        else:
+            found[f"{name}_ci95"] = list(confidence95(found[name], n))
+
+    def linear() -> float:
+        return linear_accuracy(bank_features, bank_labels, features, labels, config.seed % 2**32).accuracy
+
+    def untrained() -> float:
+        encoder = build_encoder(config, drop_path=False).to(device)
+        raw = [extract(encoder, images, config, device)[0] for images in (bank, held_out)]
+        return knn_accuracy(raw[0], bank_labels, raw[1], labels, k)
+
+    measure("knn", lambda: knn_accuracy(bank_features, bank_labels, features, labels, k), "kNN accuracy")
+    measure("linear", linear, "linear probe")
+    measure("knn_untrained", untrained, "kNN accuracy of the untrained encoder")
+    return found
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _arrays(config: Config, vectors: Tensor, z: Tensor, held_out: ImageSet) -> dict[str, np.ndarray]:
