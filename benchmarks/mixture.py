@@ -42,6 +42,7 @@ def clustered(n: int, seed: int, device: torch.device) -> Tensor:
 
 def build(k: int, n: int, covariance: str, device: torch.device, **options: object) -> OnlineMixture:
     generator = torch.Generator().manual_seed(0)
+    options = {"balance": "none", "memory_steps": 20.0, **options}
     return OnlineMixture(k, DIM, n, covariance, generator=generator, **options).to(device)  # type: ignore[arg-type]
 
 

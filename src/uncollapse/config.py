@@ -112,11 +112,9 @@ class MixtureConfig:
     memory_steps: Above0 | None = None
     """Forgetting, as the number of training steps after which half of a component's evidence is new."""
     balance: Literal["none", "sinkhorn"] | None = None
-    """How the E-step keeps components alive: not at all, or by equal masses over batch and queue."""
+    """How the E-step keeps components alive: not at all, or by equal masses over the batch."""
     temperature: Above0 | None = None
     """Fixed temperature of the E-step over cosines; null with no default of the mode: the variances rule."""
-    queue: Count | None = None
-    """Earlier projections that balancing looks at besides the batch's own."""
     centred: bool | None = None
     """Whether prototypes are the means' directions from the middle of all means, or from the origin."""
     anneal_start: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -325,13 +323,19 @@ def _one_line(error: ValidationError, source: str) -> str:
     return f"{source}: {key}: {message}, got {first['input']!r}"
 
 
-def build_config(content: dict[str, Any], source: str = "config") -> Config:
+def build_config(content: dict[str, Any], source: str = "config", retired: bool = False) -> Config:
     """A validated :class:`Config` from nested mappings.
+
+    Args:
+        content: as YAML or a checkpoint has it.
+        source: what to call it in an error.
+        retired: whether options that no longer exist are left out, to look at what a run of before has made; without
+            it, only where they change nothing.
 
     Raises:
         ConfigError: unknown key, wrong type or impossible value; one line that names the key.
     """
-    content = _as_now(content)
+    content = _as_now(content, source, retired)
     try:
         config = TypeAdapter(Config).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
@@ -343,16 +347,22 @@ def build_config(content: dict[str, Any], source: str = "config") -> Config:
     return config
 
 
-def _as_now(content: dict[str, Any]) -> dict[str, Any]:
-    """Keys of run folders of before under their names of today."""
+def _as_now(content: dict[str, Any], source: str, retired: bool) -> dict[str, Any]:
+    """Keys of run folders of before under their names of today; what no longer exists is refused where it was used."""
     prototypes = content.get("prototypes")
     if not isinstance(prototypes, dict):
         return content
     mixture = prototypes.get("mixture")
-    if not isinstance(mixture, dict) or "target" not in mixture:
+    if not isinstance(mixture, dict):
         return content
-    rest = {key: value for key, value in mixture.items() if key != "target"}
-    return {**content, "prototypes": {"targets": mixture["target"], **prototypes, "mixture": rest}}
+    if mixture.get("queue") and not retired:
+        raise ConfigError(
+            f"{source}: prototypes.mixture.queue: this option was removed, because rows of earlier steps took the "
+            "balance and left the batch's own without; leave it out"
+        )
+    rest = {key: value for key, value in mixture.items() if key not in ("target", "queue")}
+    targets = {"targets": mixture["target"]} if "target" in mixture else {}
+    return {**content, "prototypes": {**targets, **prototypes, "mixture": rest}}
 
 
 def _impossible(config: Config) -> list[tuple[str, str]]:

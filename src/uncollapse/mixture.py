@@ -9,20 +9,38 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uncollapse.checks import check_rows
+from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.distributed import Group, max_over_ranks, rank_and_size, shard, sum_over_ranks
 from uncollapse.em import Covariance, features, forget, forgetting_factor, natural_parameters, update_moments
 from uncollapse.posterior import BUDGET, FLOOR, Components, Posterior, chunks, log_masses, sums, top_sums
 
-__all__ = ["Balance", "Covariance", "OnlineMixture", "forget", "forgetting_factor"]
+__all__ = ["PAPER", "RECOMMENDED", "Balance", "Covariance", "MixtureOptions", "OnlineMixture"]
 
 Balance = Literal["none", "sinkhorn"]
+
+
+class MixtureOptions(NamedTuple):
+    """What a mixture is and how it is fitted; `OnlineMixture` explains each."""
+
+    covariance: Covariance
+    memory_steps: float
+    balance: Balance
+    temperature: float | None
+    centred: bool
+
+
+RECOMMENDED = MixtureOptions("isotropic", 60.0, "sinkhorn", None, True)
+"""The form that keeps its prototypes alive and apart, `decoupled` in training; `OnlineMixture`'s own defaults."""
+PAPER = MixtureOptions("diagonal", 20.0, "none", None, False)
+"""`decoupled-paper`: Arteaga et al. as literally as what they published allows; unbalanced, so most components die."""
 
 
 class OnlineMixture(nn.Module):
@@ -32,17 +50,16 @@ class OnlineMixture(nn.Module):
         components: K.
         dim: D.
         rows: observations per step over all ranks; sets the forgetting together with ``memory_steps``.
-        covariance: one variance for all components, one for each, or one for each dimension of each.
+        covariance: one variance for all components (``shared``), one for each (``isotropic``), or one for each
+            dimension of each (``diagonal``).
         memory_steps: steps after which half of a component's evidence is new at a fair share of the rows.
         balance: how the E-step shares out the observations. ``none``: Bayes' rule with learned mixture
             weights. ``sinkhorn``: offsets on the log scores give every component equal mass over the rows
-            at hand and a queue of earlier ones (entropic optimal transport).
+            at hand (entropic optimal transport).
         temperature: fixed temperature of the E-step over cosines; ``None``: the Gaussian's own variance.
-        queue: earlier observations that balancing looks at besides the new ones. A batch far smaller than
-            K cannot tell which components are needed: each would be given rows that belong to others.
+        centred: directions of the components are taken from the middle of all means instead of the origin.
         iterations: Sinkhorn iterations per update; offsets start from the last update's.
         variance_floor: smallest variance of one dimension.
-        centred: directions of the components are taken from the middle of all means instead of the origin.
         generator: source of the random initial directions.
         top: only so many of the largest responsibilities of each row, scaled to sum to 1, enter the M-step;
             ``None``: all of them. The E-step and its balancing look at all components either way.
@@ -50,28 +67,29 @@ class OnlineMixture(nn.Module):
             process would hold. All of them observe the same rows.
         budget: bytes of responsibilities held at once. Where those of all rows need more, rows are taken in
             tiles, of 64 at least, and Sinkhorn's iterations form the scores again. On a CPU they stay allocated.
+
+    Raises:
+        ValueError: an option out of its range, or fewer components than ranks.
     """
 
     mean: Tensor
     variance: Tensor
     evidence: Tensor
     offset: Tensor
-    queue: Tensor
-    queued: Tensor
+    beta: Tensor
 
     def __init__(
         self,
         components: int,
         dim: int,
         rows: int,
-        covariance: Covariance = "diagonal",
-        memory_steps: float = 20.0,
-        balance: Balance = "none",
-        temperature: float | None = None,
-        queue: int = 0,
+        covariance: Covariance = RECOMMENDED.covariance,
+        memory_steps: float = RECOMMENDED.memory_steps,
+        balance: Balance = RECOMMENDED.balance,
+        temperature: float | None = RECOMMENDED.temperature,
+        centred: bool = RECOMMENDED.centred,
         iterations: int = 3,
         variance_floor: float = 1e-4,
-        centred: bool = False,
         generator: torch.Generator | None = None,
         top: int | None = None,
         group: Group = None,
@@ -111,8 +129,7 @@ class OnlineMixture(nn.Module):
         # the way to the data's mean, and all means there together.
         self.register_buffer("evidence", torch.full((count,), 1 / -math.expm1(self.log_lambda)))
         self.register_buffer("offset", torch.zeros(count))
-        self.register_buffer("queue", torch.zeros(queue, dim))
-        self.register_buffer("queued", torch.zeros((), dtype=torch.long))
+        self.register_buffer("beta", torch.ones(()))  # of the last update: the offsets fit no other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnlineMixture:
         memo[id(self.group)] = self.group  # a copy belongs to the same ranks
@@ -123,14 +140,21 @@ class OnlineMixture(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_spare": None}  # scratch memory is no part of a copy
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("queue", "queued"):  # of versions that balanced over earlier rows as well
+            state_dict.pop(prefix + name, None)
+        state_dict.setdefault(prefix + "beta", torch.ones(()))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def directions(self) -> Tensor:
         """The components as prototypes: ``(K, D)`` unit vectors; this rank's, if sharded."""
         return F.normalize(self.mean - self._centre() if self.centred else self.mean, dim=-1)
 
-    def log_scores(self, x: Tensor, beta: float = 1.0) -> Tensor:
+    def log_scores(self, x: Tensor, beta: float | None = None) -> Tensor:
         """Unnormalised log responsibilities ``(n, K)`` of unit vectors ``x (n, D)``, without the offsets.
 
-        In the mixture's own float type, whatever autocast says. Of this rank's components, if sharded.
+        At inverse temperature ``beta``, by default the last update's. In the mixture's own float type, whatever
+        autocast says. Of this rank's components, if sharded.
         """
         with torch.autocast(x.device.type, enabled=False):
             phi, components = self._features(x), self._components(beta)
@@ -142,19 +166,22 @@ class OnlineMixture(nn.Module):
                 torch.mm(phi, components.parameters(part).T, out=out[:, part])
             return out
 
-    def linear(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Log scores as one product: features ``(*shape, F)`` of unit vectors ``x (n, D)`` and parameters ``(K, F)``.
+    @torch.no_grad()
+    def targets(self, x: Tensor) -> SoftmaxTargets:
+        """`responsibilities` of unit vectors ``x (..., D)`` for a loss that makes them where it uses them.
 
-        ``softmax(features @ parameters.T + offset)`` is `responsibilities`: targets for a loss that makes them where
-        it uses them. Of this rank's components, if sharded.
+        Later updates do not change them. Of this rank's components, if sharded.
         """
         with torch.autocast(x.device.type, enabled=False):
-            return self._features(x).view(*shape, -1), self._components(1.0).parameters(slice(0, len(self.mean)))
+            phi = self._features(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+            weight = self._components(None).parameters(slice(0, len(self.mean)))
+            return SoftmaxTargets(phi, weight, 1.0, self.offset.clone())
 
-    def responsibilities(self, x: Tensor, beta: float = 1.0) -> Tensor:
+    def responsibilities(self, x: Tensor, beta: float | None = None) -> Tensor:
         """The E-step: ``(n, K)``, rows summing to 1, with the offsets of the last update.
 
-        If sharded, this rank's columns; the rows sum to 1 over all ranks, and no gradient passes.
+        Offsets balance the components at the inverse temperature they were found at, which is the default of
+        ``beta``. If sharded, this rank's columns; the rows sum to 1 over all ranks, and no gradient passes.
         """
         scores = self.log_scores(x, beta).add_(self.offset)
         top = max_over_ranks(scores.detach().amax(-1, keepdim=True), self.group)
@@ -168,45 +195,50 @@ class OnlineMixture(nn.Module):
     def observe(self, x: Tensor, weight: Tensor | None = None, beta: float = 1.0) -> None:
         """One online EM update from unit vectors ``x (n, D)``, each counting ``weight (n,)`` times (default 1).
 
-        The result does not depend on the order of the rows, nor, but for rounding, on the budget and the number
-        of ranks. Under data parallelism, pass the rows of all ranks, in the same order on each.
+        A row of weight w counts as w rows, in the balancing as in the moments, and one of weight 0 as none, whatever
+        it holds; no rows change nothing. But for rounding, the result does not depend on the order of the rows, the
+        budget and the number of ranks. Under data parallelism, pass the rows of all ranks, in the same order on each.
+
+        Args:
+            x: float of any type, computed in the mixture's own.
+            weight: finite, 0 or above, of any type.
+            beta: inverse temperature of the E-step, above 0; 1 unless it is annealed.
+
+        Raises:
+            ValueError: shapes that do not fit, a negative weight, a row that is not finite. Nothing has changed
+                then. To know, a GPU is waited for once.
         """
+        if not beta > 0:
+            raise ValueError(f"beta must be above 0, the inverse temperature of the E-step: {beta}")
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.mean.dtype)
-            if not len(x):
-                return
             weight = None if weight is None else weight.to(x)
-            known = self.queue[: int(self.queued.clamp(max=len(self.queue)))] if len(self.queue) else x[:0]
-            balanced = self.balance == "sinkhorn"
-            rows = torch.cat([x, known]) if balanced and len(known) else x
+            count = check_rows(x, weight, self.mean.shape[1])
+            if not count:
+                return
+            if weight is not None:
+                x = x.masked_fill((weight == 0).unsqueeze(-1), 0)
             # What was allocated under inference_mode cannot be written to outside of it.
             usable = self._spare is not None and self._spare.is_inference() == torch.is_inference_mode_enabled()
             spare = self._spare if usable else None
-            posterior = Posterior(self._features(rows), self._components(beta), self.offset, self.budget, spare)
-            if balanced:
-                self._rebalance(posterior)
-                self._enqueue(x)
+            posterior = Posterior(self._features(x), self._components(beta), self.offset, self.budget, spare)
+            self.beta.fill_(beta)
+            if self.balance == "sinkhorn":
+                self._rebalance(posterior, count, weight)
             if self.top is None:
-                self._update(sums(posterior, len(x), weight))
+                self._update(sums(posterior, weight))
             else:
-                index, summed, _ = top_sums(posterior, self.top, len(x), weight)
+                index, summed, _ = top_sums(posterior, self.top, weight)
                 self._update([(index, summed)])
             self._spare = posterior.spare if x.device.type == "cpu" else None
 
-    def _rebalance(self, posterior: Posterior) -> None:
+    def _rebalance(self, posterior: Posterior, count: float, weight: Tensor | None) -> None:
         """Sinkhorn's scaling of the components over the rows at hand; a starved one gains about e⁶⁴ an iteration."""
-        fair = math.log(len(posterior.features) / self.components)
+        fair = math.log(count / self.components)
         for _ in range(self.iterations):
-            posterior.add(fair - log_masses(posterior))
+            posterior.add(fair - log_masses(posterior, row_weight=weight))
         # The softmax ignores a common constant, float32 does not.
         self.offset.copy_(posterior.offset - self._sum(posterior.offset.sum()) / self.components)
-
-    def _enqueue(self, x: Tensor) -> None:
-        if len(self.queue):
-            x = x[-len(self.queue) :]
-            at = (int(self.queued) + torch.arange(len(x), device=x.device)) % len(self.queue)
-            self.queue[at] = x
-            self.queued += len(x)
 
     def _update(self, found: Iterable[tuple[slice | Tensor, Tensor]]) -> None:
         """The M-step from the sums of some components at a time, in place."""
@@ -245,12 +277,15 @@ class OnlineMixture(nn.Module):
     def _features(self, x: Tensor) -> Tensor:
         return features(x.to(self.mean.dtype), None if self.temperature is not None else self.covariance)
 
-    def _components(self, beta: float) -> Components:
-        """Parameters of the log scores at inverse temperature ``beta``, as they are now."""
+    def _components(self, beta: float | None) -> Components:
+        """Parameters of the log scores, as they are now, at inverse temperature ``beta`` (None: the last update's)."""
         temperature, covariance = self.temperature, self.covariance
+        power: float | Tensor = self.beta if beta is None else beta
+        if isinstance(power, Tensor) and power.device.type == "cpu":
+            power = float(power)  # where it can be read without waiting, 1 costs nothing
         centre = self._centre() if self.centred and temperature is not None else None
         log_total = None
-        if self.balance == "none" and temperature is None:
+        if self.balance == "none":
             log_total = self._sum(self.evidence.sum()).log()
 
         buffer = self.mean.new_empty(0, 0)
@@ -258,17 +293,23 @@ class OnlineMixture(nn.Module):
         def parameters(part: slice | Tensor) -> Tensor:
             nonlocal buffer
             mean = self.mean[part]
+            log_weight: Tensor | float = 0.0 if log_total is None else self.evidence[part].log() - log_total
             if temperature is not None:
                 directions = F.normalize(mean if centre is None else mean - centre, dim=-1)
-                return F.pad(directions.mul_(beta / temperature), (0, 1))
+                eta = F.pad(directions.mul_(1 / temperature), (0, 1))
+                eta[:, -1] = log_weight
+                return _scaled(eta, power)
             variance = self.variance if covariance == "shared" else self.variance[part]
-            log_weight: Tensor | float = 0.0 if log_total is None else self.evidence[part].log() - log_total
             reuse = buffer[: len(mean)] if len(mean) <= len(buffer) else None
             eta = natural_parameters(mean, variance, covariance, log_weight, reuse)
             buffer = eta if reuse is None else buffer  # fresh pages for every chunk would cost as much as filling them
-            return eta if beta == 1 else eta.mul_(beta)
+            return _scaled(eta, power)
 
         return Components(len(self.mean), parameters, -(-self.components // rank_and_size(self.group)[1]), self.group)
+
+
+def _scaled(eta: Tensor, power: float | Tensor) -> Tensor:
+    return eta if isinstance(power, float) and power == 1 else eta.mul_(power)
 
 
 def random_directions(

@@ -116,19 +116,12 @@ class Posterior:
         self.shift += change
         self._moved = True
 
-    def tiles(self, first: int | None = None) -> Iterator[Tile]:
-        """All rows, or the ``first`` so many."""
-        stop = len(self.features) if first is None else first
+    def tiles(self) -> Iterator[Tile]:
         self._absorb()
         for rows in self.parts:
-            if rows.start >= stop:
-                return
             weight, top, total = self._exponentials(rows) if self._kept is None else self._kept
             if len(self.parts) == 1:
                 self._kept = weight, top, total
-            rows = slice(rows.start, min(rows.stop, stop))
-            count = rows.stop - rows.start
-            weight, top, total = weight[:, :count], top[:count], total[:count]
             scale = self.shift.exp() if self._moved else None
             if scale is not None:
                 total = weight.T @ scale
@@ -178,7 +171,9 @@ class Posterior:
         return weight, top, total
 
 
-def log_masses(posterior: Posterior, group: Group = None, raw: bool = False, exact: bool = False) -> Tensor:
+def log_masses(
+    posterior: Posterior, group: Group = None, raw: bool = False, exact: bool = False, row_weight: Tensor | None = None
+) -> Tensor:
     """Log of the sum over rows of each component's responsibilities, ``(K,)``.
 
     Args:
@@ -187,6 +182,7 @@ def log_masses(posterior: Posterior, group: Group = None, raw: bool = False, exa
         raw: of ``exp(score + offset)`` itself, as before the first normalisation of the rows.
         exact: form masses near the floor again in the log domain, from the scores; without it, no mass is less
             than about e⁻⁶⁴.
+        row_weight: ``(n,)`` ≥ 0, how many times each row counts; together with neither ``raw`` nor ``exact``.
     """
     log_mass = torch.full_like(posterior.base, -math.inf)
     highest = log_mass.new_full((), -math.inf if raw else 0.0)
@@ -198,7 +194,7 @@ def log_masses(posterior: Posterior, group: Group = None, raw: bool = False, exa
             row, normaliser = (tile.top - reference).exp(), torch.zeros_like(tile.top)
             highest = torch.maximum(highest, reference)
         else:
-            reference, row = torch.zeros_like(highest), 1 / tile.total
+            reference, row = torch.zeros_like(highest), _per_total(tile, row_weight)
             normaliser = tile.top + tile.total.log()
         normalisers.append(normaliser)
         scaled = scaled or tile.scale is not None
@@ -218,9 +214,7 @@ def log_masses(posterior: Posterior, group: Group = None, raw: bool = False, exa
     return log_mass
 
 
-def sums(
-    posterior: Posterior, first: int | None = None, weight: Tensor | None = None
-) -> Iterator[tuple[slice, Tensor]]:
+def sums(posterior: Posterior, row_weight: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
     """The M-step's sums ``Σ_i w_i P_ik φ(x_i)``, ``(k, F)`` for chunks of components; the last column is the mass.
 
     By the time the first chunk comes, all scores have been formed, so the caller may overwrite the components. The
@@ -228,13 +222,11 @@ def sums(
 
     Args:
         posterior: its kept exponentials are used.
-        first: only the first so many rows.
-        weight: ``(first,)``, how many times each row counts.
+        row_weight: ``(n,)`` ≥ 0, how many times each row counts.
     """
     total: Tensor | None = None
-    for tile in posterior.tiles(first):
-        row = 1 / tile.total if weight is None else weight[tile.rows] / tile.total
-        scaled = posterior.features[tile.rows] * row.unsqueeze(-1)
+    for tile in posterior.tiles():
+        scaled = posterior.features[tile.rows] * _per_total(tile, row_weight).unsqueeze(-1)
         if len(posterior.parts) == 1:
             width = scaled.shape[1]
             scaled = F.pad(scaled, (0, -width % _ALIGNED))
@@ -251,22 +243,25 @@ def sums(
             yield part, total[part]
 
 
-def top_sums(
-    posterior: Posterior, most: int, first: int | None = None, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _per_total(tile: Tile, row_weight: Tensor | None) -> Tensor:
+    """What turns a tile's exponentials into responsibilities, each row as many times as it counts."""
+    return 1 / tile.total if row_weight is None else row_weight[tile.rows] / tile.total
+
+
+def top_sums(posterior: Posterior, most: int, row_weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`sums` of each row's ``most`` largest responsibilities alone, scaled to sum to 1.
 
     Costs ``n · most · F`` instead of ``n · K · F``. The same bits each time on a GPU as well: no atomic additions.
 
     Returns:
         Components that got something ``(u,)`` ascending, their sums ``(u, F)``, and the share of each row's
-        responsibility ``(first,)`` that was kept, in (0, 1].
+        responsibility ``(n,)`` that was kept, in (0, 1].
     """
     group = posterior.components.group
     rank, _ = rank_and_size(group)
     values, indices, kept = [], [], []
     posterior.fold()
-    for tile in posterior.tiles(first):
+    for tile in posterior.tiles():
         value, index = largest(tile.weight, most)
         best = value.topk(min(most, value.shape[1])).values
         if group is not None:
@@ -276,7 +271,7 @@ def top_sums(
             mine = torch.zeros_like(everyone).scatter_(1, at, 1.0)[:, rank * most : (rank + 1) * most]
             value = value * mine
         share = best.sum(-1)
-        row = 1 / share if weight is None else weight[tile.rows] / share
+        row = 1 / share if row_weight is None else row_weight[tile.rows] / share
         values.append(value * row.unsqueeze(-1))
         indices.append(index)
         kept.append(share / tile.total)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from uncollapse.config import MixtureConfig, PrototypeConfig
 from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.diversity import koleo_proto, nearest_neighbours
-from uncollapse.mixture import OnlineMixture
+from uncollapse.mixture import PAPER, RECOMMENDED, OnlineMixture
 
 Side = Literal["student", "teacher"]
 
@@ -147,16 +147,11 @@ class MixturePrototypes(Prototypes):
         self.mixture.observe(z, weight, self.beta(progress))
 
     def posterior(self, z: Tensor, temperature: float) -> SoftmaxTargets:
-        """The mixture's own responsibilities, as sharp as its variances make them.
+        """The mixture's own responsibilities, as sharp as its variances or its own temperature make them.
 
-        With a fixed E-step temperature, the softmax over cosines at the teacher's: the offsets are transport
-        potentials divided by the E-step's temperature, and are carried over as potentials.
+        The teacher's temperature does not enter: offsets balance the components only as they were found.
         """
-        mixture = self.mixture
-        if mixture.temperature is None:
-            return SoftmaxTargets(*mixture.linear(z.flatten(0, 1), z.shape[:2]), 1.0, mixture.offset)
-        bias = mixture.offset * (mixture.temperature / temperature)
-        return SoftmaxTargets(z, mixture.directions(), temperature, bias)
+        return self.mixture.targets(z)
 
 
 def build_prototypes(config: PrototypeConfig, dim: int, rows: int, seed: int) -> Prototypes:
@@ -184,8 +179,8 @@ def mixture_defaults(kind: str, chosen: MixtureConfig) -> MixtureConfig:
     unbalanced mixture over all K.
     """
     defaults = {
-        "decoupled": MixtureConfig("isotropic", 60.0, "sinkhorn", None, 0, True, 1.0, 0.0),
-        "decoupled-paper": MixtureConfig("diagonal", 20.0, "none", None, 0, False, 0.05, 0.3),
+        "decoupled": MixtureConfig(**RECOMMENDED._asdict(), anneal_start=1.0, anneal_steps=0.0),
+        "decoupled-paper": MixtureConfig(**PAPER._asdict(), anneal_start=0.05, anneal_steps=0.3),
     }[kind]
     names = MixtureConfig.__dataclass_fields__
     merged = {n: getattr(defaults, n) if getattr(chosen, n) is None else getattr(chosen, n) for n in names}
@@ -199,6 +194,6 @@ def _mixture(config: MixtureConfig, count: int, dim: int, rows: int, generator: 
     assert config.anneal_start
     mixture = OnlineMixture(
         count, dim, rows, config.covariance, config.memory_steps, config.balance, config.temperature,
-        config.queue or 0, centred=bool(config.centred), generator=generator, top=config.top,
+        bool(config.centred), generator=generator, top=config.top,
     )  # fmt: skip
     return MixturePrototypes(mixture, config.anneal_start, config.anneal_steps or 0.0)

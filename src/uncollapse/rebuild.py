@@ -89,7 +89,7 @@ def _own(loaded: Any, s: PrototypeSet, where: str) -> Rebuilt:
         raise InputError(f"{where}: a checkpoint without its configuration, so the encoder cannot be rebuilt")
     side = "student" if s.side == "student" else "teacher"
     try:
-        config = build_config(content, where)
+        config = build_config(content, where, retired=True)
         encoder = build_encoder(config, drop_path=False)
         encoder.load_state_dict(loaded[side])
     except (ConfigError, RuntimeError, KeyError) as error:
@@ -110,7 +110,7 @@ def own_directions(loaded: Any, s: PrototypeSet) -> PrototypeSet:
     if "centred" not in (content.get("prototypes", {}).get("mixture") or {}):
         return s  # written before mixtures could be
     try:
-        chosen = build_config(content).prototypes
+        chosen = build_config(content, retired=True).prototypes
         centred = mixture_defaults(chosen.kind, chosen.mixture).centred
     except (ConfigError, KeyError):
         return replace(s, notes=(*s.notes, "its configuration is of another version: means taken as they are"))

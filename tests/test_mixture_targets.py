@@ -1,0 +1,92 @@
+"""Targets of a mixture against its offsets, weights and annealing; its defaults; what an older checkpoint holds."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from uncollapse.config import ConfigError, MixtureConfig, PrototypeConfig, build_config
+from uncollapse.mixture import PAPER, RECOMMENDED, OnlineMixture
+from uncollapse.prototypes import MixturePrototypes, build_prototypes
+
+K, D = 32, 8
+
+
+def rows(n, seed):
+    return F.normalize(torch.randn(n, D, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.05])
+@pytest.mark.parametrize("covariance", ["shared", "isotropic", "diagonal"])
+@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
+def test_annealed_targets_are_balanced(covariance, temperature, beta):
+    """Over the rows that were balanced, each component's mass is its fair share, at whatever β that was found."""
+    mixture = OnlineMixture(
+        K, D, 256, covariance, temperature=temperature, iterations=200, generator=torch.Generator().manual_seed(0)
+    )
+    x = rows(256, 1)
+    mixture.evidence.fill_(1e6)  # so that the update moves nothing and the offsets fit what is there
+    mixture.observe(x, beta=beta)
+    masses = mixture.responsibilities(x).sum(0) / (len(x) / K)
+    torch.testing.assert_close(masses, torch.ones(K), rtol=0, atol=0.05)
+    prototypes = MixturePrototypes(mixture)
+    targets = prototypes.posterior(x.view(2, 128, D), 0.04).dense().flatten(0, 1)
+    torch.testing.assert_close(targets, mixture.responsibilities(x))
+    torch.testing.assert_close(mixture.targets(x).dense(), mixture.responsibilities(x))
+
+
+def test_beta_of_the_last_update_is_part_of_the_state():
+    mixture, other = (OnlineMixture(K, D, 64, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    mixture.observe(rows(64, 0), beta=0.2)
+    other.load_state_dict(mixture.state_dict())
+    assert torch.equal(other.responsibilities(rows(5, 1)), mixture.responsibilities(rows(5, 1)))
+    assert not torch.allclose(mixture.responsibilities(rows(5, 1), 1.0), mixture.responsibilities(rows(5, 1)))
+
+
+def test_bayes_rule_with_a_fixed_temperature_has_the_learned_weights():
+    mixture = OnlineMixture(K, D, 64, balance="none", temperature=0.1, centred=False)
+    mixture.evidence.copy_(torch.linspace(1, 9, K))
+    x = rows(10, 0)
+    logits = x @ F.normalize(mixture.mean, dim=-1).T / 0.1 + (mixture.evidence / mixture.evidence.sum()).log()
+    torch.testing.assert_close(mixture.responsibilities(x), torch.softmax(logits, -1))
+    torch.testing.assert_close(mixture.targets(x).dense(), torch.softmax(logits, -1))
+
+
+def test_plain_defaults_are_the_recommended_mixture():
+    """The form that keeps its prototypes is what one gets without asking, and what `decoupled` trains with."""
+    plain, chosen = OnlineMixture(K, D, 64), build_prototypes(PrototypeConfig("decoupled", count=K), D, 64, 0)
+    names = ("covariance", "balance", "temperature", "centred", "log_lambda", "variance_floor", "top", "iterations")
+    assert {n: getattr(plain, n) for n in names} == {n: getattr(chosen.mixture, n) for n in names}
+    assert RECOMMENDED == ("isotropic", 60.0, "sinkhorn", None, True)
+
+
+def test_the_paper_s_letter_is_a_named_alternative():
+    literal, chosen = OnlineMixture(K, D, 64, **PAPER._asdict()), build_prototypes(
+        PrototypeConfig("decoupled-paper", count=K), D, 64, 0
+    )  # fmt: skip
+    names = ("covariance", "balance", "temperature", "centred", "log_lambda")
+    assert {n: getattr(literal, n) for n in names} == {n: getattr(chosen.mixture, n) for n in names}
+    assert (literal.covariance, literal.balance, literal.centred) == ("diagonal", "none", False)
+    changed = PrototypeConfig("decoupled-paper", count=K, mixture=MixtureConfig(balance="sinkhorn", centred=True))
+    mixture = build_prototypes(changed, D, 64, 0).mixture
+    assert (mixture.covariance, mixture.balance, mixture.centred) == ("diagonal", "sinkhorn", True)
+
+
+def test_a_checkpoint_with_a_queue_still_loads():
+    """Versions that could balance over earlier rows as well wrote them down."""
+    mixture, other = OnlineMixture(K, D, 64), OnlineMixture(K, D, 64)
+    mixture.observe(rows(64, 0))
+    old = {f"mixture.{name}": value for name, value in mixture.state_dict().items() if name != "beta"}
+    old |= {"mixture.queue": torch.randn(7, D), "mixture.queued": torch.tensor(7)}
+    MixturePrototypes(other).load_state_dict(old)
+    assert torch.equal(other.responsibilities(rows(5, 1)), mixture.responsibilities(rows(5, 1)))
+
+
+def test_a_configuration_with_a_queue():
+    """Every run's own copy of its configuration had the key; only one that used it cannot go on as it was."""
+    old = {"prototypes": {"kind": "decoupled", "mixture": {"queue": None, "covariance": "shared"}}}
+    assert build_config(old).prototypes.mixture.covariance == "shared"
+    assert old["prototypes"]["mixture"]["queue"] is None  # the caller's own stays as it was
+    used = {"prototypes": {"kind": "decoupled", "mixture": {"queue": 4096}}}
+    with pytest.raises(ConfigError, match=r"prototypes\.mixture\.queue: .*removed"):
+        build_config(used)
+    assert build_config(used, retired=True).prototypes.kind == "decoupled"  # to look at what it made
