@@ -177,7 +177,13 @@ class RunConfig:
     epochs: Above0 = 800.0
     batch: Positive = 1024
     """Images per step over all ranks together."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    accumulate: Positive = 1
+    """Each rank's share of a batch goes through the student in so many equal parts, one after the other, so that a
+    large batch fits a small GPU. Targets, centre and mixture see the whole batch, and so does the loss; only batch
+    norms see their part alone."""
+    precision: Literal["32-true", "bf16-mixed", "fp16-mixed"] = "32-true"
+    """``fp16-mixed`` scales the loss so that small gradients survive, and skips a step whose gradients overflow.
+    Losses, prototypes and mixture are in float32 in all three."""
 
 
 @dataclass(frozen=True)
@@ -391,6 +397,8 @@ def _impossible(config: Config) -> list[tuple[str, str]]:
         )
     if targets_of(config.prototypes) == "posterior" and not config.prototypes.kind.startswith("decoupled"):
         problems.append(("prototypes.targets", f"only a mixture has a posterior, {config.prototypes.kind} has none"))
+    if run.batch % run.accumulate:
+        problems.append(("run.accumulate", f"a batch of {run.batch} does not divide into {run.accumulate} equal parts"))
     if teacher.temperature > 1 or teacher.temperature_start > 1:
         problems.append(("teacher.temperature", "temperatures above 1 make every target uniform over cosines"))
     return problems

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ class Loop:
         self.student = fabric.setup_module(state.student)
         optimizer: Any = fabric.setup_optimizers(state.optimizer)
         self.optimizer: torch.optim.Optimizer = optimizer
+        self.precision = fabric.strategy.precision  # holds the gradient scaler of 16-mixed
         self.learned = [p for p in state.prototypes.parameters() if p.requires_grad]
 
     # --- order of images -------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ class Loop:
             return
         loader = view_loader(self.images, plan, self.specs, config.seed, config.data.workers)
         for step, views in zip(range(start, stop), loader, strict=True):
-            yield step, [v.to(device, non_blocking=True) for v in views]
+            yield step, views
 
     # --- one step ---------------------------------------------------------------------------------------
 
@@ -163,8 +164,12 @@ class Loop:
         )  # fmt: skip
         self._set_rates(step)
         torch.manual_seed(hash((config.seed, step, self.fabric.global_rank)) % 2**63)  # stochastic depth
+        parts = self._parts(len(views[0]))
+        if len(parts) == 1:
+            views = self._on_device(views)  # once; otherwise part by part, twice
         with torch.no_grad(), self.fabric.autocast():
-            z_teacher = torch.stack(state.teacher(views[:2]))
+            z_parts = [torch.stack(state.teacher(self._on_device(views[:2], part))) for part in parts]
+        z_teacher = torch.cat(z_parts, dim=1)
         z_all = self._gather(z_teacher)
         watch.lap("teacher")
         self._check_finite(z_all, "the teacher's projections", step)
@@ -173,14 +178,11 @@ class Loop:
         watch.lap("prototypes")
         self.monitor.observe_projections(z_all[0], state.prototypes.vectors("teacher"))
         watch.lap("diagnosis")
-        z_student = self.student(views)
-        with torch.autocast(self.fabric.device.type, enabled=False):
-            loss = state.objective.loss(z_student, targets, state.prototypes, temperatures.student_temperature)
-            regulariser = state.prototypes.regulariser()
-        watch.lap("student")
-        value = self._agree(loss, step)
         self.optimizer.zero_grad()
-        self.fabric.backward(loss if regulariser is None else loss + regulariser)
+        loss = torch.zeros((), device=self.fabric.device)
+        for part in parts:
+            loss = loss + self._student_part(views, part, targets, last=part is parts[-1], of=len(parts))
+        value = self._agree(loss, step)
         self._finish_gradients(step)
         watch.lap("backward")
         self.optimizer.step()
@@ -192,6 +194,33 @@ class Loop:
         state.prototypes.update_teacher(momentum)
         watch.lap("ema")
         return value, targets
+
+    def _parts(self, n: int) -> list[slice]:
+        """This rank's ``n`` images in the parts that go through the student one after the other."""
+        size = n // self.config.run.accumulate
+        return [slice(i, i + size) for i in range(0, n, size)]
+
+    def _on_device(self, views: list[Tensor], part: slice = slice(None)) -> list[Tensor]:
+        return [v[part].to(self.fabric.device, non_blocking=True) for v in views]
+
+    def _student_part(self, views: list[Tensor], part: slice, targets: SoftmaxTargets, last: bool, of: int) -> Tensor:
+        """Adds the gradient of one part; returns its share of the loss. Ranks average gradients in the last one.
+
+        Targets, centre and mixture come from the whole batch, so the sum over parts is the gradient of the whole.
+        """
+        state, watch = self.state, self.watch
+        waits = nullcontext() if last or self.fabric.world_size == 1 else self.fabric.no_backward_sync(self.student)
+        with waits:
+            z_student = self.student(self._on_device(views, part))
+            with torch.autocast(self.fabric.device.type, enabled=False):
+                some = replace(targets, z=targets.z[:, part])
+                temperature = self.config.teacher.student_temperature
+                share = state.objective.loss(z_student, some, state.prototypes, temperature) / of
+                regulariser = state.prototypes.regulariser() if last else None
+            watch.lap("student")
+            self.fabric.backward(share if regulariser is None else share + regulariser)
+            watch.lap("backward")
+        return share.detach()
 
     def _agree(self, loss: Tensor, step: int) -> float:
         """The mean loss over ranks; a stop asked of one rank reaches all with it."""
@@ -224,6 +253,7 @@ class Loop:
             for parameter in self.learned:
                 if parameter.grad is not None:
                     parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]
+        self.precision.unscale_gradients(self.state.optimizer)
         if config.optim.clip:
             clip_each([*self.state.student.parameters(), *self.learned], config.optim.clip)
         if step < round(config.prototypes.freeze_epochs * self.steps_per_epoch):
@@ -312,5 +342,6 @@ class Loop:
             return True
         state = {**state_dicts(self.state), "monitor": self.monitor.state_dict(), "seconds": self.all_seconds()}
         state["loss"] = self.last_loss
+        state["scaler"] = self.precision.state_dict()
         state["config"] = asdict(self.config)
         return save_checkpoint((out or self.out) / "checkpoints", step, state, self.config.log.keep_checkpoints)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
 
 from uncollapse.checkpoint import load_checkpoint, write_atomically
 from uncollapse.config import Config, ConfigError, arm_name, dump_config
@@ -50,8 +51,11 @@ def train(
         TrainingError: a loss or projection became NaN or infinite; the last good state is kept.
     """
     fabric = _fabric(config, accelerator)
-    if config.run.batch % fabric.world_size:
-        raise ConfigError(f"run.batch: {config.run.batch} images do not divide over {fabric.world_size} ranks")
+    if config.run.batch % (fabric.world_size * config.run.accumulate):
+        raise ConfigError(
+            f"run.batch: {config.run.batch} images do not divide over {fabric.world_size} ranks"
+            + (f" in {config.run.accumulate} parts each" if config.run.accumulate > 1 else "")
+        )
     saved = load_checkpoint(out / "checkpoints") if resume else None
     if not resume and (out / "checkpoints").exists() and any((out / "checkpoints").iterdir()):
         raise ConfigError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out")
@@ -88,6 +92,7 @@ def train(
     log = RunLog(out, start) if fabric.is_global_zero else None
     loop = Loop(config, fabric, state, train_images, monitor, log, say, out, total, steps_per_epoch)
     if saved is not None:
+        loop.precision.load_state_dict(saved.get("scaler", {}))
         loop.watch_seconds, loop.last_loss = dict(saved["seconds"]), float(saved["loss"])
     torch.set_flush_denormal(True)  # sharp softmaxes are full of denormals, which a CPU handles 10 × slower
     try:
@@ -127,10 +132,16 @@ def _fabric(config: Config, accelerator: str) -> Fabric:
             devices=local,
             num_nodes=world // local,
             strategy="ddp" if world > 1 else "auto",
-            precision=config.run.precision,
+            precision=None if config.run.precision == "fp16-mixed" else config.run.precision,
+            plugins=_half(accelerator) if config.run.precision == "fp16-mixed" else None,
         )
         fabric.launch()
     return fabric
+
+
+def _half(accelerator: str) -> MixedPrecision:
+    """float16 with a gradient scaler, on a CPU too, where Fabric would quietly take bfloat16."""
+    return MixedPrecision("16-mixed", "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def banner(
@@ -155,6 +166,7 @@ def banner(
         f"prototypes  {protos.count}, {arm_name(protos)}",
         f"optimiser   {optim.name}, learning rate {optim.lr:g} × {run.batch}/{optim.lr_batch} = {lr:g}",
         f"steps       {stop} of {total} ({run.epochs:g} epochs), effective batch {run.batch}"
+        + (f" in {run.accumulate} parts" if run.accumulate > 1 else "")
         + (f"; continuing after step {start}" if start else ""),
     ]
     if fabric.device.type == "cuda" and torch.cuda.device_count() > fabric.world_size:
