@@ -138,7 +138,7 @@ def test_shapes_that_do_not_fit_are_named():
         fused_dino_loss(z, w, SoftmaxTargets(normal(2, 8, 5), w, 1.0), 0.1)
     with pytest.raises(ValueError, match=r"bias is \(3,\), not \(9,\)"):
         fused_dino_loss(z, w, [good, good], 0.1, normal(3))
-    with pytest.raises(ValueError, match=r"of one shape .*\(8, 1\)"):
+    with pytest.raises(ValueError, match=r"of one shape: .*\(8, 1\)"):
         fused_dino_loss_on_logits([x @ w.T for x in z], [good, torch.ones(8, 1)])
 
 

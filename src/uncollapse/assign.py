@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from uncollapse.checks import above_zero, fits, has_shape, not_empty, one_shape
 from uncollapse.distributed import Group, max_over_ranks, sum_over_ranks
 from uncollapse.posterior import BUDGET, Components, Posterior, log_masses
 
@@ -15,10 +16,16 @@ def centred_softmax(logits: Tensor, center: Tensor, temperature: float) -> Tenso
     """DINO's target: ``softmax((logits - center) / temperature)``, rows summing to 1.
 
     Args:
-        logits: ``(n, K)`` float32, teacher's, not divided by a temperature.
+        logits: ``(..., K)`` float32, teacher's, not divided by a temperature.
         center: ``(K,)``, running mean of such logits; subtracted before the division, as DINO does.
         temperature: above 0.
+
+    Raises:
+        ValueError: an empty batch, shapes that do not fit, or a temperature that is not above 0.
     """
+    above_zero(temperature)
+    not_empty(logits.shape[:-1].numel())
+    has_shape(center, (logits.shape[-1],), "center")
     return torch.softmax((logits - center).div_(temperature), dim=-1)  # in place: a third array of that size less
 
 
@@ -32,17 +39,27 @@ def sinkhorn(log_scores: Tensor, iterations: int = 3) -> Tensor:
 
     Args:
         log_scores: ``(n, K)`` float32, already divided by the temperature.
-        iterations: each scales columns to equal mass, then rows to 1.
+        iterations: at least 1; each scales columns to equal mass, then rows to 1.
 
     Returns:
         ``(n, K)``: rows sum to 1; every column's mass tends to ``n / K``. A column of -∞ stays at 0.
+
+    Raises:
+        ValueError: an empty batch, or fewer than one iteration.
     """
+    one_shape([log_scores], "log scores (rows, prototypes)")
+    _check_iterations(iterations)
     log_p = log_scores
     lowest = torch.finfo(log_scores.dtype).min
     for _ in range(iterations):
         log_p = log_p - log_p.logsumexp(dim=0, keepdim=True).clamp_min(lowest)
         log_p = log_p - log_p.logsumexp(dim=1, keepdim=True)
     return log_p.exp()
+
+
+def _check_iterations(iterations: int) -> None:
+    if iterations < 1:
+        raise ValueError(f"Sinkhorn needs at least one iteration, got {iterations}")
 
 
 @torch.no_grad()
@@ -79,10 +96,14 @@ def sinkhorn_offsets(
         ``(K,)`` with mean 0 over all columns (adding a constant changes nothing), finite for any finite logits.
 
     Raises:
-        ValueError: fewer than one iteration, or a temperature that is not above 0.
+        ValueError: fewer than one iteration, a temperature that is not above 0, shapes that do not fit, or an empty
+            batch (with ``group``, some ranks may have no rows).
     """
-    if iterations < 1 or not temperature > 0:
-        raise ValueError(f"Sinkhorn needs an iteration and a temperature above 0: {iterations}, {temperature}")
+    _check_iterations(iterations)
+    above_zero(temperature)
+    fits(z, weight, bias)
+    if group is None:
+        not_empty(len(z))
     dtype = torch.float64 if torch.float64 in (z.dtype, weight.dtype) else torch.float32
     with torch.autocast(z.device.type, enabled=False):
         z, weight = z.to(dtype) / temperature, weight.to(dtype)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.autograd import first_order
+from uncollapse.checks import above_zero, fits, one_shape
 from uncollapse.cross_entropy import SoftmaxTargets, exponent_floor
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
 from uncollapse.losses import pair_count
@@ -58,8 +59,14 @@ def carp_loss(
 
     Returns:
         Scalar. Inner products are clamped to [ε, 1 - ε], ε the dtype's, so hopeless pairs get no gradient.
+
+    Raises:
+        ValueError: fewer student views than teacher views, no pair at all, an empty batch, shapes that differ, or
+            blocks that name other prototypes.
     """
     pairs = pair_count(len(student_logits), len(teacher_logits))
+    one_shape([*student_logits, *teacher_logits], "logits (images, prototypes)")
+    _check_blocks(blocks, student_logits[0].shape[1])
     p = [torch.softmax(logits[:, blocks], dim=-1) for logits in student_logits]
     q = [torch.softmax(logits.detach()[:, blocks], dim=-1) for logits in teacher_logits]
     eps = torch.finfo(p[0].dtype).eps
@@ -91,7 +98,7 @@ def fused_carp_loss(
         targets: the teacher's side, z ``(T, n, D)``, softmax inside each block; temperature 1 in CARP. No gradient.
         blocks: ``(blocks, N_B)`` int64 from :func:`random_blocks`, the same on all ranks.
         entropy_weight: of the second term; 1 in CARP.
-        temperature: the student's; 1 in CARP.
+        temperature: the student's, above 0; 1 in CARP.
         bias: ``(K,)`` added after the temperature; no gradient.
         group: ranks with images of their own and all K prototypes each. p̄ is then taken over all ranks' rows; the
             loss returned is that of this rank's pairs plus the shared second term, and the mean of gradients over
@@ -101,10 +108,17 @@ def fused_carp_loss(
         Scalar, in nats; float32, or float64 where z or ``weight`` is.
 
     Raises:
-        ValueError: fewer student views than teacher views, no pair at all, or shapes that do not fit.
+        ValueError: fewer student views than teacher views, no pair at all, an empty batch, shapes that do not fit, a
+            temperature that is not above 0, or blocks that name other prototypes.
     """
+    above_zero(temperature)
+    if targets.z.ndim != 3:
+        raise ValueError(f"the targets' z must be (views, images, dimensions), got {tuple(targets.z.shape)}")
+    pair_count(len(z), len(targets.z))
+    one_shape(z, "views (images, dimensions)")
     x = torch.stack(list(z))
-    pair_count(len(x), len(targets.z))
+    fits(x, weight, bias)
+    _check_blocks(blocks, len(weight))
     if targets.z.shape[1] != x.shape[1] or len(targets.weight) != len(weight):
         raise ValueError(
             f"student: {x.shape[1]} images, {len(weight)} prototypes; "
@@ -115,6 +129,13 @@ def fused_carp_loss(
     settings = (temperature, targets.temperature, entropy_weight, group, torch.is_grad_enabled())
     loss: Tensor = _Carp.apply(x.to(dtype), weight.to(dtype), settings, blocks.to(x.device), *fixed)
     return loss
+
+
+def _check_blocks(blocks: Tensor, count: int) -> None:
+    if blocks.ndim != 2 or blocks.dtype != torch.long or 0 in blocks.shape:
+        raise ValueError(f"blocks are int64 (blocks, N_B), got {blocks.dtype} of shape {tuple(blocks.shape)}")
+    if blocks.device.type == "cpu" and (int(blocks.min()) < 0 or int(blocks.max()) >= count):
+        raise ValueError(f"blocks name prototypes 0 to {count - 1}, got {int(blocks.min())} to {int(blocks.max())}")
 
 
 class _Carp(torch.autograd.Function):

@@ -1,13 +1,69 @@
 """Arguments that cannot be meant, refused before they become numbers; one line that says what, where and what to do.
 
 Shapes, types and plain numbers are looked at always, since that costs nothing. What is inside a tensor is looked at
-where it is on a CPU, or where the function waits for its device in any case: a loss must not.
+where it is on a CPU, or where the function waits for its device in any case: a loss must not. What is a mean over rows
+refuses an empty batch, of which there is none; a sum over no rows is 0, and an update from none changes nothing.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def above_zero(value: float, name: str = "temperature") -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def not_empty(rows: int) -> None:
+    if rows < 1:
+        raise ValueError("an empty batch: there is no mean over no rows; leave out the step, or drop the last batch")
+
+
+def one_shape(tensors: Sequence[Tensor], what: str) -> None:
+    """``(rows, columns)`` of the same numbers each, and at least one row.
+
+    Raises:
+        ValueError: saying ``what`` must be alike, and which is not.
+    """
+    if not tensors:
+        raise ValueError(f"there are none of {what}")
+    shape = tuple(tensors[0].shape)
+    if odd := [tuple(t.shape) for t in tensors if tuple(t.shape) != shape]:
+        raise ValueError(f"{what} must be of one shape: the first is {shape}, one is {odd[0]}")
+    if len(shape) != 2:
+        raise ValueError(f"{what} must have two dimensions each, got {shape}")
+    not_empty(shape[0])
+
+
+def fits(z: Tensor, weight: Tensor, bias: Tensor | None = None, whose: str = "") -> None:
+    """Projections ``(..., D)``, prototypes ``(K, D)`` and their bias ``(K,)`` belong together."""
+    if weight.ndim != 2 or z.ndim < 1 or z.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{whose or 'the '}projections have {z.shape[-1] if z.ndim else 0} dimensions, their prototypes "
+            f"{weight.shape[1] if weight.ndim == 2 else tuple(weight.shape)}"
+        )
+    has_shape(bias, (len(weight),), f"bias{' of the targets' if whose else ''}")
+
+
+def has_shape(x: Tensor | None, shape: tuple[int, ...], name: str) -> None:
+    if x is not None and tuple(x.shape) != shape:
+        raise ValueError(f"{name} is {tuple(x.shape)}, not {shape}")
+
+
+def usable_weights(weight: Tensor, name: str) -> None:
+    """Finite and not negative; not looked at on a GPU."""
+    if weight.device.type != "cpu":
+        return
+    bad = ~((weight >= 0) & (weight < math.inf))
+    if bad.any():
+        at = bad.nonzero()[0].tolist()
+        where = at[0] if len(at) == 1 else tuple(at)
+        raise ValueError(f"{name} must be finite and 0 or above, got {float(weight[tuple(at)]):g} at place {where}")
 
 
 def check_rows(x: Tensor, weight: Tensor | None, dim: int) -> float:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.autograd import first_order
+from uncollapse.checks import above_zero, fits, has_shape, usable_weights
 from uncollapse.distributed import Group, gather_rows, max_over_ranks, rank_and_size, sum_over_ranks
 
 _BLOCK = 1 << 23
@@ -41,6 +42,9 @@ class SoftmaxTargets:
         weight: ``(K, D)``, the teacher's prototypes.
         temperature: the teacher's, above 0.
         bias: ``(K,)``, added after the division by the temperature; -inf rules a prototype out.
+
+    Raises:
+        ValueError: a temperature that is not above 0, or shapes that do not fit.
     """
 
     z: Tensor
@@ -48,11 +52,16 @@ class SoftmaxTargets:
     temperature: float
     bias: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        above_zero(self.temperature, "the targets' temperature")
+        fits(self.z, self.weight, self.bias, "the targets' ")
+
     def dense(self) -> Tensor:
-        """The same targets as an array ``(..., K)``: for small K and for tests."""
-        with torch.no_grad():
-            logits = self.z @ self.weight.T / self.temperature
-            return torch.softmax(logits if self.bias is None else logits + self.bias, dim=-1)
+        """The same targets as an array ``(..., K)``, float32, or float64 where a part is: for small K and for tests."""
+        with torch.no_grad(), torch.autocast(self.z.device.type, enabled=False):
+            dtype = torch.promote_types(torch.promote_types(self.z.dtype, self.weight.dtype), torch.float32)
+            logits = self.z.to(dtype) @ self.weight.to(dtype).T / self.temperature
+            return torch.softmax(logits if self.bias is None else logits + self.bias.to(dtype), dim=-1)
 
 
 Targets = Sequence[Tensor] | SoftmaxTargets
@@ -82,17 +91,19 @@ def fused_cross_entropy(
         targets: T arrays ``(n, K)`` with rows summing to 1, or :class:`SoftmaxTargets` with z ``(T, n, D)``; no
             gradient.
         temperature: the student's, above 0.
-        pairing: ``(V, T)``, how much the pair of student view v and teacher view q counts.
-        row_weight: ``(n,)``, how much image i counts; no gradient.
+        pairing: ``(V, T)``, how much the pair of student view v and teacher view q counts; 0 or above.
+        row_weight: ``(n,)``, how much image i counts; 0 or above; no gradient.
         bias: ``(K,)``, finite, added after the temperature.
         group: ranks that share the prototypes out among them; None: this process has all of them.
 
     Returns:
-        Scalar, in nats; float32, or float64 where z or ``weight`` is.
+        Scalar, in nats; float32, or float64 where z or ``weight`` is. 0 where n is 0.
 
     Raises:
-        ValueError: shapes that do not fit, or targets as arrays together with ``group``.
+        ValueError: shapes that do not fit, a temperature that is not above 0, a negative or infinite weight (where
+            weights are on a CPU), or targets as arrays together with ``group``.
     """
+    above_zero(temperature)
     dtype = torch.promote_types(torch.promote_types(z.dtype, weight.dtype), torch.float32)
     soft = isinstance(targets, SoftmaxTargets)
     parts: list[Tensor | None] = (
@@ -123,10 +134,15 @@ def _check(
     bias: Tensor | None,
     group: Group,
 ) -> None:
-    views, n, dim = z.shape
     first = parts[0] if parts else None
     if first is None:
         raise ValueError("no targets")
+    if z.ndim != 3 or first.ndim != (3 if soft else 2):
+        raise ValueError(
+            f"z must be (views, images, dimensions), got {tuple(z.shape)}; the targets "
+            f"{'(views, images, dimensions)' if soft else '(images, prototypes) each'}, got {tuple(first.shape)}"
+        )
+    views, n, dim = z.shape
     if not soft and group is not None:
         raise ValueError("targets of prototypes that are sharded over ranks must be SoftmaxTargets")
     count = len(first) if soft else len(parts)
@@ -137,18 +153,11 @@ def _check(
         names = ("pairing", "row_weight", "images of the targets", "prototypes of the targets", "length of a prototype")
         wrong = [f"{name} is {g}, not {w}" for name, g, w in zip(names, got, wanted, strict=True) if g != w]
         raise ValueError("; ".join(wrong))
-    if soft:
-        _, weight_t, bias_t = parts
-        if weight_t is not None and weight_t.shape[1] != first.shape[2]:
-            raise ValueError(f"the targets' z have {first.shape[2]} dimensions, their prototypes {weight_t.shape[1]}")
-        biases = {"bias": bias, "bias of the targets": bias_t}
-    else:
-        if odd := [tuple(t.shape) for t in parts if t is not None and t.shape != (n, len(weight))]:
-            raise ValueError(f"targets must be {(n, len(weight))} each, images by prototypes; one is {odd[0]}")
-        biases = {"bias": bias}
-    for name, b in biases.items():
-        if b is not None and b.shape != (len(weight),):
-            raise ValueError(f"{name} is {tuple(b.shape)}, not {(len(weight),)}")
+    if not soft and (odd := [tuple(t.shape) for t in parts if t is not None and t.shape != (n, len(weight))]):
+        raise ValueError(f"targets must be {(n, len(weight))} each, images by prototypes; one is {odd[0]}")
+    has_shape(bias, (len(weight),), "bias")
+    usable_weights(pairing, "pairing")
+    usable_weights(row_weight, "row_weight")
 
 
 @dataclass(frozen=True)

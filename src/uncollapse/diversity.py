@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from uncollapse.autograd import first_order
+from uncollapse.checks import above_zero
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
 from uncollapse.rows import rounding
 
@@ -45,7 +46,7 @@ def koleo_proto(
     Args:
         w: ``(K, D)`` floating point, K ≥ 2; rows need not be unit length. With ``group``, this rank's rows.
         eps: floor of the distance. At an exact duplicate the value is finite and the gradient zero, since no
-            direction leads apart; a zero row has no direction either and gets none. NaN in any row gives NaN.
+            direction leads apart; a zero row has no direction either and gets none. NaN in any row gives NaN. Above 0.
         block: rows of a tile of the search; speed and memory depend on it, the result does not.
         neighbours: ``(K,)`` int64, each row's other end, as :func:`nearest_neighbours` gave it earlier.
         group: ranks that hold the matrix together, in rank order, any number of rows each. The value is then that of
@@ -56,8 +57,10 @@ def koleo_proto(
         Scalar, float32 (float64 for float64 ``w``), in [log 1/2, -log eps].
 
     Raises:
-        ValueError: fewer than two rows; ``neighbours`` of another shape, or not int64.
+        ValueError: fewer than two rows; a row that is infinite or too long for float32 (float64 for float64 ``w``);
+            ``neighbours`` of another shape, or not int64.
     """
+    above_zero(eps, "eps")
     if neighbours is not None and (neighbours.shape != w.shape[:1] or neighbours.dtype != torch.long):
         raise ValueError(
             f"neighbours must be int64 of shape {tuple(w.shape[:1])}, one per row of w, got {neighbours.dtype} of "
@@ -85,10 +88,11 @@ def nearest_neighbours(w: Tensor, block: int | None = None, group: Group = None)
         row after it; next to NaN anything may come out.
 
     Raises:
-        ValueError: fewer than two rows in all.
+        ValueError: fewer than two rows in all, or a row that is infinite or too long for its float type.
     """
     with torch.autocast(w.device.type, enabled=False):
-        return _search(_unit(w)[0], _Shards(w, group), block)
+        shards = _Shards(w, group)
+        return _search(_unit(w, shards)[0], shards, block)
 
 
 class _KoLeo(torch.autograd.Function):
@@ -96,7 +100,7 @@ class _KoLeo(torch.autograd.Function):
     def forward(ctx: Any, w: Tensor, neighbours: Tensor | None, eps: float, block: int | None, group: Group) -> Tensor:
         with torch.autocast(w.device.type, enabled=False):
             shards = _Shards(w, group)
-            unit, length = _unit(w)
+            unit, length = _unit(w, shards)
             if neighbours is None:
                 neighbours = _search(unit, shards, block)
             value, grad = _pairs(unit, neighbours, eps, shards, ctx.needs_input_grad[0])
@@ -129,6 +133,18 @@ class _Shards:
         if self.total < 2:
             raise ValueError(f"koleo_proto needs K ≥ 2 rows, got shape {tuple(w.shape)}")
 
+    def refuse_endless(self, length: Tensor) -> None:
+        """On every rank at once, where one has such a row: the others would wait for it."""
+        endless = length[:, 0].isinf()
+        count = int(sum_over_ranks(endless.sum(), self.group))
+        if count:
+            mine = endless.nonzero()[:1, 0].tolist()
+            which = f"row {self.start + mine[0]} of w" if mine else "a row of w on another rank"
+            raise ValueError(
+                f"{which} ({count} in all) is infinite or too long to be normalised in {length.dtype}; prototypes "
+                "that grow like this have diverged: lower their learning rate, or normalise them after each step"
+            )
+
     def blocks(self, own: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """(rank, index of its first row, its rows), rank by rank; a block is overwritten by the next."""
         buffer = own if self.group is None else own.new_empty(max(self.counts), own.shape[1])
@@ -149,10 +165,11 @@ def _widest(w: Tensor) -> torch.dtype:
     return torch.float32 if w.device.type == "mps" else torch.float64  # mps has no float64
 
 
-def _unit(w: Tensor) -> tuple[Tensor, Tensor]:
+def _unit(w: Tensor, shards: _Shards) -> tuple[Tensor, Tensor]:
     """Normalised rows, and their lengths ``(K, 1)``."""
     wide = _wide(w.detach())
     length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    shards.refuse_endless(length)
     return wide / length.clamp_min(_SMALLEST), length
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.autograd import first_order
+from uncollapse.checks import above_zero, one_shape
 from uncollapse.cross_entropy import exponent_floor
 from uncollapse.losses import pair_count
 
@@ -29,15 +30,15 @@ def fused_dino_loss_on_logits(
         student_logits: one ``(n, K)`` per view, the teacher's views first. Half precision, as autocast hands over, is
             widened to float32, which takes a copy.
         targets: one ``(n, K)`` per teacher view, rows summing to 1, no gradient.
-        temperature: the student's, by which the logits are divided here; 1 where they already are.
+        temperature: the student's, above 0, by which the logits are divided here; 1 where they already are.
 
     Raises:
-        ValueError: fewer student views than teacher views, no pair at all, or shapes that differ.
+        ValueError: fewer student views than teacher views, no pair at all, an empty batch, shapes that differ, or a
+            temperature that is not above 0.
     """
+    above_zero(temperature)
     pair_count(len(student_logits), len(targets))
-    shape = student_logits[0].shape
-    if odd := [tuple(t.shape) for t in (*student_logits, *targets) if t.shape != shape]:
-        raise ValueError(f"logits and targets must be of one shape (images, prototypes): {tuple(shape)} and {odd[0]}")
+    one_shape([*student_logits, *targets], "logits and targets (images, prototypes)")
     dtype = reduce(torch.promote_types, (t.dtype for t in (*student_logits, *targets)), torch.float32)
     tensors = [t.to(dtype) for t in (*student_logits, *targets)]
     loss: Tensor = _OnLogits.apply(len(student_logits), temperature, torch.is_grad_enabled(), *tensors)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from uncollapse.checks import one_shape
 from uncollapse.cross_entropy import SoftmaxTargets as SoftmaxTargets
 from uncollapse.cross_entropy import fused_cross_entropy
 from uncollapse.distributed import Group, max_over_ranks
@@ -28,9 +29,10 @@ def dino_loss(student_logits: Sequence[Tensor], targets: Sequence[Tensor]) -> Te
         Scalar, in nats; ln K when the student knows nothing.
 
     Raises:
-        ValueError: fewer student views than teacher views, or no pair at all.
+        ValueError: fewer student views than teacher views, no pair at all, an empty batch, or shapes that differ.
     """
     pairs = pair_count(len(student_logits), len(targets))
+    one_shape([*student_logits, *targets], "logits and targets (images, prototypes)")
     total = student_logits[0].new_zeros(())
     everyone = torch.stack(list(targets)).sum(0)
     for v, logits in enumerate(student_logits):
@@ -57,20 +59,24 @@ def fused_dino_loss(
         z: one ``(n, D)`` per student view, the teacher's views first.
         weight: ``(K, D)``; gets a gradient where it requires one.
         targets: one ``(n, K)`` per teacher view, or :class:`SoftmaxTargets` with z ``(T, n, D)``; no gradient.
-        temperature: the student's.
+        temperature: the student's, above 0.
         bias: ``(K,)`` added to the logits after the temperature; gets a gradient where it requires one.
         group: ranks that share the prototypes out; :func:`uncollapse.cross_entropy.fused_cross_entropy` says what
             every rank passes and gets.
 
     Raises:
-        ValueError: fewer student views than teacher views, no pair at all, or shapes that do not fit.
+        ValueError: fewer student views than teacher views, no pair at all, an empty batch, shapes that do not fit,
+            or a temperature that is not above 0.
     """
     views = len(z)
     seen = len(targets.z) if isinstance(targets, SoftmaxTargets) else len(targets)
     pairs = pair_count(views, seen)
+    one_shape(z, "views (images, dimensions)")
     x = torch.stack(list(z))
-    pairing = 1 - torch.eye(views, seen, dtype=x.dtype, device=x.device)
-    row_weight = x.new_full((x.shape[1],), 1 / (x.shape[1] * pairs))
+    # Not in half precision, in which 1 / (n · pairs) is another number.
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    pairing = 1 - torch.eye(views, seen, dtype=wide, device=x.device)
+    row_weight = torch.full((x.shape[1],), 1 / (x.shape[1] * pairs), dtype=wide, device=x.device)
     return fused_cross_entropy(x, weight, targets, temperature, pairing, row_weight, bias, group)
 
 
@@ -92,8 +98,8 @@ def fused_patch_loss(
         z: ``(M, D)``, the student's projections of the masked tokens of all crops.
         weight: ``(K, D)``; gets a gradient where it requires one.
         targets: ``(M, K)`` or :class:`SoftmaxTargets` with z ``(M, D)``; no gradient.
-        temperature: the student's.
-        row_weight: ``(M,)``, a; from :func:`patch_weights`.
+        temperature: the student's, above 0.
+        row_weight: ``(M,)``, a, 0 or above; from :func:`patch_weights`.
         bias: ``(K,)`` added to the logits after the temperature; gets a gradient where it requires one.
         group: ranks that share the prototypes out, as in :func:`uncollapse.cross_entropy.fused_cross_entropy`; M may
             differ from rank to rank, and the loss is the mean over ranks.
@@ -102,7 +108,7 @@ def fused_patch_loss(
         Scalar; 0 with a gradient of zeros where nothing is masked.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, a temperature that is not above 0, or a negative or infinite weight.
     """
     z, row_weight = _pad(z, group), _pad(row_weight, group)
     if isinstance(targets, SoftmaxTargets):
@@ -136,7 +142,12 @@ def patch_weights(mask: Tensor, unmasked_count: bool = True) -> Tensor:
 
     Returns:
         ``(M,)`` float32 in the order of ``mask.nonzero()``; sums to the share of crops that have a mask, or to 1.
+
+    Raises:
+        ValueError: a mask that is not a boolean matrix.
     """
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise ValueError(f"a mask is boolean and (crops, patches), got {mask.dtype} of shape {tuple(mask.shape)}")
     masked = mask.sum(-1)
     images = len(mask) if unmasked_count else int((masked > 0).sum())
     each = 1 / (masked.clamp(min=1).float() * max(1, images))

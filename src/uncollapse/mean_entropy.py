@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.autograd import first_order
+from uncollapse.checks import above_zero, fits, one_shape
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
 
 _BLOCK = 1 << 22
@@ -30,7 +31,13 @@ def me_max(z: Tensor, weight: Tensor, temperature: float, bias: Tensor | None = 
 
     Returns:
         Scalar in [0, log K] nats, float32, or float64 where z or ``weight`` is; 0 when the mean is uniform.
+
+    Raises:
+        ValueError: an empty batch, shapes that do not fit, or a temperature that is not above 0.
     """
+    above_zero(temperature)
+    one_shape([z], "projections (rows, dimensions)")
+    fits(z, weight, bias)
     dtype = torch.promote_types(torch.promote_types(z.dtype, weight.dtype), torch.float32)
     bias = None if bias is None else bias.detach().to(dtype)
     out: Tensor = _MeMax.apply(z.to(dtype), weight.to(dtype), bias, temperature, group)

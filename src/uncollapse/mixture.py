@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncollapse.checks import check_rows
+from uncollapse.checks import above_zero, check_rows
 from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.distributed import Group, max_over_ranks, rank_and_size, shard, sum_over_ranks
 from uncollapse.em import Covariance, features, forget, forgetting_factor, natural_parameters, update_moments
@@ -208,8 +208,6 @@ class OnlineMixture(nn.Module):
             ValueError: shapes that do not fit, a negative weight, a row that is not finite. Nothing has changed
                 then. To know, a GPU is waited for once.
         """
-        if not beta > 0:
-            raise ValueError(f"beta must be above 0, the inverse temperature of the E-step: {beta}")
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.mean.dtype)
             weight = None if weight is None else weight.to(x)
@@ -275,12 +273,16 @@ class OnlineMixture(nn.Module):
         return self._sum(self.mean.sum(0)) / self.components
 
     def _features(self, x: Tensor) -> Tensor:
+        if x.ndim != 2 or x.shape[1] != self.mean.shape[1]:
+            raise ValueError(f"rows of a mixture must be (rows, {self.mean.shape[1]}), got {tuple(x.shape)}")
         return features(x.to(self.mean.dtype), None if self.temperature is not None else self.covariance)
 
     def _components(self, beta: float | None) -> Components:
         """Parameters of the log scores, as they are now, at inverse temperature ``beta`` (None: the last update's)."""
         temperature, covariance = self.temperature, self.covariance
         power: float | Tensor = self.beta if beta is None else beta
+        if beta is not None:
+            above_zero(beta, "beta")
         if isinstance(power, Tensor) and power.device.type == "cpu":
             power = float(power)  # where it can be read without waiting, 1 costs nothing
         centre = self._centre() if self.centred and temperature is not None else None

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from uncollapse.checks import above_zero
+
 _ORDER = 24.0
 """Debye's expansion in 1/ν is used from this order on; smaller orders are reached by recurrence from above."""
 
@@ -27,15 +29,15 @@ def log_vmf_normaliser(kappa: Tensor, dim: int) -> Tensor:
         dim: p ≥ 2, length of the vectors on the sphere.
 
     Returns:
-        Same shape and dtype as ``kappa``. At κ = 10⁴ the value itself is near -10⁴, where float32 has steps of 1e-3:
-        :func:`vmf_bias` takes out what prototypes have in common before it rounds.
+        Same shape as ``kappa``, float32, or float64 where ``kappa`` is. At κ = 10⁴ the value itself is near -10⁴, where
+        float32 has steps of 1e-3: :func:`vmf_bias` takes out what prototypes have in common before it rounds.
 
     Raises:
         ValueError: ``dim`` below 2.
     """
     if dim < 2:
         raise ValueError(f"a direction has at least 2 coordinates, not {dim}")
-    return _log_normaliser(kappa.double(), dim).to(kappa.dtype)
+    return _log_normaliser(kappa.double(), dim).to(torch.promote_types(kappa.dtype, torch.float32))
 
 
 def vmf_bias(weight: Tensor, temperature: float) -> Tensor:
@@ -51,12 +53,19 @@ def vmf_bias(weight: Tensor, temperature: float) -> Tensor:
         temperature: above 0.
 
     Returns:
-        ``(K,)``, of the dtype of ``weight``.
+        ``(K,)`` float32, or float64 where ``weight`` is.
+
+    Raises:
+        ValueError: a temperature that is not above 0, or rows of fewer than 2 dimensions.
     """
-    norm = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.promote_types(weight.dtype, torch.float32))
+    above_zero(temperature)
+    if weight.ndim != 2 or weight.shape[1] < 2:
+        raise ValueError(f"prototypes are (K, D) with D of at least 2, got {tuple(weight.shape)}")
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(weight, dim=-1, dtype=wide)
     kappa = norm.double() / temperature
     common = _log_normaliser(torch.full_like(kappa[:1].detach(), 1 / temperature), weight.shape[1])
-    return (_log_normaliser(kappa, weight.shape[1]) - common).to(weight.dtype)
+    return (_log_normaliser(kappa, weight.shape[1]) - common).to(wide)
 
 
 def _log_normaliser(kappa: Tensor, dim: int) -> Tensor:
