@@ -16,11 +16,11 @@ from uncollapse.config import (
     build_config,
     dump_config,
     load_config,
-    parse_value,
     recipe_names,
     targets_of,
-    tiny,
 )
+from uncollapse.plain_yaml import parse_value
+from uncollapse.tiny import tiny
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from uncollapse.checkpoint import load_checkpoint
-from uncollapse.config import ConfigError, load_config, tiny
+from uncollapse.config import ConfigError, load_config
 from uncollapse.runlog import read_rows
+from uncollapse.tiny import tiny
 from uncollapse.train import train
 
 

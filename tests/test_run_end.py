@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from uncollapse.cli import main
-from uncollapse.config import load_config, tiny
+from uncollapse.config import load_config
+from uncollapse.tiny import tiny
 from uncollapse.train import train
 
 
@@ -32,7 +33,9 @@ def test_one_class_ends_with_a_note_instead_of_a_probe(tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
 
 
-@pytest.mark.parametrize("keys", [{"log.evaluate_train": 7}, {"log.evaluate_train": 1}, {"seed": 5_000_000_000}])
+@pytest.mark.parametrize(
+    "keys", [{"log.evaluate_train": 7}, {"log.evaluate_train": 1}, {"seed": 5_000_000_000}, {"seed": 2**62}]
+)
 def test_extreme_settings_run_to_their_end(keys, tmp_path):
     summary = finished(tmp_path / "run", **keys)
     assert summary["steps"] == 2

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from uncollapse.config import (
-    ARMS,
-    Config,
-    ConfigError,
-    arm_keys,
-    arm_name,
-    load_config,
-    parse_value,
-    recipe_names,
-    tiny,
-)
+from uncollapse import __version__
+from uncollapse.config import ConfigError
 from uncollapse.evaluate_cli import add_parser as add_evaluate
+from uncollapse.train_cli import add_parsers as add_train
+from uncollapse.train_cli import take_keys, unknown
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits 0, 1 (the run failed) or 2 (bad input), with one clear line on stderr."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        overrides = _overrides(rest)
+        arguments, overrides = _parsed(words)
         arguments.run(arguments, overrides)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -68,39 +63,36 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
         print(f"warning: {message}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="uncollapse", description="Train prototypes that do not collapse, and see whether they have."
-    )
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _parsed(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Options of the command, and keys of the recipe."""
+    parser, commands = _parser()
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        close = difflib.get_close_matches(words[0], commands, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
+        raise ConfigError(f"no command {words[0]!r} ({hint})")
+    left, overrides = take_keys(words)
+    arguments, rest = parser.parse_known_args(left)
+    if rest:
+        options = re.findall(r"--[a-z][a-z-]*", commands[words[0]].format_usage())
+        raise unknown(rest[0], options, keys=words[0] in ("train", "demo", "recipe"))
+    arguments.again = shlex.join(["uncollapse", *words])
+    return arguments, overrides
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser, and that of each command."""
+    parser = _Parser(prog="uncollapse", description="Train prototypes that do not collapse, and see whether they have.")
+    parser.add_argument("--version", action="version", version=f"uncollapse {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="ways to learn prototypes, compared on real images in minutes")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: %(default)s)")
-    demo.add_argument("--seeds", type=int, default=1, help="runs per arm; more than 1 gives mean ± spread")
-    demo.add_argument("--max-steps", type=int, help="stop every arm after so many steps")
-    demo.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all six")
-    demo.add_argument("--jobs", type=int, help="arms trained at once (default: one per core)")
-    demo.set_defaults(run=_demo)
-
-    train = commands.add_parser(
-        "train",
-        help="pre-train on your images",
-        epilog=f"Recipes that ship: {', '.join(recipe_names())}. Any key of a recipe can be set after it, e.g. "
-        "--optim.lr 1e-3 --views.local_count 4; `uncollapse recipe NAME` prints every key.",
-    )
-    train.add_argument("recipe", nargs="?", help="a recipe's name or a YAML file")
-    train.add_argument("--data", help="image folder, Parquet file or folder of them, or builtin:digits")
-    train.add_argument("--prototypes", choices=ARMS, help="how prototypes are learned")
-    train.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE-PROTOTYPES-seedN)")
-    train.add_argument("--max-steps", type=int, help="stop after this many steps in all")
-    train.add_argument("--tiny", action="store_true", help="shrink the recipe to run in seconds")
-    train.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR; needs nothing else")
-    train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    train.set_defaults(run=_train)
-
-    recipe = commands.add_parser("recipe", help="print a recipe with every key it leaves at its default")
-    recipe.add_argument("name", help=f"one of {', '.join(recipe_names())}, or a YAML file")
-    recipe.set_defaults(run=_recipe)
+    add_train(commands)
 
     diagnose = commands.add_parser(
         "diagnose",
@@ -132,94 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, help="run folders")
     report.add_argument("--out", type=Path, default=Path("report.html"))
     report.set_defaults(run=_report)
-    return parser
-
-
-def _overrides(rest: Sequence[str]) -> dict[str, Any]:
-    """``--optim.lr 1e-3`` and ``--optim.lr=1e-3`` as dotted keys with YAML values."""
-    values: dict[str, Any] = {}
-    words = list(rest)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--") or len(word) == 2:
-            raise ConfigError(f"unexpected argument {word!r}; keys of the recipe are set as --key.name VALUE")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            if not words:
-                raise ConfigError(f"--{key} needs a value")
-            text = words.pop(0)
-        values[key] = parse_value(text)
-    return values
-
-
-def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
-    if arguments.max_steps is not None and arguments.max_steps < 1:
-        raise ConfigError(f"--max-steps: must be at least 1, got {arguments.max_steps}")
-    if arguments.resume is not None:
-        config, out = _resumed(arguments, overrides)
-    else:
-        config, out = _new_run(arguments, overrides)
-    from uncollapse.progress import training_bar
-    from uncollapse.report import write_report
-    from uncollapse.runs import read_run
-    from uncollapse.table import print_table
-    from uncollapse.train import train
-
-    main_rank = os.environ.get("RANK", "0") == "0"
-    with training_bar(show=main_rank) as (say, progress):
-        summary = train(config, out, arguments.max_steps, arguments.resume is not None, progress, say, arguments.device)
-    if main_rank:
-        print_table([summary])
-        for note in summary.get("notes", []):
-            print(f"note        {note}")
-        write_report([read_run(out)], out / "report.html", f"{arm_name(config.prototypes)} on {summary['data']}", [])
-        print(f"diagnosis took {100 * summary['diagnosis_share']:.2f} % of the run's time")
-        print(f"report      {out / 'report.html'}")
-
-
-def _new_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path]:
-    if arguments.recipe is None:
-        raise ConfigError(f"name a recipe ({', '.join(recipe_names())}, or a YAML file), or --resume DIR")
-    if arguments.data is not None:
-        builtin = arguments.data.startswith("builtin:")
-        overrides["data.path"] = arguments.data if builtin else str(Path(arguments.data).resolve())
-    if arguments.prototypes is not None:
-        overrides.update(arm_keys(arguments.prototypes))
-    config = load_config(arguments.recipe, overrides)
-    if arguments.tiny:
-        config = tiny(config)
-    if not config.data.path:
-        raise ConfigError("--data PATH: say where the images are (a folder, Parquet, or builtin:digits)")
-    stem = Path(arguments.recipe).stem
-    return config, arguments.out or Path("runs") / f"{stem}-{arm_name(config.prototypes)}-seed{config.seed}"
-
-
-def _resumed(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path]:
-    path: Path = arguments.resume / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"--resume {arguments.resume}: no config.yaml there, so it is not a run folder")
-    given = [n for n in ("recipe", "data", "prototypes", "out") if getattr(arguments, n) is not None]
-    if given or overrides or arguments.tiny:
-        changed = [*given, *overrides, *(["tiny"] if arguments.tiny else [])]
-        raise ConfigError(f"--resume continues a run as it was; it takes --max-steps, not {', '.join(changed)}")
-    return load_config(path), arguments.resume
-
-
-def _recipe(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
-    from uncollapse.config import dump_config
-
-    print(dump_config(load_config(arguments.name, overrides)), end="")
-
-
-def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
-    for name in ("seeds", "max_steps", "jobs"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
-    load_config("demo", overrides)
-    from uncollapse.demo import run_demo
-
-    run_demo(arguments.out, arguments.seeds, arguments.arms, arguments.max_steps, arguments.jobs, overrides)
+    return parser, commands.choices
 
 
 def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from uncollapse.plain_yaml import ConfigError, parse_yaml, read_yaml, shortened
+
 PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "fixed"]
 KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed")
 TargetKind = Literal["centred", "sinkhorn", "posterior"]
@@ -25,8 +27,8 @@ ARMS = ("joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fix
 """What a comparison should hold: every way to learn prototypes, and joint ones with balanced targets, which tell the
 effect of decoupling from that of balancing."""
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=2**62)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
 Rate = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -34,10 +36,6 @@ Scale = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, 
 Triple = tuple[float, float, float]
 
 _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class ConfigError(ValueError):
-    """A recipe or an override that cannot be used; the message is one line and names the key."""
 
 
 @dataclass(frozen=True)
@@ -244,25 +242,6 @@ def arm_keys(arm: str) -> dict[str, Any]:
     return {"prototypes.kind": kind, **({"prototypes.targets": "sinkhorn"} if balanced else {})}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose floats include 1e-3; YAML 1.1 reads that as a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d+([eE][-+]?\d+)?)$"),
-    list("-+0123456789."),
-)
-
-
-def parse_value(text: str) -> Any:
-    """The YAML value of one command-line word (``1e-3`` is a float, ``[0.2, 1.0]`` a list)."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot read the value {text!r} as YAML: {' '.join(str(error).split())}") from None
-
-
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
     folder = resources.files("uncollapse") / "recipes"
@@ -278,16 +257,15 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     path = Path(recipe)
     if str(recipe) in recipe_names():
         text = (resources.files("uncollapse") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        content = parse_yaml(text, str(recipe))
     elif path.is_file():
-        text = path.read_text(encoding="utf-8")
+        content = read_yaml(path)
     else:
+        close = difflib.get_close_matches(str(recipe), recipe_names(), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
         raise ConfigError(
-            f"no recipe {str(recipe)!r}: give the path of a YAML file or one of {', '.join(recipe_names())}"
+            f"no recipe {str(recipe)!r}: {hint}give the path of a YAML file or one of {', '.join(recipe_names())}"
         )
-    try:
-        content = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -315,6 +293,12 @@ def _known_keys(prefix: list[str]) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
+def all_keys(prefix: Sequence[str] = ()) -> list[str]:
+    """Every dotted key of a recipe."""
+    inner = [[*prefix, name] for name in _known_keys(list(prefix))]
+    return [key for path in inner for key in (all_keys(path) or [".".join(path)])]
+
+
 def _one_line(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
@@ -323,10 +307,10 @@ def _one_line(error: ValidationError, source: str) -> str:
         known = _known_keys(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-        return f"{source}: unknown key {key!r} ({hint})"
+        return f"{source}: unknown key {shortened(key)!r} ({hint})"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     message = message if first["type"] == "value_error" else f"should be {message}"
-    return f"{source}: {key}: {message}, got {first['input']!r}"
+    return f"{source}: {key}: {message}, got {shortened(repr(first['input']))}"
 
 
 def build_config(content: dict[str, Any], source: str = "config", retired: bool = False) -> Config:
@@ -347,8 +331,10 @@ def build_config(content: dict[str, Any], source: str = "config", retired: bool 
     except ValidationError as error:
         raise ConfigError(_one_line(error, source)) from None
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: {error}") from None
-    for key, problem in _impossible(config):
+        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
+    from uncollapse.impossible import impossible
+
+    for key, problem in impossible(config):
         raise ConfigError(f"{source}: {key}: {problem}")
     return config
 
@@ -371,39 +357,6 @@ def _as_now(content: dict[str, Any], source: str, retired: bool) -> dict[str, An
     return {**content, "prototypes": {**targets, **prototypes, "mixture": rest}}
 
 
-def _impossible(config: Config) -> list[tuple[str, str]]:
-    """Combinations that no single key's range can rule out."""
-    views, teacher, optim, run = config.views, config.teacher, config.optim, config.run
-    problems = []
-    for name in ("global_scale", "local_scale", "blur_sigma"):
-        low, high = getattr(views, name)
-        if low > high:
-            problems.append((f"views.{name}", f"the first number must not exceed the second, got {low} > {high}"))
-    if any(s <= 0 for s in views.std):
-        problems.append(("views.std", f"must be positive, got {list(views.std)}"))
-    if teacher.momentum_end < teacher.momentum:
-        problems.append(
-            (
-                "teacher.momentum_end",
-                f"must be at least teacher.momentum, {teacher.momentum_end} < {teacher.momentum}",
-            )
-        )
-    if optim.min_lr > optim.lr * run.batch / optim.lr_batch:
-        problems.append(
-            (
-                "optim.min_lr",
-                f"{optim.min_lr} exceeds the scaled learning rate {optim.lr * run.batch / optim.lr_batch:g}",
-            )
-        )
-    if targets_of(config.prototypes) == "posterior" and not config.prototypes.kind.startswith("decoupled"):
-        problems.append(("prototypes.targets", f"only a mixture has a posterior, {config.prototypes.kind} has none"))
-    if run.batch % run.accumulate:
-        problems.append(("run.accumulate", f"a batch of {run.batch} does not divide into {run.accumulate} equal parts"))
-    if teacher.temperature > 1 or teacher.temperature_start > 1:
-        problems.append(("teacher.temperature", "temperatures above 1 make every target uniform over cosines"))
-    return problems
-
-
 def load_config(recipe: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Recipe and overrides (dotted keys), merged and validated.
 
@@ -411,7 +364,14 @@ def load_config(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
         ConfigError: see :func:`read_recipe` and :func:`build_config`.
     """
     content = read_recipe(recipe)
-    for key, value in (overrides or {}).items():
+    overrides = overrides or {}
+    backbone = content.get("backbone")
+    renamed = isinstance(backbone, dict) and overrides.get("backbone.name", backbone.get("name")) != backbone.get(
+        "name"
+    )
+    if renamed and isinstance(backbone, dict):
+        backbone.pop("options", None)  # those of the recipe's own model, which another one does not take
+    for key, value in overrides.items():
         set_key(content, key, value)
     return build_config(content, str(recipe))
 
@@ -419,32 +379,3 @@ def load_config(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
 def dump_config(config: Config) -> str:
     """The configuration as YAML that :func:`load_config` reads back to an equal one."""
     return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
-
-
-def tiny(config: Config) -> Config:
-    """The same recipe shrunk to run in seconds: small encoder, K, batch and views; for smoke tests."""
-    views, head, protos, run = config.views, config.head, config.prototypes, config.run
-    small = {
-        "views": dataclasses.replace(
-            views, global_size=min(32, views.global_size), local_size=min(16, views.local_size),
-            local_count=min(2, views.local_count)),
-        "head": dataclasses.replace(head, hidden=min(64, head.hidden), bottleneck=min(32, head.bottleneck)),
-        "prototypes": dataclasses.replace(protos, count=min(64, protos.count)),
-        "run": dataclasses.replace(run, batch=min(32, run.batch), epochs=min(2.0, run.epochs)),
-        "data": dataclasses.replace(config.data, workers=min(1, config.data.workers)),
-    }  # fmt: skip
-    small["backbone"] = _tiny_backbone(config.backbone)
-    small["log"] = dataclasses.replace(config.log, every_steps=1, checkpoint_steps=min(5, config.log.checkpoint_steps))
-    shrunk = dataclasses.replace(config, **small)  # type: ignore[arg-type]
-    low = min(shrunk.optim.min_lr, shrunk.optim.lr * shrunk.run.batch / shrunk.optim.lr_batch)
-    return dataclasses.replace(shrunk, optim=dataclasses.replace(shrunk.optim, min_lr=low))
-
-
-def _tiny_backbone(backbone: BackboneConfig) -> BackboneConfig:
-    """The smallest member of the same family that still takes 16-pixel views."""
-    if backbone.name.startswith("vit_"):
-        options = {"patch_size": 8, "img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2}
-        return BackboneConfig("vit_tiny_patch16_224", backbone.drop_path, options)
-    if backbone.name.startswith("resnet"):
-        return BackboneConfig("resnet10t", 0.0, {})
-    return backbone

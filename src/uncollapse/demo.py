@@ -62,11 +62,18 @@ def _train_arm(arm: str, seed: int, out: str, max_steps: int | None, overrides: 
 
 
 def run_demo(
-    out: Path, seeds: int, arms: list[str], max_steps: int | None, jobs: int | None, overrides: dict[str, Any]
+    out: Path,
+    seeds: int,
+    arms: list[str],
+    max_steps: int | None,
+    jobs: int | None,
+    overrides: dict[str, Any],
+    again: str,
 ) -> dict[str, Any]:
     """Trains every arm × seed in processes of its own and writes table, ``summary.json`` and ``report.html``.
 
-    A demo that was interrupted goes on where its arms stopped, and finished arms are not trained again.
+    A demo that was interrupted goes on where its arms stopped, and finished arms are not trained again; ``again`` is
+    the command for that.
 
     Returns:
         ``{"arms": [one summary per run]}``, as in ``summary.json``.
@@ -102,8 +109,9 @@ def run_demo(
             _follow(started, messages, console)
         except KeyboardInterrupt:
             stopped.set()
+            console.print("finishing the steps under way and saving them; again to stop now", highlight=False)
             pool.shutdown(cancel_futures=True)
-            console.print(f"stopped; the same command goes on from here: uncollapse demo --out {out}", soft_wrap=True)
+            console.print(f"stopped; go on from here with: {again}", soft_wrap=True, highlight=False, markup=False)
             raise
         failed = [e for f in started if not f.cancelled() and (e := f.exception()) is not None]
         if failed:

@@ -11,11 +11,12 @@ from timm.models.vision_transformer import VisionTransformer
 from layouts import norm_old, planted, prefixed
 from uncollapse.backbones import Conv3
 from uncollapse.checkpoint import save_checkpoint
-from uncollapse.config import ConfigError, load_config, tiny
+from uncollapse.config import ConfigError, load_config
 from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
 from uncollapse.evaluate.opening import open_encoder
 from uncollapse.reading import InputError
 from uncollapse.state import build_state, state_dicts
+from uncollapse.tiny import tiny
 
 
 def vit(seed=0, depth=5, **options) -> VisionTransformer:

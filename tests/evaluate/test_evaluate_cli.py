@@ -9,11 +9,12 @@ from command import failing, images
 
 from uncollapse.checkpoint import save_checkpoint
 from uncollapse.cli import main
-from uncollapse.config import load_config, tiny
+from uncollapse.config import load_config
 from uncollapse.evaluate import extract as extraction
 from uncollapse.evaluate.tasks import TASKS, Task, chosen
 from uncollapse.evaluation_section import interval, number
 from uncollapse.state import build_state, state_dicts
+from uncollapse.tiny import tiny
 
 # ------------------------------------------------------------------------------------------ what it does
 

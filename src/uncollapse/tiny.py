@@ -1,0 +1,56 @@
+"""Any recipe shrunk to run in seconds, for smoke tests: ``--tiny``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from uncollapse.config import BackboneConfig, Config, build_config, set_key
+
+
+def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
+    """The same recipe with a small encoder, K, batch and views.
+
+    ``typed``: dotted keys with the values that the user asked for by name; they are in ``config`` already, and stay.
+
+    Raises:
+        ConfigError: values that do not go together with the small ones.
+    """
+    typed = typed or {}
+    views, head, protos, run = config.views, config.head, config.prototypes, config.run
+    small = replace(
+        config,
+        views=replace(
+            views,
+            global_size=min(32, views.global_size),
+            local_size=min(16, views.local_size),
+            local_count=min(2, views.local_count),
+        ),
+        head=replace(head, hidden=min(64, head.hidden), bottleneck=min(32, head.bottleneck)),
+        prototypes=replace(protos, count=min(64, protos.count)),
+        run=replace(run, batch=min(32, run.batch), epochs=min(2.0, run.epochs), accumulate=1),
+        data=replace(config.data, workers=min(1, config.data.workers)),
+        backbone=_tiny_backbone(config.backbone),
+        log=replace(config.log, every_steps=1, checkpoint_steps=min(5, config.log.checkpoint_steps)),
+    )
+    content = json.loads(json.dumps(asdict(small)))
+    if any(key.startswith("backbone.") for key in typed):
+        content["backbone"] = json.loads(json.dumps(asdict(config.backbone)))
+    for key, value in typed.items():
+        set_key(content, key, value)
+    if "optim.min_lr" not in typed:
+        optim = content["optim"]
+        optim["min_lr"] = min(optim["min_lr"], optim["lr"] * content["run"]["batch"] / optim["lr_batch"])
+    return build_config(content, "--tiny")
+
+
+def _tiny_backbone(backbone: BackboneConfig) -> BackboneConfig:
+    """The smallest member of the same family that still takes 16-pixel views."""
+    if backbone.name.startswith("vit_"):
+        options = {"patch_size": 8, "img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2}
+        return BackboneConfig("vit_tiny_patch16_224", backbone.drop_path, options)
+    if backbone.name.startswith("resnet"):
+        return BackboneConfig("resnet10t", 0.0, {})
+    return backbone

@@ -1,0 +1,171 @@
+"""The commands that take a recipe: ``train``, ``demo`` and ``recipe``, and the keys that can be typed after them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from uncollapse.config import ARMS, Config, ConfigError, all_keys, arm_keys, arm_name, load_config, recipe_names
+from uncollapse.plain_yaml import parse_value
+
+
+def add_parsers(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="ways to learn prototypes, compared on real images in minutes")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: %(default)s)")
+    demo.add_argument("--seeds", type=int, default=1, help="runs per arm; more than 1 gives mean ± spread")
+    demo.add_argument("--max-steps", type=int, help="stop every arm after so many steps")
+    demo.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all six")
+    demo.add_argument("--jobs", type=int, help="arms trained at once (default: one per core)")
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser(
+        "train",
+        help="pre-train on your images",
+        epilog=f"Recipes that ship: {', '.join(recipe_names())}. Any key of a recipe can be set, e.g. "
+        "--optim.lr 1e-3 --views.local_count 4; `uncollapse recipe NAME` prints every key.",
+    )
+    train.add_argument("recipe", nargs="?", help="a recipe's name or a YAML file")
+    train.add_argument("--data", help="image folder, Parquet file or folder of them, or builtin:digits")
+    train.add_argument("--prototypes", choices=ARMS, help="how prototypes are learned")
+    train.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE-PROTOTYPES-seedN)")
+    train.add_argument("--max-steps", type=int, help="stop after this many steps in all")
+    train.add_argument("--tiny", action="store_true", help="shrink the recipe to run in seconds")
+    train.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR; needs nothing else")
+    train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    train.set_defaults(run=_train)
+
+    recipe = commands.add_parser("recipe", help="print a recipe with every key it leaves at its default")
+    recipe.add_argument("name", help=f"one of {', '.join(recipe_names())}, or a YAML file")
+    recipe.set_defaults(run=_recipe)
+
+
+# --- keys of the recipe on the command line -----------------------------------------------------------------
+
+
+def take_keys(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The words that are left, and ``--optim.lr 1e-3`` or ``--optim.lr=1e-3`` as dotted keys with YAML values.
+
+    Before argparse sees them: it would take the value for a recipe's name.
+    """
+    plain = {f.name for f in dataclasses.fields(Config) if not isinstance(f.default_factory, type)}
+    values: dict[str, Any] = {}
+    left, waiting = [], list(words)
+    while waiting:
+        word = waiting.pop(0)
+        key, equals, text = word[2:].partition("=")
+        if not word.startswith("--") or not ("." in key or key in plain):
+            left.append(word)
+            continue
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                raise ConfigError(f"--{key} needs a value")
+            text = waiting.pop(0)
+        values[key] = parse_value(text)
+    return left, values
+
+
+def unknown(word: str, options: Sequence[str], keys: bool) -> ConfigError:
+    """The error for a word that is no option, with what may have been meant; ``keys``: those of recipes too."""
+    if not word.startswith("-"):
+        return ConfigError(f"unexpected argument {word!r}" + ("; keys are set as --key.name VALUE" if keys else ""))
+    name = word.lstrip("-").partition("=")[0]
+    last = {key.rpartition(".")[2]: f"--{key}" for key in all_keys()} if keys else {}
+    last.update({option.lstrip("-"): option for option in options})
+    close = [name] if name in last else difflib.get_close_matches(name, last, n=1, cutoff=0.6)
+    return ConfigError(f"no option --{name}" + (f" (did you mean {last[close[0]]}?)" if close else ""))
+
+
+# --- train --------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    if arguments.max_steps is not None and arguments.max_steps < 1:
+        raise ConfigError(f"--max-steps: must be at least 1, got {arguments.max_steps}")
+    if arguments.resume is not None:
+        config, out = _resumed(arguments, overrides)
+    else:
+        config, out = _new_run(arguments, overrides)
+    from uncollapse.progress import training_bar
+    from uncollapse.report import write_report
+    from uncollapse.runs import read_run
+    from uncollapse.table import print_table
+    from uncollapse.train import train
+
+    main_rank = os.environ.get("RANK", "0") == "0"
+    with training_bar(show=main_rank) as (say, progress):
+        summary = train(config, out, arguments.max_steps, arguments.resume is not None, progress, say, arguments.device)
+    if main_rank:
+        print_table([summary])
+        for note in summary.get("notes", []):
+            print(f"note        {note}")
+        write_report([read_run(out)], out / "report.html", f"{arm_name(config.prototypes)} on {summary['data']}", [])
+        print(f"diagnosis took {100 * summary['diagnosis_share']:.2f} % of the run's time")
+        print(f"report      {out / 'report.html'}")
+
+
+def _new_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path]:
+    if arguments.recipe is None:
+        raise ConfigError(f"name a recipe ({', '.join(recipe_names())}, or a YAML file), or --resume DIR")
+    if arguments.data is not None:
+        builtin = arguments.data.startswith("builtin:")
+        overrides["data.path"] = arguments.data if builtin else str(Path(arguments.data).resolve())
+    if arguments.prototypes is not None:
+        overrides.update(arm_keys(arguments.prototypes))
+    config = load_config(arguments.recipe, overrides)
+    if arguments.tiny:
+        from uncollapse.tiny import tiny
+
+        config = tiny(config, overrides)
+    if not config.data.path:
+        raise ConfigError("--data PATH: say where the images are (a folder, Parquet, or builtin:digits)")
+    _must_exist(config)
+    stem = Path(arguments.recipe).stem
+    return config, arguments.out or Path("runs") / f"{stem}-{arm_name(config.prototypes)}-seed{config.seed}"
+
+
+def _must_exist(config: Config) -> None:
+    """Said at once, before the seconds that the imports take."""
+    for key in ("path", "val_path"):
+        path = getattr(config.data, key)
+        if path and not path.startswith("builtin:") and not Path(path).exists():
+            raise ConfigError(f"data.{key}: {path}: no such file or folder")
+
+
+def _resumed(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path]:
+    path: Path = arguments.resume / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--resume {arguments.resume}: no config.yaml there, so it is not a run folder")
+    given = [n for n in ("recipe", "data", "prototypes", "out") if getattr(arguments, n) is not None]
+    if given or overrides or arguments.tiny:
+        changed = [*given, *overrides, *(["tiny"] if arguments.tiny else [])]
+        raise ConfigError(f"--resume continues a run as it was; it takes --max-steps, not {', '.join(changed)}")
+    config = load_config(path)
+    _must_exist(config)
+    return config, arguments.resume
+
+
+# --- recipe and demo ----------------------------------------------------------------------------------------
+
+
+def _recipe(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    from uncollapse.config import dump_config
+
+    print(dump_config(load_config(arguments.name, overrides)), end="")
+
+
+def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    for name in ("seeds", "max_steps", "jobs"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
+    load_config("demo", overrides)
+    from uncollapse.demo import run_demo
+
+    run_demo(
+        arguments.out, arguments.seeds, arguments.arms, arguments.max_steps, arguments.jobs, overrides, arguments.again
+    )
