@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -26,6 +27,23 @@ class Conv3(nn.Sequential):
         self.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
 
 
+_NOT_OF_MODELS = frozenset(
+    [
+        "model_name",
+        "checkpoint_path",
+        "cache_dir",
+        "model_cfg",
+        "feature_cfg",
+        "features_only",
+        "kwargs_filter",
+        "scriptable",
+        "exportable",
+        "no_jit",
+    ]
+)
+"""Options of ``timm.create_model`` that are not the model's."""
+
+
 def build_backbone(config: BackboneConfig, drop_path: bool = True) -> tuple[nn.Module, int]:
     """The encoder and the length of its feature vector (class token, or pooled map).
 
@@ -43,6 +61,11 @@ def build_backbone(config: BackboneConfig, drop_path: bool = True) -> tuple[nn.M
         return conv, conv.num_features
     import timm
 
+    # A name or an option may be a stranger's: hub names are downloaded, and some options read files or weights.
+    if not re.fullmatch(r"[\w.-]+", config.name) or not timm.is_model(config.name):
+        raise ConfigError(f"backbone.name: timm has no model {config.name!r}; timm.list_models() names what it has")
+    if refused := [name for name in config.options if name.startswith("pretrained") or name in _NOT_OF_MODELS]:
+        raise ConfigError(f"backbone.options: {refused[0]} is no option of a model's architecture; leave it out")
     options: dict[str, Any] = dict(config.options)
     if "vit" in config.name or "deit" in config.name:
         options.setdefault("dynamic_img_size", True)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from uncollapse.formats import PrototypeSet, checked, find_prototypes, may_be_prototypes
 from uncollapse.judging import FAILING, WIDE, RandomLikeness, Verdict, judge, random_likeness
-from uncollapse.reading import InputError, flatten, newest_of, read_tensors
-from uncollapse.rebuild import own_directions
+from uncollapse.reading import InputError, damage_is_said, flatten, newest_of, read_tensors
+from uncollapse.rebuild_own import own_directions
 from uncollapse.rows import tensor_of
 from uncollapse.spanning import Sweep, complete_sweep, spanning_tree
 from uncollapse.unique import EPSILONS, greedy_cover, nearest_kept
@@ -192,8 +192,9 @@ def diagnose_file(
     file, passed_over = newest_of(Path(path))
     began = time.perf_counter()
     loaded = read_tensors(file, trust, may_be_prototypes if data is None and key is None else None)
-    tensors = flatten(loaded)
-    sets = [own_directions(loaded, s) for s in find_prototypes(tensors, str(file), key)[:most]]
+    with damage_is_said(file):
+        tensors = flatten(loaded, file)
+        sets = [own_directions(loaded, s, tensors) for s in find_prototypes(tensors, str(file), key)[:most]]
     reading = time.perf_counter() - began
     found = []
     for s in sets:

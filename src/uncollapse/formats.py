@@ -92,6 +92,8 @@ class PrototypeSet:
     bias: Tensor | None = None
     """(K,) float32 that the layer adds to its logits; None without."""
     notes: tuple[str, ...] = ()
+    means: Tensor | None = None
+    """(K, D) means of a mixture whose logits use other directions, ``weight``; None where they are the same."""
 
     def directions(self) -> Tensor:
         """(K, D): the rows, turned round where g is negative, zero where g is, and NaN where g is not finite."""
@@ -263,7 +265,7 @@ def checked(s: PrototypeSet, where: str) -> PrototypeSet:
         InputError: no dense floating (K, D) matrix with values.
     """
     spot = f"{where}{': ' + s.key if s.key else ''}"
-    if s.weight.layout != torch.strided or s.weight.is_meta:
+    if s.weight.is_floating_point() and (s.weight.layout != torch.strided or s.weight.is_meta):
         raise InputError(f"{spot}: a sparse tensor, or one without values; save it as an ordinary dense one")
     if s.weight.ndim != 2 or 0 in s.weight.shape:
         raise InputError(f"{spot}: shape {tuple(s.weight.shape)} is not prototypes × dimensions")
@@ -275,7 +277,11 @@ def checked(s: PrototypeSet, where: str) -> PrototypeSet:
     if s.weight.element_size() == 1:
         # 8-bit floats have no arithmetic of their own
         was = str(s.weight.dtype).removeprefix("torch.")
-        s = replace(s, weight=s.weight.float(), notes=(*s.notes, f"stored as {was}, counted in float32"))
+        try:
+            wide = s.weight.float()
+        except (RuntimeError, NotImplementedError):
+            raise InputError(f"{spot}: holds {was}, which torch cannot widen; save it as float16 or wider") from None
+        s = replace(s, weight=wide, notes=(*s.notes, f"stored as {was}, counted in float32"))
     if s.scale is not None and len(s.scale) not in (1, len(s.weight)):
         raise InputError(f"{spot}: {len(s.scale)} lengths g for {len(s.weight)} prototypes; one each was expected")
     if s.scale is not None and len(s.scale) == 1:

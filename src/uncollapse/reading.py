@@ -1,22 +1,19 @@
 """Other people's files, read without running anything in them: what they hold, recognised by content.
 
-A checkpoint is a pickle, and unpickling runs whatever the file says. Here only tensors, plain containers and the
-classes listed below are ever built; where a configuration class of some framework is all that stands in the way,
-an inert object takes its place. Everything else needs the user's word (``trust``).
+A checkpoint is a pickle, and unpickling runs whatever the file says. Here it is read as data (`uncollapse.pickled`,
+`uncollapse.torchfile`); names beyond a list of harmless ones need the user's word (``trust``). Whatever is wrong with
+a file, an `InputError` says so.
 """
 
 from __future__ import annotations
 
-import argparse
-import collections
 import hashlib
 import json
-import pathlib
-import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,73 +21,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uncollapse.pickled import Record, Refused
+from uncollapse.shown import shown
+from uncollapse.torchfile import Unsupported, array_of, read_torch, refuse_encrypted
+
 
 class InputError(ValueError):
     """A file that cannot be diagnosed; the message is one line: what, where, and what to do."""
 
-
-class Inert:
-    """Stands in for a configuration object of a framework; keeps nothing and does nothing."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-    def __setitem__(self, _: Any, __: Any) -> None:
-        pass
-
-    def append(self, _: Any) -> None:
-        pass
-
-    def extend(self, _: Any) -> None:
-        pass
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))  # names and keys in it are the file's, and may be anything
 
 
-_STOOD_IN_FOR = (
-    "omegaconf.dictconfig.DictConfig",
-    "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.ContainerMetadata",
-    "omegaconf.base.Metadata",
-    "omegaconf.base.SCMode",
-    "omegaconf.nodes.AnyNode",
-    "omegaconf.nodes.BooleanNode",
-    "omegaconf.nodes.FloatNode",
-    "omegaconf.nodes.IntegerNode",
-    "omegaconf.nodes.StringNode",
-    "typing.Any",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-    "lightning.pytorch.utilities.parsing.AttributeDict",
-    "lightning.fabric.utilities.data.AttributeDict",
-    "lightning_fabric.utilities.data.AttributeDict",
-    "torch.torch_version.TorchVersion",
-    "yacs.config.CfgNode",
-)
-"""Classes of configurations and versions that checkpoints carry along; their contents are not looked at."""
+@contextmanager
+def damage_is_said(where: object) -> Iterator[None]:
+    """Whatever goes wrong inside is an `InputError` that names the file: a damaged one can fail in any way."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Unsupported as error:
+        raise InputError(f"{where}: {error}") from None
+    except Refused as error:
+        raise InputError(_refusal(where, str(error))) from None
+    except MemoryError:
+        raise InputError(
+            f"{where}: it asks for more memory than there is; it is damaged, or too large for here"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read ({error.strerror or line_of(error)})") from None
+    except Exception as error:
+        raise InputError(f"{where}: damaged or cut off, or no checkpoint ({line_of(error)})") from None
+
+
+def _refusal(where: object, name: str) -> str:
+    if re.search(r"^torch\.distributed\.|ShardedTensor|DTensor", name):
+        return (
+            f"{where}: one rank's shard ({name}), not the whole network; take the teacher that the code gathers "
+            "for its evaluations (DINOv2's and DINOv3's eval/*/teacher_checkpoint.pth), or save a full state dict"
+        )
+    return (
+        f"{where}: not loaded, because it would run {name!r}, which is not on the list of harmless classes. "
+        "If you know who made the file and trust them, say --trust"
+    )
 
 
 OPTIMIZERS = re.compile(r"opt|optim\w*|\w*_optimizer|\w*optimizer_states|fp16_scaler")
 """Top levels of a checkpoint that hold states of optimisers."""
-
-
-def _dtype_classes() -> list[type]:
-    return [type(np.dtype(letter)) for letter in "?bhilBHILefd"]
-
-
-def _allowed() -> list[Any]:
-    """The allow-list: harmless to build, and found in the checkpoints of the families that are read here."""
-    core: Any = np._core if hasattr(np, "_core") else np.core  # type: ignore[attr-defined, unused-ignore]
-    arrays = [
-        (function, f"numpy.{where}.multiarray.{name}")
-        for name, function in (("scalar", core.multiarray.scalar), ("_reconstruct", core.multiarray._reconstruct))
-        for where in ("core", "_core")
-    ]
-    plain = [argparse.Namespace, collections.defaultdict, dict, list, set, int, float, np.dtype, np.ndarray]
-    # A path class of the other operating system cannot be built here.
-    paths = [(pathlib.PurePath, f"pathlib.{n}") for n in ("PosixPath", "WindowsPath", "PurePosixPath", "Path")]
-    paths += [(pathlib.PurePath, f"pathlib._local.{n}") for n in ("PosixPath", "WindowsPath", "PurePosixPath")]
-    return [*plain, *_dtype_classes(), *arrays, *paths, *((Inert, name) for name in _STOOD_IN_FOR)]
 
 
 # ------------------------------------------------------------------------------------------- a file's kind
@@ -118,9 +95,13 @@ def file_kind(path: Path) -> str:
         raise InputError(f"{path}: the file is empty (0 bytes); copy or download it again")
     if head.startswith(b"PK\x03\x04"):
         try:
-            with zipfile.ZipFile(path) as archive:
+            with damage_is_said(path), zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
-        except zipfile.BadZipFile:
+                for info in archive.infolist():
+                    refuse_encrypted(info)
+        except InputError as error:
+            if "encrypted" in str(error):
+                raise
             raise InputError(
                 f"{path}: cut off or damaged (a zip archive without its index, {size:,} bytes); "
                 "copy or download it again"
@@ -134,7 +115,7 @@ def file_kind(path: Path) -> str:
         return "npy"
     if len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
         return "safetensors"
-    if head[0] == 0x80 or b"ustar" in head:
+    if head[0] == 0x80:
         return "torch"
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: only a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
@@ -157,7 +138,8 @@ def read_tensors(path: Path, trust: bool = False, only: Callable[[str], bool] | 
     from uncollapse.sharded import is_sharded, read_sharded
 
     if is_sharded(path):
-        return read_sharded(path, only)
+        with damage_is_said(path):
+            return read_sharded(path, only)
     kind = file_kind(path)
     if kind == "safetensors":
         return _safetensors(path)
@@ -166,32 +148,55 @@ def read_tensors(path: Path, trust: bool = False, only: Callable[[str], bool] | 
         if isinstance(found, np.ndarray):
             raise InputError(f"{path}: an array of {found.dtype}; prototypes are floating-point numbers")
         return found
-    return _torch(path, trust)
+    if trust:
+        return _trusted(path)
+    with damage_is_said(path):
+        return read_torch(path)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with damage_is_said(path):
+            return load(path.read_bytes())  # its reader of files takes no other names
+    try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # a type that torch lacks, for one, is a KeyError
         raise InputError(
-            f"{path}: a damaged or cut-off safetensors file ({line_of(error)}); copy or download it again"
+            f"{path}: a damaged or cut-off safetensors file, or of a type that torch lacks ({line_of(error)}); copy or "
+            "download it again"
         ) from None
+
+
+_UNPACKED = 1 << 30
+"""Bytes that an npz may unpack to, where that is more than 16 times the file: zeros shrink a thousandfold."""
 
 
 def _numpy(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = np.load(path, allow_pickle=False, mmap_mode=None)
+            # Mapped, an array that claims to be larger than its file is refused instead of allocated.
+            loaded = np.load(path, allow_pickle=False, mmap_mode="c")
         if isinstance(loaded, np.ndarray):
             return _tensor(loaded)
         with loaded:
+            infos = loaded.zip.infolist()
+            if sum(info.file_size for info in infos) > max(_UNPACKED, 16 * path.stat().st_size):
+                raise InputError(f"{path}: an npz that unpacks to far more than its size; save it uncompressed")
             return {name: _tensor(loaded[name]) for name in loaded.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: a damaged numpy file, or one that holds objects ({line_of(error)})") from None
+    except InputError:
+        raise
+    except MemoryError:
+        raise InputError(f"{path}: a damaged numpy file: it claims more numbers than there is memory for") from None
+    except Exception as error:
+        line = line_of(error)
+        if "format version" in line:
+            raise InputError(f"{path}: a numpy file of a newer format than is known here ({line})") from None
+        raise InputError(f"{path}: a damaged numpy file, or one that holds objects ({line})") from None
 
 
 def _tensor(array: np.ndarray) -> Any:
@@ -200,36 +205,19 @@ def _tensor(array: np.ndarray) -> Any:
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
-def _torch(path: Path, trust: bool) -> Any:
-    options: dict[str, Any] = {"map_location": "cpu"}
+def _trusted(path: Path) -> Any:
+    """``torch.load`` as it is, which runs what the file says."""
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": False}
     if zipfile.is_zipfile(path):
         options["mmap"] = True  # a file of many gigabytes costs only the tensors that are looked at
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if trust:
-                return torch.load(path, weights_only=False, **options)
-            with torch.serialization.safe_globals(_allowed()):
-                return torch.load(path, weights_only=True, **options)
-    except ModuleNotFoundError as error:
-        raise InputError(f"{path}: loading it runs code of the module {error.name!r}, which is not installed") from None
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global:?|function) (?:GLOBAL )?([\w.<>]+)", str(error))
-        if not found:
-            raise InputError(f"{path}: damaged, or no checkpoint at all ({line_of(error)})") from None
-        if re.search(r"torch\.distributed\.|ShardedTensor|DTensor", found[1]):
+    with damage_is_said(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.load(path, **options)
+        except ModuleNotFoundError as error:
             raise InputError(
-                f"{path}: one rank's shard ({found[1]}), not the whole network; take the teacher that the code gathers "
-                "for its evaluations (DINOv2's and DINOv3's eval/*/teacher_checkpoint.pth), or save a full state dict"
+                f"{path}: loading it runs code of the module {error.name!r}, which is not installed"
             ) from None
-        raise InputError(
-            f"{path}: not loaded, because it would run {found[1]!r}, which is not on the list of harmless classes. "
-            "If you know who made the file and trust them, say --trust"
-        ) from None
-    except Exception as error:  # a damaged pickle can fail in any way
-        if "TorchScript" in str(error):
-            raise InputError(f"{path}: TorchScript, which is code with weights; save the state_dict of it") from None
-        raise InputError(f"{path}: damaged, cut off, or no checkpoint ({line_of(error)})") from None
 
 
 def line_of(error: BaseException) -> str:
@@ -241,25 +229,49 @@ def line_of(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------------- its tensors
 
 
-def flatten(loaded: Any) -> dict[str, Tensor]:
-    """Every tensor of nested dicts and lists by its path, levels joined by ``/``; states of optimisers left out."""
-    found: dict[str, Tensor] = {}
+_REVISITED = 100_000
+"""Entries of containers that may be come upon again under another name; a few lists in one another make billions."""
 
-    def walk(value: Any, path: str, around: tuple[int, ...]) -> None:
+
+def flatten(loaded: Any, where: object = "file") -> dict[str, Tensor]:
+    """Every tensor of nested dicts and lists by its path, levels joined by ``/``; states of optimisers left out.
+
+    Names in paths are as `shown` writes them. ``where``: the file, for messages.
+
+    Raises:
+        InputError: containers that hold one another so often that they cannot be written out.
+    """
+    found: dict[str, Tensor] = {}
+    holds: dict[int, bool] = {}  # whether there are tensors in a container seen before
+    again = 0
+
+    def walk(value: Any, path: str, around: tuple[int, ...]) -> bool:
+        nonlocal again
         if isinstance(value, torch.nn.Module):
             value = value.state_dict()
+        if isinstance(value, Record):
+            value = array_of(value)
+        elif isinstance(value, np.ndarray):
+            value = _tensor(value)
         if isinstance(value, Tensor):
             found[path] = value.detach()
-        elif isinstance(value, dict | list | tuple):
-            # A pickle may contain itself; nothing real is nested this deeply.
-            if id(value) in around or len(around) > 40 or _is_optimizer(value):
-                return
-            for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-                if not path and OPTIMIZERS.fullmatch(str(name)):
-                    continue
-                walk(inner, f"{path}/{name}" if path else str(name), (*around, id(value)))
-        elif isinstance(value, np.ndarray) and isinstance(array := _tensor(value), Tensor):
-            found[path] = array
+            return True
+        # A pickle may contain itself; nothing real is nested this deeply.
+        if not isinstance(value, dict | list | tuple) or id(value) in around or len(around) > 40:
+            return False
+        if holds.get(id(value)) is False or _is_optimizer(value):
+            return False
+        if id(value) in holds:
+            again += len(value)
+            if again > _REVISITED:
+                raise InputError(f"{where}: dicts and lists that hold one another without end; it is no checkpoint")
+        holds[id(value)] = True
+        some = False
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if path or not OPTIMIZERS.fullmatch(str(name)):
+                some |= walk(inner, f"{path}/{shown(str(name))}" if path else shown(str(name)), (*around, id(value)))
+        holds[id(value)] = some
+        return some
 
     walk(loaded, "", ())
     return found
@@ -287,6 +299,8 @@ def newest_of(path: Path) -> tuple[Path, list[str]]:
     steps = sorted(folder.glob("step-*.json"), reverse=True)
     for record in steps:
         file = record.with_suffix(".pt")
+        if not (record.is_file() and file.is_file()):
+            continue  # a pipe would be waited for
         try:
             with file.open("rb") as content:
                 found = hashlib.file_digest(content, "sha256").hexdigest()

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncollapse.formats import PrototypeSet, clean, side_of
+from uncollapse.formats import OWN, PrototypeSet, clean, side_of
 from uncollapse.reading import InputError
 from uncollapse.rebuild_backbones import backbone_of
+from uncollapse.rebuild_own import own_encoder
 
 _SIDE = re.compile(r"^(student|teacher|momentum|target|online)[._]")
 
@@ -58,7 +59,7 @@ def rebuild_encoder(loaded: Any, tensors: Mapping[str, Tensor], s: PrototypeSet,
     Raises:
         InputError: no encoder in the file, or a part of it that was not understood; the message names it.
     """
-    if s.family == "uncollapse":
+    if s.family == "uncollapse" and OWN.match(s.key):
         return _own(loaded, s, where)
     if s.family == "CAPI" and s.name == "patch":
         raise InputError(
@@ -81,40 +82,8 @@ def rebuild_encoder(loaded: Any, tensors: Mapping[str, Tensor], s: PrototypeSet,
 
 
 def _own(loaded: Any, s: PrototypeSet, where: str) -> Rebuilt:
-    from uncollapse.config import ConfigError, build_config
-    from uncollapse.state import build_encoder
-
-    content = loaded.get("config") if isinstance(loaded, dict) else None
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: a checkpoint without its configuration, so the encoder cannot be rebuilt")
-    side = "student" if s.side == "student" else "teacher"
-    try:
-        config = build_config(content, where, retired=True)
-        encoder = build_encoder(config, drop_path=False)
-        encoder.load_state_dict(loaded[side])
-    except (ConfigError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{where}: its encoder does not fit its configuration ({reason})") from None
-    encoder.eval()
+    encoder, config = own_encoder(loaded, "student" if s.side == "student" else "teacher", where)
     return Rebuilt(encoder.backbone, encoder.head, config.views.global_size, config, config.backbone.name)
-
-
-def own_directions(loaded: Any, s: PrototypeSet) -> PrototypeSet:
-    """A set of our own run as training used it: the means of a centred mixture are seen from their middle."""
-    from uncollapse.config import ConfigError, build_config
-    from uncollapse.prototypes import mixture_defaults
-
-    content = loaded.get("config") if isinstance(loaded, dict) else None
-    if s.family != "uncollapse" or not s.key.endswith("mixture.mean") or not isinstance(content, dict):
-        return s
-    if "centred" not in (content.get("prototypes", {}).get("mixture") or {}):
-        return s  # written before mixtures could be
-    try:
-        chosen = build_config(content, retired=True).prototypes
-        centred = mixture_defaults(chosen.kind, chosen.mixture).centred
-    except (ConfigError, KeyError):
-        return replace(s, notes=(*s.notes, "its configuration is of another version: means taken as they are"))
-    return replace(s, weight=s.weight - s.weight.mean(0)) if centred else s
 
 
 # ------------------------------------------------------------------------------- the tensors of one side

@@ -1,17 +1,14 @@
 """Folders of torch.distributed.checkpoint: many ranks' shards put together again, without running what is in them.
 
 DINOv3's training code writes such folders (``ckpt/199``), and so does every trainer that shards with FSDP. Their index
-is a pickle. Here its classes are replaced by records that do nothing but keep their fields, and nothing else in it is
-ever looked up; the shards themselves are read with ``weights_only``.
+is a pickle, which is read as data (`uncollapse.pickled`): its classes are records of their fields, and other names are
+refused. So are the shards, each a file of ``torch.save`` inside a larger one.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import pathlib
-import pickle
-import warnings
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,62 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncollapse.reading import OPTIMIZERS, InputError, line_of
+from uncollapse.pickled import Maker, Record, Refused, load
+from uncollapse.reading import OPTIMIZERS, InputError, damage_is_said, line_of
+from uncollapse.torchfile import NAMES, read_torch_bytes, without_values
 
 INDEX = ".metadata"
-_METADATA = "torch.distributed.checkpoint.metadata"
-_RECORDS = {
-    (_METADATA, name)
-    for name in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    )
-} | {("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")}  # fmt: skip
+_KEPT = """metadata.BytesStorageMetadata metadata.ChunkStorageMetadata metadata.Metadata metadata.MetadataIndex
+metadata.StorageMeta metadata.TensorProperties metadata.TensorStorageMetadata metadata._MEM_FORMAT_ENCODING
+filesystem._StorageInfo filesystem._StoragePrefix"""
+_PLAIN = re.compile(r"pathlib\.\w+|torch\.\w+|torch\.serialization\.\w+|collections\.OrderedDict")
+_NAMES: dict[str, Maker | None] = {
+    **{f"torch.distributed.checkpoint.{name}": None for name in _KEPT.split()},
+    **{name: make for name, make in NAMES.items() if _PLAIN.fullmatch(name)},
+}
+"""The classes of an index, and the types of tensors."""
 
 
 def is_sharded(path: Path) -> bool:
     """Whether a folder is a checkpoint of torch.distributed.checkpoint."""
     return path.is_dir() and (path / INDEX).is_file()
-
-
-class _Record:
-    """Keeps the fields of a class of the index."""
-
-    def __init__(self, *given: Any) -> None:
-        self.given = given
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update({str(name): value for name, value in state.items()})
-        else:
-            self.given = state
-
-
-def _tuple(values: Any = ()) -> tuple[Any, ...]:
-    return tuple(values)
-
-
-def _nothing(*_: Any) -> None:
-    return None
-
-
-class _Index(pickle.Unpickler):
-    """An unpickler that knows the classes of an index and no other name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _RECORDS:
-            return _Record
-        if (module, name) == ("torch", "Size"):
-            return _tuple
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return _nothing
-        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath", "PurePosixPath"):
-            return pathlib.PurePosixPath
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        raise pickle.UnpicklingError(f"{module}.{name}")
 
 
 def read_sharded(folder: Path, only: Callable[[str], bool] | None = None) -> dict[str, Any]:
@@ -86,41 +46,53 @@ def read_sharded(folder: Path, only: Callable[[str], bool] | None = None) -> dic
             torch's meta device. None: all of them.
 
     Raises:
-        InputError: no index, one that is damaged or would run something, or shards that are missing or damaged.
+        InputError: no index, one that is damaged or would run something, or shards that are missing, damaged, or do
+            not cover every number exactly once.
     """
     index = _index(folder)
-    entries, places = getattr(index, "state_dict_metadata", None), getattr(index, "storage_data", None)
-    names = getattr(index, "planner_data", None)
+    entries, places = (_field(index, name) for name in ("state_dict_metadata", "storage_data"))
+    names = _field(index, "planner_data")
     if not isinstance(entries, dict) or not isinstance(places, dict):
         raise InputError(f"{folder}: {INDEX} holds no index of a distributed checkpoint; copy the folder again")
-    stored: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
+    stored: dict[str, list[tuple[Any, Any]]] = {}
     for at, info in places.items():
-        stored.setdefault(str(getattr(at, "fqn", "")), []).append((tuple(getattr(at, "offset", None) or ()), info))
+        stored.setdefault(str(_field(at, "fqn")), []).append((_field(at, "offset"), info))
     found: dict[str, Any] = {}
-    sizes = {name: getattr(entry, "size", None) for name, entry in entries.items()}
+    sizes = {str(name): _field(entry, "size") for name, entry in entries.items()}
     few = sum(size is not None for size in sizes.values()) <= 3
+    taken: set[tuple[str, int]] = set()
     for name, size in sizes.items():
         path = names.get(name) if isinstance(names, dict) else None
-        levels = [str(level) for level in path] if isinstance(path, tuple | list) and path else [str(name)]
-        if not isinstance(size, tuple) or OPTIMIZERS.fullmatch(levels[0]) or name.startswith("optimizer."):
+        levels = [str(level) for level in path] if isinstance(path, tuple | list) and path else [name]
+        if not _whole(size) or OPTIMIZERS.fullmatch(levels[0]) or name.startswith("optimizer."):
             continue  # numbers, text and the like are pickles of their own, and not needed
         wanted = few or only is None or only("/".join(levels))
-        tensor = _joined(folder, str(name), size, stored.get(str(name), [])) if wanted else _without_values(size)
+        tensor = _joined(folder, name, size, stored.get(name, []), taken) if wanted else without_values(size)
         level = found
         for part in levels[:-1]:
             level = level.setdefault(part, {})
+            if not isinstance(level, dict):
+                raise InputError(f"{folder}: {name}: its index puts tensors into a tensor; it is damaged")
         level[levels[-1]] = tensor
     return found
+
+
+def _field(record: Any, name: str) -> Any:
+    return record.get(name) if isinstance(record, Record) else None
+
+
+def _whole(size: Any) -> bool:
+    return isinstance(size, tuple) and len(size) <= 64 and all(type(n) is int and 0 <= n < 1 << 48 for n in size)
 
 
 def _index(folder: Path) -> Any:
     try:
         with (folder / INDEX).open("rb") as file:
-            return _Index(file).load()
-    except pickle.UnpicklingError as error:
+            return load(file, _NAMES)
+    except Refused as error:
         raise InputError(
             f"{folder}: {INDEX} is damaged, or names something that no index of a distributed checkpoint needs "
-            f"({line_of(error)}); it was not read"
+            f"({error}); it was not read"
         ) from None
     except OSError as error:
         raise InputError(f"{folder}: {INDEX} cannot be read ({error.strerror or error})") from None
@@ -128,42 +100,57 @@ def _index(folder: Path) -> Any:
         raise InputError(f"{folder}: {INDEX} is damaged ({line_of(error)}); copy the folder again") from None
 
 
-def _without_values(size: tuple[int, ...]) -> Tensor:
-    return torch.empty(size, device="meta")
-
-
-def _joined(folder: Path, name: str, size: tuple[int, ...], shards: list[tuple[tuple[int, ...], Any]]) -> Tensor:
-    whole: Tensor | None = None
-    covered = 0
+def _joined(
+    folder: Path, name: str, size: tuple[int, ...], shards: list[tuple[Any, Any]], taken: set[tuple[str, int]]
+) -> Tensor:
+    """The tensor whose shards these are. taken: bytes that were read for one already, which no other can be."""
+    parts: list[tuple[tuple[slice, ...], Tensor]] = []
     for offset, info in shards:
-        shard = _shard(folder, name, info)
-        start = offset or (0,) * shard.ndim
-        end = [a + n for a, n in zip(start, shard.shape, strict=False)]
-        if len(start) != len(size) or shard.ndim != len(size) or any(e > n for e, n in zip(end, size, strict=True)):
-            raise InputError(f"{folder}: {name}: a shard {tuple(shard.shape)} at {start} does not fit into {size}")
-        whole = torch.empty(size, dtype=shard.dtype) if whole is None else whole
-        whole[tuple(slice(a, e) for a, e in zip(start, end, strict=True))] = shard
-        covered += shard.numel()
-    if whole is None or covered != math.prod(size):
-        raise InputError(f"{folder}: {name}: {covered:,} of {math.prod(size):,} values are there; are files missing?")
-    return whole
+        part = _shard(folder, name, info, taken)
+        start = offset if offset is not None else (0,) * part.ndim
+        fits = _whole(start) and len(start) == part.ndim == len(size)
+        if not fits or any(a + n > most for a, n, most in zip(start, part.shape, size, strict=True)):
+            raise InputError(f"{folder}: {name}: a shard {tuple(part.shape)} at {start} does not fit into {size}")
+        if parts and part.dtype != parts[0][1].dtype:
+            raise InputError(
+                f"{folder}: {name}: shards of {part.dtype} and {parts[0][1].dtype}; they do not belong together"
+            )
+        parts.append((tuple(slice(a, a + n) for a, n in zip(start, part.shape, strict=True)), part))
+    covered, total = sum(part.numel() for _, part in parts), math.prod(size)
+    if not total:
+        return torch.empty(size)
+    if covered == total:  # what is claimed is there, so there is memory for it
+        whole, filled = torch.empty(size, dtype=parts[0][1].dtype), torch.zeros(size, dtype=torch.bool)
+        for at, part in parts:
+            whole[at], filled[at] = part, True
+        # As many numbers as places, and every place filled: none twice.
+        if bool(filled.all()):
+            return whole
+        raise InputError(
+            f"{folder}: {name}: its shards overlap, so that other parts are missing; copy the folder again"
+        )
+    raise InputError(f"{folder}: {name}: {covered:,} of {total:,} values are there; are files missing, or doubled?")
 
 
-def _shard(folder: Path, name: str, info: Any) -> Tensor:
-    file = str(getattr(info, "relative_path", ""))
-    if not file or Path(file).name != file:
+def _shard(folder: Path, name: str, info: Any, taken: set[tuple[str, int]]) -> Tensor:
+    file = str(_field(info, "relative_path") or "")
+    if not file or Path(file).name != file or (folder / file).resolve().parent != folder.resolve():
         raise InputError(f"{folder}: {name}: its index points outside of the folder ({file!r}); it was not read")
-    if getattr(info, "transform_descriptors", None):
+    if _field(info, "transform_descriptors"):
         raise InputError(f"{folder}: {name}: a compressed shard, which is not read here; save it uncompressed")
-    try:
-        with (folder / file).open("rb") as content, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content.seek(int(info.offset))
-            shard = torch.load(io.BytesIO(content.read(int(info.length))), map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{folder}: {file} is missing, which holds a part of {name}") from None
-    except Exception as error:  # a damaged shard can fail in any way
-        raise InputError(f"{folder}: {file}: damaged or cut off at {name} ({line_of(error)})") from None
+    if not (folder / file).exists():
+        raise InputError(f"{folder}: {file} is missing, which holds a part of {name}")
+    if not (folder / file).is_file():
+        raise InputError(f"{folder}: {file} is not an ordinary file; copy the folder again")
+    offset, length = _field(info, "offset"), _field(info, "length")
+    if not _whole((offset, length)) or (file, offset) in taken:
+        raise InputError(f"{folder}: {file}: damaged or cut off at {name} (no place of its own in the file)")
+    taken.add((file, offset))
+    with damage_is_said(f"{folder}: {file} at {name}"), (folder / file).open("rb") as content:
+        content.seek(offset)
+        shard = read_torch_bytes(content.read(min(length, (folder / file).stat().st_size)))
     if not isinstance(shard, Tensor):
         raise InputError(f"{folder}: {file}: {name} is no tensor but a {type(shard).__name__}")
+    if shard.is_meta or shard.numel() * shard.element_size() > length:
+        raise InputError(f"{folder}: {file}: {name}: a shard without values of its own")
     return shard.detach()

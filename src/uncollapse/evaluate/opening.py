@@ -17,9 +17,10 @@ from uncollapse.config import ConfigError
 from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
 from uncollapse.formats import PrototypeSet, clean, find_prototypes, side_of
 from uncollapse.reading import InputError, flatten, newest_of, read_tensors
-from uncollapse.rebuild import Rebuilt, backbone_part, one_side, own_directions
+from uncollapse.rebuild import Rebuilt, backbone_part, one_side
 from uncollapse.rebuild import rebuild_encoder as rebuild
 from uncollapse.rebuild_backbones import Backbone, ClassToken, backbone_of
+from uncollapse.rebuild_own import own_directions
 
 TIMM = "timm:"
 SIZE = 224
@@ -59,7 +60,7 @@ def open_encoder(
             raise ConfigError(f"{option} is for timm:NAME; {name} brings its own weights")
     file, passed_over = newest_of(Path(source))
     loaded = read_tensors(file, trust)
-    tensors = flatten(loaded)
+    tensors = flatten(loaded, file)
     encoder = _checkpoint(loaded, tensors, side, name)
     encoder.notes = [*encoder.notes, *passed_over]
     encoder.step = int(loaded.get("step") or 0) if isinstance(loaded, dict) and _is_int(loaded.get("step")) else 0
@@ -96,7 +97,7 @@ def _checkpoint(loaded: Any, tensors: Mapping[str, Tensor], side: str, where: st
                 raise
             notes.append(f"evaluated without projections: {str(error).removeprefix(f'{where}: ')}")
             continue
-        return _encoder(rebuilt, own_directions(loaded, s), side, where, notes)
+        return _encoder(rebuilt, own_directions(loaded, s, tensors), side, where, notes)
     if found and not notes:
         notes.append("its prototypes divide up patches, not images: only the backbone is evaluated")
     found_backbone = _backbone(tensors, side, where)
@@ -251,7 +252,7 @@ def _load(module: nn.Module, file: Path, trust: bool, source: str) -> None:
     """Weights of a file into a timm model: backbone by name, through timm's own conversions where it has any."""
     if file.is_dir():
         raise InputError(f"{file}: a folder; --weights takes a file")
-    tensors = flatten(read_tensors(file, trust))
+    tensors = flatten(read_tensors(file, trust), file)
     weights = {path.rpartition("/")[2]: t for path, t in ((clean(p), t) for p, t in tensors.items())}
     convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     wanted = module.state_dict()

@@ -1,0 +1,174 @@
+"""Our own checkpoints: encoder and directions as the configuration inside says, within what the file can hold.
+
+The configuration is as much a stranger's as the tensors are. Only names from timm's own list and plain numbers of a
+sensible size reach timm, and nothing is built that is larger than the weights that are there to fill it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from uncollapse.formats import OWN, PrototypeSet
+from uncollapse.reading import InputError, line_of
+
+if TYPE_CHECKING:
+    from uncollapse.backbones import Encoder
+    from uncollapse.config import Config
+
+_ENTRIES, _DEEP, _LONG = 2000, 8, 1000
+"""Of a configuration: its most entries, levels and letters of a text."""
+_LARGEST, _PIXELS, _BLUR = 16_384, 1024, 100.0
+"""Most blocks, widths or heads; sides of an image; and standard deviation of a blur."""
+_SPARE = 20_000_000
+"""Numbers that building a network may make besides four times those it is filled with: masks, index tables."""
+
+
+def own_config(loaded: Any, where: object) -> Config:
+    """The configuration in one of our checkpoints.
+
+    Raises:
+        InputError: none there, or one that no run of ours can have had.
+    """
+    from uncollapse.config import ConfigError, DataConfig, build_config
+
+    content = loaded.get("config") if isinstance(loaded, dict) else None
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: a checkpoint without its configuration, so the encoder cannot be rebuilt")
+    try:
+        config = build_config(_plain(content, where), str(where), retired=True)
+    except (ConfigError, AttributeError) as error:
+        raise InputError(f"{where}: its configuration was not understood ({line_of(error)})") from None
+    sizes = {f"backbone.options: {name}": value for name, value in config.backbone.options.items()}
+    sizes |= {f"head.{name}": getattr(config.head, name) for name in ("hidden", "layers", "bottleneck")}
+    for name, value in sizes.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, dict) or (isinstance(number, int | float) and not abs(number) <= _LARGEST):
+                raise InputError(f"{where}: {name} {line_of(ValueError(value))} in its configuration; it was not built")
+    if config.views.global_size > _PIXELS or config.views.blur_sigma[1] > _BLUR:
+        raise InputError(
+            f"{where}: views of {config.views.global_size} pixels, blurred by up to {config.views.blur_sigma[1]:g}, in "
+            f"its configuration; at most {_PIXELS} and {_BLUR:g} are looked at"
+        )
+    # How much memory and how many processes the reader may use is not the file's to say.
+    data = replace(config.data, memory_gb=DataConfig().memory_gb, workers=min(config.data.workers, 8))
+    return replace(config, data=data)
+
+
+def _plain(content: Any, where: object) -> Any:
+    """A copy of plain values; of anything else, or too much of it, an `InputError`."""
+    left = _ENTRIES
+
+    def copied(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > _DEEP:
+            raise InputError(f"{where}: a configuration of more entries or levels than any of ours; it was not read")
+        if isinstance(value, dict):
+            return {copied(name, depth + 1): copied(inner, depth + 1) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [copied(inner, depth + 1) for inner in value]
+        if isinstance(value, str) and len(value) <= _LONG:
+            return value
+        if value is None or isinstance(value, bool | float) or (isinstance(value, int) and value.bit_length() <= 64):
+            return value
+        raise InputError(
+            f"{where}: its configuration holds a {type(value).__name__} or a value too long to be one of ours"
+        )
+
+    return copied(content, 0)
+
+
+_MADE: dict[Callable[..., Any], Callable[..., int]] = {
+    **dict.fromkeys((torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, torch.full), math.prod),
+    **dict.fromkeys((torch.linspace, torch.arange, torch.eye), max),
+}
+"""Functions that make tensors, and how many numbers from their whole-number arguments."""
+
+
+class _Within(TorchFunctionMode):
+    """Refuses what makes more numbers, or more tensors, than a network of the file's size needs."""
+
+    def __init__(self, tensors: int, numbers: int) -> None:
+        super().__init__()
+        self.tensors, self.numbers = 10 * tensors + 1000, 4 * numbers + _SPARE
+        self.most = self.numbers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [*args, *kwargs.values()]
+        shapes = [t.shape for t in given if isinstance(t, Tensor)]
+        made = max(map(math.prod, shapes), default=0)
+        if len(set(shapes)) > 1:
+            with suppress(RuntimeError):  # shapes that are not spread over one another
+                made = max(made, math.prod(torch.broadcast_shapes(*shapes)))
+        if func in _MADE:
+            flat = [n for value in given for n in (value if isinstance(value, tuple | list) else [value])]
+            made = _MADE[func]([abs(int(n)) for n in flat if isinstance(n, int | float) and n == n] or [0])
+            self.numbers, self.tensors = self.numbers - made, self.tensors - 1
+        if made > self.most or self.numbers < 0 or self.tensors < 0:
+            raise _TooLarge("it would be far larger than the weights in the file")
+        return func(*args, **kwargs)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def own_encoder(loaded: Any, side: str, where: object) -> tuple[Encoder, Config]:
+    """The encoder of one side (``student`` or ``teacher``), in evaluation mode.
+
+    Raises:
+        InputError: no configuration, no weights, or the two do not fit.
+    """
+    from uncollapse.state import build_encoder
+
+    config = own_config(loaded, where)
+    weights = loaded.get(side)
+    if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise InputError(f"{where}: it holds no weights of a {side}")
+    try:
+        with _Within(len(weights), sum(t.numel() for t in weights.values())):
+            encoder = build_encoder(config, drop_path=False)
+        encoder.load_state_dict(dict(weights))
+    except Exception as error:  # timm may fail in any way on options that are not its own
+        raise InputError(f"{where}: its encoder does not fit its configuration ({line_of(error)})") from None
+    return encoder.eval(), config
+
+
+def own_directions(loaded: Any, s: PrototypeSet, tensors: Mapping[str, Tensor]) -> PrototypeSet:
+    """A mixture as its directions enter the logits, its means kept beside them; any other set as it is."""
+    stem = s.key.removesuffix("mean")
+    if s.family != "uncollapse" or stem == s.key:
+        return s
+    notes: tuple[str, ...] = ()
+    stated = tensors.get(f"{stem}is_centred")
+    if stated is not None and stated.numel() == 1:
+        centred = bool(stated)
+    elif OWN.match(s.key) and isinstance(loaded, dict) and isinstance(loaded.get("config"), dict):
+        centred, notes = _centred_by_config(loaded)
+    else:
+        centred = f"{stem}beta" in tensors  # the default since mixtures have one
+        notes = (f"the file does not say whether the mixture is centred: taken as {'' if centred else 'not '}centred",)
+    s = replace(s, notes=(*s.notes, *notes))
+    return replace(s, weight=s.weight - s.weight.mean(0), means=s.weight) if centred else s
+
+
+def _centred_by_config(loaded: Any) -> tuple[bool, tuple[str, ...]]:
+    from uncollapse.prototypes import mixture_defaults
+
+    try:
+        mixture = _plain(loaded["config"], "")["prototypes"]["mixture"]
+        if "centred" not in mixture:
+            return False, ()  # written before mixtures could be
+        chosen = own_config(loaded, "").prototypes
+        return bool(mixture_defaults(chosen.kind, chosen.mixture).centred), ()
+    except (InputError, KeyError, TypeError, AttributeError):
+        return False, ("its configuration is of another version, or damaged: means taken as they are",)
