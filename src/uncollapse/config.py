@@ -43,7 +43,7 @@ class DataConfig:
     """Where images come from and which of them are kept for evaluation."""
 
     path: str = ""
-    """Image folder, Parquet file or folder of them, or ``builtin:digits``; ``--data`` sets it."""
+    """Image folder, Parquet file or folder of them, CSV of paths and labels, or ``builtin:digits``; ``--data`` sets it."""
     val_path: str = ""
     """Held-out images, where they are not found beside the training images."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -56,6 +56,10 @@ class DataConfig:
     """Loader processes per rank for image sets that do not fit in memory."""
     max_bad: Unit = 0.05
     """Largest share of unreadable images that is tolerated (they are skipped and listed)."""
+    image: str = ""
+    """Column of Parquet or CSV that holds the images (CSV: their paths); "": the usual names."""
+    label: str = ""
+    """Column of Parquet or CSV that holds the labels; "": the usual names."""
 
 
 @dataclass(frozen=True)

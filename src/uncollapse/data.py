@@ -6,208 +6,36 @@ Whether :func:`load_images` returns :class:`~uncollapse.images.MemoryImages` or
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
-import re
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 
 from uncollapse.config import DataConfig
-from uncollapse.images import (
-    DataError,
-    Files,
-    ImageSet,
-    LazyImages,
-    MemoryImages,
-    ParquetRows,
-    bad_message,
-    decode,
-    open_parquet,
-    subset,
-)
+from uncollapse.images import DataError, Files, ImageSet, LazyImages, MemoryImages, bad_message, open_image, subset, to_rgb
+from uncollapse.listing import Items, find_items
+from uncollapse.parquet import ParquetRows
+from uncollapse.shown import shown
 
-SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".png",
-        ".bmp",
-        ".gif",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".jp2",
-    ]
-)
-"""File names that count as images in a folder, compared in lower case. Other files are ignored."""
-
-HELD_OUT = ("val", "validation", "test")
-"""Names of a held-out split, in order of preference."""
+T = TypeVar("T")
 
 DIGITS_HELD_OUT = 0.2
 _CHUNK = 64
-
-
-# --- listing ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Items:
-    """What a path holds, before anything is decoded."""
-
-    source: Files | ParquetRows
-    labels: np.ndarray | None
-    classes: list[str]
-
-
-def visible(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if not p.name.startswith("."))
-
-
-def image_names(folder: Path) -> list[str]:
-    """Relative paths of the image files below ``folder``, sorted by code point; hidden ones are left out."""
-    found = []
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [d for d in folders if not d.startswith(".")]
-        for name in files:
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
-                found.append(os.path.relpath(os.path.join(here, name), folder))
-    return sorted(found)
-
-
-def _folder_items(folder: Path) -> Items:
-    """Top-level folders with images are classes; an image outside of them makes the set unlabelled."""
-    names = image_names(folder)
-    if not names:
-        inside = ", ".join(p.name for p in visible(folder)[:5]) or "nothing"
-        raise DataError(f"{folder}: no images: looked for {', '.join(sorted(SUFFIXES))} and .parquet files, "
-                        f"found {inside}")  # fmt: skip
-    tops = [Path(n).parts[0] if len(Path(n).parts) > 1 else "" for n in names]
-    if "" in tops:
-        return Items(Files(str(folder), names), None, [])
-    classes = sorted(set(tops))
-    number = {c: i for i, c in enumerate(classes)}
-    order = sorted(range(len(names)), key=lambda i: (number[tops[i]], names[i]))
-    labels = np.array([number[tops[i]] for i in order], dtype=np.int64)
-    return Items(Files(str(folder), [names[i] for i in order]), labels, classes)
-
-
-def _columns(schema: Any, path: Path) -> tuple[str, str | None, list[str]]:
-    """Image column, label column (or None) and class names of a Parquet schema."""
-    import pyarrow.types as types
-
-    features: dict[str, Any] = {}
-    # Without (readable) metadata of Hugging Face datasets, the column types decide.
-    with suppress(KeyError, ValueError, TypeError):
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    kinds = {n: f.get("_type") for n, f in features.items() if isinstance(f, dict) and n in schema.names}
-    shaped = [f.name for f in schema if types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    image = next((n for n in shaped if kinds.get(n) == "Image"), shaped[0] if shaped else None)
-    if image is None:
-        found = ", ".join(f"{f.name} ({f.type})" for f in schema) or "none"
-        raise DataError(f"{path}: no image column: looked for a struct with a field 'bytes' (Hugging Face's "
-                        f"image layout), found columns {found}")  # fmt: skip
-    named = [n for n, kind in kinds.items() if kind == "ClassLabel"]
-    plain = [n for n in ("label", "labels") if n in schema.names and types.is_integer(schema.field(n).type)]
-    label = next((n for n in plain if n in named), None) or next(iter(named + plain), None)
-    return image, label, list(features[label].get("names") or []) if label in named else []
-
-
-def unlabelled_because(spec: str) -> str:
-    """What keeps a folder or Parquet set from having labels, in words; empty where that is not known."""
-    path = Path(spec)
-    for folder in (path / "train", path):
-        if folder.is_dir():
-            loose = [p.name for p in visible(folder) if p.suffix.lower() in SUFFIXES and p.is_file()]
-            if loose and any(p.is_dir() for p in visible(folder)):
-                return f"{folder / loose[0]} lies beside the class folders ({len(loose)} such file(s)); move it"
-    shards = [path] if path.suffix.lower() == ".parquet" else sorted(path.rglob("*.parquet")) if path.is_dir() else []
-    for shard in shards:
-        opened = open_parquet(shard)
-        _, label, classes = _columns(opened.schema_arrow, shard)
-        if label is not None:
-            values = opened.read(columns=[label]).column(label).to_pylist()
-            for row, value in enumerate(values):
-                if value is None or value < 0 or (classes and value >= len(classes)):
-                    return f"{shard}, row {row}: its '{label}' is {value}, and one such row leaves the set unlabelled"
-    return ""
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", … {len(names)} in all" if len(names) > 3 else "") or "no names"
-
-
-def _parquet_items(paths: Sequence[Path]) -> Items:
-    image, label, classes = _columns(open_parquet(paths[0]).schema_arrow, paths[0])
-    parts = []
-    for path in paths:
-        shard = open_parquet(path)
-        found = _columns(shard.schema_arrow, path)
-        if found[:2] != (image, label):
-            raise DataError(f"{path}: its image and label columns are not those of {paths[0]}")
-        if found[2] != classes:
-            raise DataError(f"{path}: its classes ({_some(found[2])}) are not those of {paths[0]} ({_some(classes)}), "
-                            f"so the two are not shards of one set; name one of them")  # fmt: skip
-        if label is not None:
-            parts.append(shard.read(columns=[label]).column(label))
-    labels = None
-    if parts and not any(p.null_count for p in parts):
-        labels = np.concatenate([p.to_numpy().astype(np.int64) for p in parts])
-        if len(labels) and (labels.min() < 0 or (classes and labels.max() >= len(classes))):
-            labels = None
-    return Items(ParquetRows(paths, image), labels, classes if labels is not None else [])
-
-
-def _parquet_split(path: Path, root: Path) -> str:
-    """Split that the name of a shard, or of a folder above it, announces; "train" where none does."""
-    for part in reversed(path.relative_to(root).parts):
-        match = re.match(r"(train|validation|val|test)(?![a-z])", part.lower())
-        if match:
-            return match[1]
-    return "train"
-
-
-def find_items(path: Path) -> tuple[Items, Items | None]:
-    """Training items of ``path`` and, where it has a held-out split, those."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    if path.is_file():
-        if path.suffix.lower() != ".parquet":
-            raise DataError(f"{path}: expected a folder of images, a .parquet file, a folder of such files "
-                            f"or builtin:digits, found another file")  # fmt: skip
-        return _parquet_items([path]), None
-    shards = sorted(p for p in path.rglob("*.parquet") if not p.name.startswith("."))
-    if shards:
-        splits: dict[str, list[Path]] = {}
-        for p in shards:
-            splits.setdefault(_parquet_split(p, path), []).append(p)
-        if "train" not in splits:
-            raise DataError(f"{path}: no training shards: looked for train*.parquet, found "
-                            f"{', '.join(p.name for p in shards[:5])}")  # fmt: skip
-        held = next((splits[s] for s in HELD_OUT if s in splits), None)
-        return _parquet_items(splits["train"]), _parquet_items(held) if held else None
-    folders = [p for p in visible(path) if p.is_dir()]
-    names = {p.name for p in folders}
-    siblings = [s for s in HELD_OUT if s in names]
-    # "train" can also be a class (of vehicles): it is a split only where something else says so.
-    alone = len(folders) == 1
-    if "train" in names and (siblings or alone or any(p.is_dir() for p in visible(path / "train"))):
-        held_folder = next((path / s for s in siblings if image_names(path / s)), None)
-        return _folder_items(path / "train"), _folder_items(held_folder) if held_folder else None
-    return _folder_items(path), None
+_IN_FLIGHT = 1 << 26
+"""Encoded bytes that wait to be decoded at a time."""
+_LARGE = 1 << 24
+"""Images of more pixels than this are decoded one at a time."""
 
 
 def _aligned(held: Items, train: Items) -> Items:
@@ -228,7 +56,10 @@ def _aligned(held: Items, train: Items) -> Items:
 
 def split_items(n: int, labels: np.ndarray | None, share: float, most: int,
            rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Sorted (train, held-out) positions of n items: ``share`` of each class, at least one if it has two."""
+    """Sorted (train, held-out) positions of n items: ``share`` of each class, at least one if it has two.
+
+    At least two of all, where there are four: with one nothing can be evaluated.
+    """
     share = min(share, most / n)
     held: list[int] = []
     groups = [np.arange(n)] if labels is None else [np.flatnonzero(labels == c) for c in np.unique(labels)]
@@ -238,6 +69,9 @@ def split_items(n: int, labels: np.ndarray | None, share: float, most: int,
         if len(group) >= 2:
             k = min(max(1, round(share * len(group))), len(group) - 1)
             held += rng.permutation(group)[:k].tolist()
+    if len(held) < 2 <= most and n >= 4:
+        largest = np.setdiff1d(max(groups, key=len), held)
+        held += rng.permutation(largest)[: 2 - len(held)].tolist()
     if len(held) > most:
         held = rng.permutation(np.array(held))[:most].tolist()
     mask = np.zeros(n, dtype=bool)
@@ -249,13 +83,13 @@ def split_items(n: int, labels: np.ndarray | None, share: float, most: int,
 
 
 @contextmanager
-def _progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+def _progress(what: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
     """Yields a function that advances a bar; the bar appears only after two seconds, and leaves no trace."""
     from rich.console import Console
     from rich.progress import Progress
 
     bar = Progress(console=Console(stderr=True), transient=True, disable=not show)
-    task, began, shown = bar.add_task("decoding images", total=total), time.monotonic(), False
+    task, began, shown = bar.add_task(what, total=total), time.monotonic(), False
 
     def advance(n: int) -> None:
         nonlocal shown
@@ -271,52 +105,123 @@ def _progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
             bar.stop()
 
 
-def _decode_chunk(items: Sequence[bytes | str]) -> list[np.ndarray | str]:
-    out: list[np.ndarray | str] = []
-    for item in items:
+def _chunks(source: Files | ParquetRows, index: np.ndarray) -> Iterator[tuple[list[bytes | str | DataError], int]]:
+    """Sources of consecutive images, or why there is none, and their encoded bytes in memory."""
+    chunk: list[bytes | str | DataError] = []
+    size = 0
+    for i in index:
         try:
-            out.append(np.asarray(decode(item)))
+            one: bytes | str | DataError = source.read(int(i))
         except DataError as e:
-            out.append(str(e))
-    return out
+            one = e
+        chunk.append(one)
+        size += len(one) if isinstance(one, bytes) else 0
+        if len(chunk) == _CHUNK or size > _IN_FLIGHT // 8:
+            yield chunk, size
+            chunk, size = [], 0
+    if chunk:
+        yield chunk, size
+
+
+def _in_threads(source: Files | ParquetRows, index: np.ndarray, work: Callable[[bytes | str], T], what: str,
+                show: bool) -> Iterator[list[T | DataError]]:  # fmt: skip
+    """``work`` on every encoded image, in order, some at a time; a :class:`DataError` in place of its result."""
+
+    def each(sources: Sequence[bytes | str | DataError]) -> list[T | DataError]:
+        done: list[T | DataError] = []
+        for one in sources:
+            try:
+                done.append(one if isinstance(one, DataError) else work(one))
+            except DataError as e:
+                done.append(e)
+        return done
+
+    threads = min(4, os.cpu_count() or 1)
+    waiting: deque[tuple[Future[list[T | DataError]], int]] = deque()
+    with _progress(what, len(index), show) as advance, ThreadPoolExecutor(threads) as pool:
+
+        def take() -> list[T | DataError]:
+            done = waiting.popleft()[0].result()
+            advance(len(done))
+            return done
+
+        try:
+            for chunk, size in _chunks(source, index):
+                while waiting and (len(waiting) >= 2 * threads or sum(s for _, s in waiting) + size > _IN_FLIGHT):
+                    yield take()
+                waiting.append((pool.submit(each, chunk), size))
+            while waiting:
+                yield take()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_one_large = threading.Lock()
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """An opened image as uint8 (height, width, 3); large ones one at a time."""
+    with _one_large if image.width * image.height > _LARGE else nullcontext():
+        return np.asarray(to_rgb(image))
 
 
 def _decode_all(source: Files | ParquetRows, index: np.ndarray, limit: float,
-                show: bool) -> list[np.ndarray | str] | None:  # fmt: skip
+                show: bool) -> list[np.ndarray | DataError] | None:  # fmt: skip
     """Each image as uint8 (height, width, 3), or why it is bad; None if a canvas would pass ``limit``."""
-    results: list[np.ndarray | str] = []
-    height = width = 0
-    waiting: deque[Future[list[np.ndarray | str]]] = deque()
-    threads = min(4, os.cpu_count() or 1)
-    with _progress(len(index), show) as advance, ThreadPoolExecutor(threads) as pool:
-        chunks = [index[i : i + _CHUNK] for i in range(0, len(index), _CHUNK)]
-        for k in range(len(chunks) + 2 * threads):
-            if k < len(chunks):
-                waiting.append(pool.submit(_decode_chunk, [source.read(int(i)) for i in chunks[k]]))
-            if k < 2 * threads or not waiting:
-                continue
-            done = waiting.popleft().result()
-            for pixels in done:
-                if isinstance(pixels, np.ndarray):
-                    height, width = max(height, pixels.shape[0]), max(width, pixels.shape[1])
-            results += done
-            advance(len(done))
-            if 3 * len(index) * height * width > limit:
-                return None
+    results: list[np.ndarray | DataError] = []
+    most_h = most_w = 0
+    full = False
+
+    def fits(height: int, width: int) -> bool:
+        return 3 * len(index) * max(most_h, height) * max(most_w, width) <= limit
+
+    def pixels(encoded: bytes | str) -> np.ndarray:
+        nonlocal full
+        with open_image(encoded) as image:
+            # Looked at before decoding; making the image upright may exchange its sides.
+            full = full or not (fits(image.height, image.width) or fits(image.width, image.height))
+            return np.empty((0, 0, 3), np.uint8) if full else _pixels(image)
+
+    for done in _in_threads(source, index, pixels, "decoding images", show):
+        for one in done:
+            if isinstance(one, np.ndarray):
+                full = full or not fits(*one.shape[:2])
+                most_h, most_w = max(most_h, one.shape[0]), max(most_w, one.shape[1])
+        results += done
+        if full:
+            return None
     return results
 
 
+def _checked(images: LazyImages, show: bool) -> LazyImages:
+    """The images that can be read, all of which are decoded once; the others are dropped and listed in ``bad``."""
+
+    def check(encoded: bytes | str) -> None:
+        with open_image(encoded) as image:
+            _pixels(image)
+
+    found = itertools.chain(*_in_threads(images.source, images.index, check, "checking held-out images", show))
+    reasons = {i: e for i, e in enumerate(found) if e is not None}
+    images.note_bad([f"{images.name(i)}: {e}" for i, e in reasons.items()])
+    if not reasons:
+        return images
+    good = [i for i in range(len(images)) if i not in reasons]
+    return replace(subset(images, good), bad=images.bad, dropped=len(reasons))  # type: ignore[arg-type,return-value]
+
+
 def load_items(items: Items, index: np.ndarray, config: DataConfig, progress: bool) -> ImageSet:
+    """The images of ``items`` at ``index``, in memory where they fit ``config.memory_gb``, see `load_images`."""
     limit, n = config.memory_gb * 1e9, len(items.source)
     labels = None if items.labels is None else torch.from_numpy(items.labels[index])
+    words = {"about_labels": items.about_labels, "origin": items.origin}
     small = not items.source.bytes_over(index, limit)
     decoded = _decode_all(items.source, index, limit, progress) if small else None
     if decoded is None:
         if isinstance(items.source, ParquetRows) and not items.source.bytes_over(np.arange(n), limit):
             items.source.preload()
-        return LazyImages(items.source, index, labels, items.classes, max_bad=config.max_bad)
+        return LazyImages(items.source, index, labels, items.classes, max_bad=config.max_bad, **words)
     pairs = zip(index, decoded, strict=True)
-    bad = [f"{items.source.name(int(i))}: {d}" for i, d in pairs if isinstance(d, str)]
+    bad = [f"{shown(items.source.name(int(i)))}: {d}" for i, d in pairs if isinstance(d, DataError)]
     if len(bad) > config.max_bad * len(index):
         raise DataError(bad_message(bad, len(index), config.max_bad))
     good = [k for k, d in enumerate(decoded) if isinstance(d, np.ndarray)]
@@ -328,9 +233,9 @@ def load_items(items: Items, index: np.ndarray, config: DataConfig, progress: bo
         pixels = decoded[k]
         assert isinstance(pixels, np.ndarray)
         view[row, :, : pixels.shape[0], : pixels.shape[1]] = pixels.transpose(2, 0, 1)
-        decoded[k] = ""  # free as we go: the canvas is a second copy
-    names = [items.source.name(int(index[k])) for k in good]
-    return MemoryImages(canvas, sizes, None if labels is None else labels[good], items.classes, bad, names)
+        decoded[k] = DataError("")  # free as we go: the canvas is a second copy
+    names = [shown(items.source.name(int(index[k]))) for k in good]
+    return MemoryImages(canvas, sizes, None if labels is None else labels[good], items.classes, bad, names, **words)
 
 
 def _builtin(name: str, config: DataConfig, rng: np.random.Generator) -> tuple[MemoryImages, MemoryImages]:
@@ -355,12 +260,13 @@ def load_images(path: str | Path, config: DataConfig, seed: int, val_path: str |
     """Training and held-out images of ``path``.
 
     ``path`` is ``builtin:digits`` (scikit-learn's 1,797 digits of 8×8), a ``.parquet`` file or a folder of
-    them (Hugging Face image layout), or a folder of images. A folder may have ``train`` and ``val``,
-    ``validation`` or ``test`` parts (sub-folders, or names of Parquet shards). Class folders are numbered by
-    code point; deeper images belong to their top-level class. A folder with images outside class folders is
-    unlabelled. In Parquet, the label is a ``ClassLabel`` column or an integer column ``label`` or ``labels``;
-    a null, a negative label (-1 means "unknown" there) or one without a class name makes the whole split
-    unlabelled.
+    them, a ``.csv`` file of paths and labels, or a folder of images. A folder may have ``train`` and ``val``,
+    ``validation`` or ``test`` parts (sub-folders, or names of Parquet shards), a ``train.csv`` a ``val.csv``,
+    ``validation.csv`` or ``test.csv`` beside it. Class folders are numbered by code point; deeper images belong to
+    their top-level class. A folder with images outside class folders is unlabelled. Links to folders are followed,
+    each real folder once. ``config.image`` and ``config.label`` name the columns of Parquet and CSV files; which
+    are taken without says :mod:`uncollapse.parquet`. A row without a usable label makes the whole split unlabelled;
+    ``about_labels`` of the sets says so.
 
     Without a held-out part (or ``val_path``), ``config.held_out`` of the images is split off, by class where
     there are labels, at least one from each class with two; 0.2 for the digits. At most
@@ -368,9 +274,11 @@ def load_images(path: str | Path, config: DataConfig, seed: int, val_path: str |
     training. ``seed`` fixes both.
 
     A set whose n×3×max height×max width bytes fit ``config.memory_gb`` is decoded into
-    :class:`MemoryImages`, without its unreadable images (see ``bad``); otherwise it is :class:`LazyImages`.
+    :class:`MemoryImages`, without its unreadable images (see ``bad``); otherwise it is :class:`LazyImages`. Sizes are
+    known before anything is decoded; while loading, twice that memory may be in use. Held-out images that are not
+    kept in memory are decoded once, so that what evaluates them finds readable ones only.
     ``progress`` shows a bar on stderr while decoding takes more than two seconds. Raises :class:`DataError`
-    where nothing usable is found, fewer than two training images remain, or too many are unreadable.
+    where nothing usable is found, fewer than two training or two held-out images remain, or too many are unreadable.
     """
     rng = np.random.default_rng(seed)
     train: ImageSet
@@ -379,21 +287,30 @@ def load_images(path: str | Path, config: DataConfig, seed: int, val_path: str |
         if val_path is not None:
             raise DataError(f"{path}: a built-in set has its own held-out images; leave out {val_path}")
         train, held = _builtin(str(path).removeprefix("builtin:"), config, rng)
+        held.origin = "split off by class"
     else:
-        items, held_items = find_items(Path(path))
+        items, held_items = find_items(Path(path), config.image, config.label)
         if val_path is not None:
-            held_items = find_items(Path(val_path))[0]
+            held_items = replace(find_items(Path(val_path), config.image, config.label)[0],
+                                 origin=f"data.val_path {shown(val_path)}")  # fmt: skip
         n = len(items.source)
         if held_items is None:
             if n < 2:
-                raise DataError(f"{path}: found {n} image(s), but two at least are needed to train")
+                raise DataError(f"{path}: found {n} image(s), but four at least are needed to train")
             index, held_index = split_items(n, items.labels, config.held_out, config.held_out_max, rng)
-            held_items = items
+            how = "by class" if items.labels is not None else "at random, as there are no labels"
+            held_items = replace(items, origin=f"split off {how}")
         else:
             held_items, index, m = _aligned(held_items, items), np.arange(n), len(held_items.source)
             held_index = np.sort(rng.permutation(m)[: config.held_out_max])
-        train, held = load_items(items, index, config, progress), load_items(held_items, held_index, config, progress)
-    if len(train) < 2 or len(held) < 1:
+            if len(held_index) < m:
+                held_items.origin = f"{len(held_index):,} of {m:,} at random from {held_items.origin}"
+        train = load_items(items, index, config, progress)
+        held = load_items(held_items, held_index, config, progress)
+        if isinstance(held, LazyImages):
+            held = _checked(held, progress)
+    if len(train) < 2 or len(held) < 2:
         raise DataError(f"{path}: {len(train)} training and {len(held)} held-out image(s) are usable, but at "
-                        f"least two and one are needed")  # fmt: skip
+                        f"least two of each are needed; data.held_out and data.held_out_max set how many are held out"
+                        )  # fmt: skip
     return train, held

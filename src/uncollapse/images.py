@@ -4,27 +4,55 @@ Two kinds of set share one small interface (``labels``, ``classes``, ``bad``, ``
 :class:`MemoryImages` holds decoded pixels in one tensor, :class:`LazyImages` decodes on demand and can be
 sent to loader processes. Labels serve evaluation; training must not read them.
 
-EXIF orientation is ignored, as torchvision's ``ImageFolder`` does.
+Images are data from anywhere: only the formats of ``FORMATS`` are opened, sizes are checked before decoding, and
+whatever a decoder raises becomes a :class:`DataError`.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
-ROW_GROUPS_KEPT = 4
+from uncollapse.shown import shown
+
+if TYPE_CHECKING:
+    from uncollapse.parquet import ParquetRows
+
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""The formats that are read. Pillow knows forty more, among them PostScript, which it hands to Ghostscript."""
+
+MAX_BYTES = 1 << 29
+"""An encoded image of more bytes than this is not read."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
+
+_ON_ITS_SIDE = [_TURNS[i] for i in (5, 6, 7, 8)]
 
 
 class DataError(ValueError):
     """Images that cannot be used; the message is one line that says what was found and what was expected."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(shown(str(message)))  # it quotes names from files
 
 
 # --- decoding -----------------------------------------------------------------------------------------------
@@ -33,25 +61,102 @@ class DataError(ValueError):
 def decode(source: bytes | str | Path) -> Image.Image:
     """Decode one image, from its encoded bytes or its path, to RGB (the first frame where there are several).
 
-    Transparency is composited on white. Grey of 16 bits (and 32-bit integers within 0..65535) is scaled to
-    8 bits; floating-point grey must lie in 0..1. Raises :class:`DataError` with the reason for anything that
-    is no complete image, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+    EXIF orientation is applied, transparency composited on white. Grey of 16 bits (and 32-bit integers within
+    0..65535) is scaled to 8 bits; floating-point grey must lie in 0..1. Raises :class:`DataError` with the reason
+    for anything that is no complete image of ``FORMATS``, or too large (see :func:`open_image`).
     """
-    if isinstance(source, bytes) and not source:
-        raise DataError("no bytes")
+    with open_image(source) as image:
+        return to_rgb(image)
+
+
+@contextmanager
+def open_image(source: bytes | str | Path) -> Iterator[Image.Image]:
+    """One image whose header is read and whose pixels are not: the one place that opens images.
+
+    Raises :class:`DataError`, also for whatever is raised inside the ``with``: for other formats than ``FORMATS``,
+    files that are not regular ones, more than ``MAX_BYTES`` bytes or ``PIL.Image.MAX_IMAGE_PIXELS`` pixels.
+    """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        _check_bytes(source)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
+            if limit is not None and _area(image) > limit:
                 raise DataError(f"{image.width}×{image.height} pixels are more than the limit of {limit}")
-            image.load()
-            return _to_rgb(image)
+            yield image
     except DataError:
         raise
     except Image.UnidentifiedImageError:
-        raise DataError("not an image, or of an unknown format") from None
+        raise DataError(_unidentified(source)) from None
+    except OSError as e:
+        raise DataError(e.strerror or e) from e
     except Exception as e:  # broken files make decoders raise almost anything
         raise DataError(" ".join(f"{type(e).__name__}: {e}".split())) from e
+
+
+def _check_bytes(source: bytes | str | Path) -> None:
+    if isinstance(source, bytes):
+        size = len(source)
+    else:
+        status = os.stat(source)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise DataError("not a regular file (but a folder, pipe, socket or device)")
+        size = status.st_size
+    if not size:
+        raise DataError("no bytes")
+    if size > MAX_BYTES:
+        raise DataError(f"{size} bytes are more than the limit of {MAX_BYTES}")
+
+
+def _area(image: Image.Image) -> int:
+    """Pixels that decoding makes at once; a tile of a TIFF may be larger than the image it belongs to."""
+    tags: Any = getattr(image, "tag_v2", {})
+    return max(image.width * image.height, int(tags.get(322, 0)) * int(tags.get(323, 0)))
+
+
+def _unidentified(source: bytes | str | Path) -> str:
+    """Names the format where Pillow would know it, and where only the beginning is as it should be says so."""
+    if isinstance(source, bytes):
+        prefix = source[:16]
+    else:
+        with open(source, "rb") as file:
+            prefix = file.read(16)
+    Image.init()
+    found = []
+    for name, (_, accepts) in Image.OPEN.items():
+        with suppress(Exception):  # of a prefix too short for it
+            if accepts is not None and (answer := accepts(prefix)) and not isinstance(answer, str):
+                found.append(name)
+    ours = [name for name in found if name in FORMATS]
+    if ours:
+        return f"not an image: begins like {ours[0]}, but is damaged"
+    what = f"not an image that is read here: {found[0]}" if found else "not an image, or of an unknown format"
+    return f"{what} (read are {', '.join(FORMATS)})"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The pixels of an opened image as upright RGB, see :func:`decode`."""
+    return _to_rgb(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The pixels of an opened image in its own mode, turned as its EXIF orientation says."""
+    image.load()
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height that an opened image has when upright, without decoding it."""
+    # Pillow turns TIFFs itself, and would decode a PNG to look for EXIF behind its pixels.
+    late = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
+    turned = not late and _turn(image) in _ON_ITS_SIDE
+    return (image.height, image.width) if turned else image.size
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    with suppress(Exception):  # damaged EXIF says nothing about the pixels
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -61,12 +166,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), rgba).convert("RGB")
     if image.mode == "F" or image.mode.startswith("I"):
-        pixels = np.asarray(image, dtype=np.float64)
+        pixels = np.asarray(image, dtype=np.float32)
         top = 1.0 if image.mode == "F" else 65535.0
         if not (pixels.min() >= 0 and pixels.max() <= top):  # also catches NaN
             found = f"{pixels.min():g}..{pixels.max():g}"
             raise DataError(f"mode {image.mode} with values {found} outside 0..{top:g}")
-        return Image.fromarray(np.rint(pixels * (255 / top)).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(np.rint(pixels * np.float32(255 / top)).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 
@@ -102,85 +207,6 @@ class Files:
         return False
 
 
-class ParquetRows:
-    """Encoded images in the struct column ``column`` of Parquet shards, read one row group at a time.
-
-    File handles and the cache belong to a process and are left behind when pickled.
-    """
-
-    def __init__(self, paths: Sequence[Path], column: str) -> None:
-        self.paths, self.column = [str(p) for p in paths], column
-        self.groups: list[tuple[int, int, int]] = []  # shard, row group, first row within the shard
-        starts = [0]
-        for shard, path in enumerate(self.paths):
-            metadata, row = open_parquet(path).metadata, 0
-            for group in range(metadata.num_row_groups):
-                self.groups.append((shard, group, row))
-                row += metadata.row_group(group).num_rows
-                starts.append(starts[-1] + metadata.row_group(group).num_rows)
-        self.starts = np.asarray(starts)
-        self._keep = ROW_GROUPS_KEPT
-        self._forget()
-
-    def _forget(self) -> None:
-        self._handles: dict[tuple[int, int], Any] = {}
-        self._cache: dict[int, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}, "_cache": {}}
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def _find(self, i: int) -> tuple[int, int]:
-        g = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return g, int(i - self.starts[g])
-
-    def name(self, i: int) -> str:
-        g, row = self._find(i)
-        shard, _, first = self.groups[g]
-        return f"{self.paths[shard]} row {first + row}"
-
-    def _group(self, g: int) -> Any:
-        if g not in self._cache:
-            shard, group, _ = self.groups[g]
-            # A forked worker must not share the parent's file position.
-            key = (os.getpid(), shard)
-            if key not in self._handles:
-                self._handles[key] = open_parquet(self.paths[shard])
-            while len(self._cache) >= self._keep:
-                self._cache.pop(next(iter(self._cache)))
-            table = self._handles[key].read_row_group(group, columns=[self.column], use_threads=False)
-            self._cache[g] = table.column(self.column).combine_chunks()
-        return self._cache[g]
-
-    def read(self, i: int) -> bytes:
-        g, row = self._find(i)
-        cell = self._group(g)[row].as_py()
-        return (cell or {}).get("bytes") or b""
-
-    def bytes_over(self, index: np.ndarray, limit: float) -> bool:
-        total = sum(os.stat(p).st_size for p in self.paths)
-        return total * len(index) / max(len(self), 1) > limit
-
-    def preload(self) -> None:
-        """Keep all encoded bytes in memory (forked workers share them), because shuffled reads are slow."""
-        self._keep = max(len(self.groups), 1)
-        for g in range(len(self.groups)):
-            self._group(g)
-
-
-def open_parquet(path: str | Path) -> Any:
-    """A Parquet file opened for reading; raises :class:`DataError` where it is none."""
-    import pyarrow
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as e:
-        raise DataError(f"{path}: not a readable Parquet file ({' '.join(str(e).split())})") from e
-
-
 # --- the two kinds of image set -----------------------------------------------------------------------------
 
 
@@ -190,7 +216,9 @@ class MemoryImages:
 
     ``canvas``: uint8 (n, 3, H, W), RGB; ``sizes``: int64 (n, 2), the true (height, width) of each image.
     ``labels``: int64 (n,) or None. ``bad``: "name: reason" of images that could not be read and were dropped.
-    ``names``: of the images, such as their paths; empty where they have none.
+    ``names``: of the images, such as their paths, fit to be printed; empty where they have none.
+    ``about_labels``: in words, what gave the labels, or why there are none. ``origin``: of held-out images, in words,
+    where they are from.
     """
 
     canvas: torch.Tensor
@@ -199,6 +227,8 @@ class MemoryImages:
     classes: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    about_labels: str = ""
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.canvas)
@@ -218,7 +248,8 @@ class LazyImages:
 
     ``index`` (int64) picks and orders the items of ``source``. An unreadable item is noted in ``bad`` of the
     process that met it; :mod:`uncollapse.loading` carries the notes of its workers back. More than
-    ``max_bad``·n of them raise :class:`DataError`.
+    ``max_bad``·n of them raise :class:`DataError`, where n counts the ``dropped`` (listed in ``bad`` and no longer in
+    ``index``) too. ``about_labels`` and ``origin`` as in :class:`MemoryImages`.
     """
 
     source: Files | ParquetRows
@@ -227,12 +258,15 @@ class LazyImages:
     classes: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     max_bad: float = 0.05
+    dropped: int = 0
+    about_labels: str = ""
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.index)
 
     def name(self, i: int) -> str:
-        return self.source.name(int(self.index[i]))
+        return shown(self.source.name(int(self.index[i])))
 
     def readable(self, i: int) -> Image.Image | None:
         """Image ``i``, or None where it cannot be read (then it is listed in ``bad``)."""
@@ -240,7 +274,7 @@ class LazyImages:
         try:
             return decode(self.source.read(j))
         except (DataError, OSError) as e:
-            self.note_bad([f"{self.source.name(j)}: {e}"])
+            self.note_bad([f"{shown(self.source.name(j))}: {e}"])
             return None
 
     def image(self, i: int) -> Image.Image:
@@ -254,8 +288,9 @@ class LazyImages:
     def note_bad(self, notes: Sequence[str]) -> None:
         """Add ``notes`` ("name: reason") that are new; raises :class:`DataError` where they are too many."""
         self.bad += [n for n in dict.fromkeys(notes) if n not in self.bad]
-        if len(self.bad) > self.max_bad * len(self):
-            raise DataError(bad_message(self.bad, len(self), self.max_bad))
+        n = len(self) + self.dropped
+        if len(self.bad) > self.max_bad * n:
+            raise DataError(bad_message(self.bad, n, self.max_bad))
 
 
 ImageSet = MemoryImages | LazyImages
@@ -270,7 +305,7 @@ def subset(images: ImageSet, indices: Sequence[int] | np.ndarray | torch.Tensor)
         return replace(images, canvas=images.canvas[rows], sizes=images.sizes[rows], labels=labels,
                        bad=list(images.bad), names=names)  # fmt: skip
     # Notes are of the images one holds; those on the others would count against this set's share.
-    return replace(images, index=images.index[rows.numpy()], labels=labels, bad=[])
+    return replace(images, index=images.index[rows.numpy()], labels=labels, bad=[], dropped=0)
 
 
 def bad_message(bad: Sequence[str], n: int, max_bad: float) -> str:

@@ -210,7 +210,8 @@ def _configured(rebuilt: Rebuilt, data: str) -> Config:
     path = data if data.startswith("builtin:") else str(Path(data).resolve())
     if rebuilt.config is not None:
         own: Config = rebuilt.config
-        return dataclasses.replace(own, data=dataclasses.replace(own.data, path=path, val_path="", workers=0))
+        columns = {} if path == own.data.path else {"image": "", "label": ""}
+        return dataclasses.replace(own, data=dataclasses.replace(own.data, path=path, val_path="", workers=0, **columns))
     views = ViewConfig(global_size=rebuilt.size)
     return Config(data=DataConfig(path=path, workers=0), views=views)
 

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from uncollapse.config import DataConfig
-from uncollapse.data import Items, find_items, image_names, load_images, load_items, split_items
+from uncollapse.data import load_images, load_items, split_items
 from uncollapse.evaluate.layouts import (
     INAT,
     LIST,
@@ -29,7 +28,10 @@ from uncollapse.evaluate.layouts import (
     list_parts,
     torchvision_parts,
 )
-from uncollapse.images import DataError, Files, ImageSet, LazyImages, MemoryImages, ParquetRows, subset
+from uncollapse.images import DataError, Files, ImageSet, LazyImages, MemoryImages, open_image, subset
+from uncollapse.listing import Items, find_items, image_names
+from uncollapse.parquet import ParquetRows
+from uncollapse.shown import shown
 
 BUILTIN = "builtin:"
 BALANCED = 2.0
@@ -63,7 +65,7 @@ def open_pair(
 ) -> Pair:  # fmt: skip
     """Training and test images of ``data``, which is ``TRAIN`` or ``TRAIN,TEST``.
 
-    Either is a folder of images, a Parquet file or folder, or ``builtin:digits`` (see `data.load_images`); a
+    Either is a folder of images, a Parquet file or folder, a CSV file, or ``builtin:digits`` (see `data.load_images`); a
     torchvision set whose files are there, ``torchvision:CIFAR10@ROOT``; iNaturalist's JSON, ``inat:FOLDER`` or a
     ``.json`` file; or lines of path and label, ``list:FILE@ROOT`` or a ``.txt`` file. A folder with
     ``train2018.json`` in it is taken as iNaturalist's. A comma that belongs to a path is written ``\\,``, or
@@ -186,8 +188,8 @@ def _found(spec: str, seed: int, config: DataConfig, notes: list[str]) -> tuple[
         return inat_parts(path)
     if spec.startswith(LIST) or (path.suffix.lower() == ".txt" and path.is_file()):
         return list_parts(spec)
-    found = find_items(path)
-    for part in found:
+    found = find_items(path, config.image, config.label)
+    for part in found if path.is_dir() else ():
         if part is not None and part.classes and isinstance(part.source, Files):
             notes += folder_notes(Path(part.source.root), part.classes)
     return found
@@ -242,7 +244,7 @@ def _folded(name: str) -> str:
 def folder_notes(folder: Path, classes: Sequence[str]) -> list[str]:
     """What looks wrong about the folders in ``folder``, of which ``classes`` hold images; none of it is changed."""
     here = sorted(p for p in folder.iterdir() if p.is_dir())
-    names = [p.name for p in here if not p.name.startswith(".")]
+    names = [shown(p.name) for p in here if not p.name.startswith(".")]
     notes, alike = [], defaultdict(list)
     for name in names:
         alike[_folded(name)].append(name)
@@ -253,10 +255,10 @@ def folder_notes(folder: Path, classes: Sequence[str]) -> list[str]:
     odd = [n for n in names if n != n.strip() and len(alike[_folded(n)]) == 1]
     if odd:
         notes.append(f"{folder}: class folder(s) {_listed(odd)} begin or end with a space, which is part of the name")
-    hidden = [p.name for p in here if p.name.startswith(".") and image_names(p)]
+    hidden = [shown(p.name) for p in here if p.name.startswith(".") and image_names(p)]
     if hidden:
         notes.append(f"{folder}: hidden folder(s) {_listed(hidden)} hold images, which are left out")
-    empty = [p.name for p in here if not p.name.startswith(".") and p.name not in set(classes)]
+    empty = [n for n in names if n not in set(classes)]
     if empty:
         notes.append(f"{folder}: folder(s) {_listed(empty)} hold no image and are no classes")
     return notes
@@ -312,9 +314,9 @@ def _any_opens(part: Items, rows: np.ndarray) -> bool:
         return True
     for i in rows:
         try:
-            with Image.open(part.source.name(int(i))):
+            with open_image(part.source.name(int(i))):
                 return True
-        except Exception:  # broken files make decoders raise almost anything
+        except DataError:
             continue
     return False
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from uncollapse.data import Items
 from uncollapse.images import DataError, Files, MemoryImages
+from uncollapse.listing import Items
+from uncollapse.parquet import MAX_CLASSES
+from uncollapse.shown import shown
 
 Part = Items | MemoryImages
 """One part of a set: where its images are and their labels, or its pixels where the set is one array."""
@@ -202,12 +206,12 @@ def inat_parts(path: Path) -> tuple[Part, Part | None]:
 
 def _inat(file: Path) -> Items:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(_text(file))
         images, annotations, categories = (content[k] for k in ("images", "annotations", "categories"))
         names = {int(i["id"]): str(i["file_name"]) for i in images}
         pairs = [(int(a["category_id"]), names[int(a["image_id"])]) for a in annotations]
         titles = {int(c["id"]): str(c.get("name", c["id"])) for c in categories}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
         raise DataError(f"{file}: not in iNaturalist's layout: looked for images (id, file_name), annotations "
                         f"(image_id, category_id) and categories (id, name); {type(error).__name__}: {error}"
                         ) from None  # fmt: skip
@@ -217,7 +221,7 @@ def _inat(file: Path) -> Items:
     # The obfuscated names of 2018 are unique, others need not be.
     often = Counter(titles.values())
     ids = sorted(titles)
-    classes = [titles[i] if often[titles[i]] == 1 else f"{titles[i]} ({i})" for i in ids]
+    classes = [shown(titles[i] if often[titles[i]] == 1 else f"{titles[i]} ({i})") for i in ids]
     number = {c: k for k, c in enumerate(ids)}
     pairs.sort()
     _check_first(file, file.parent, pairs[0][1])
@@ -262,18 +266,16 @@ def file_and_root(text: str) -> tuple[Path, Path] | None:
 
 def _list(file: Path, root: Path) -> Items:
     names, labels = [], []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as text ({error})") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_text(file).splitlines(), 1):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")
-        if not name.strip() or not label.isdecimal():
+        if not name.strip() or "\0" in name or not re.fullmatch(r"\d{1,9}", label):
             raise DataError(f"{file}, line {number}: expected a path and a class number, found {line[:80]!r}")
         names.append(name.strip())
         labels.append(int(label))
+        if labels[-1] >= MAX_CLASSES:
+            raise DataError(f"{file}, line {number}: class number {label} is too large; classes count from 0")
     if not names:
         raise DataError(f"{file}: no line in it")
     _check_first(file, root, names[0])
@@ -285,11 +287,24 @@ def _folder_names(names: Sequence[str], labels: Sequence[int]) -> list[str]:
     pairs = {(label, os.path.basename(os.path.dirname(name))) for label, name in zip(labels, names, strict=True)}
     folder = dict(pairs)
     one_to_one = len(pairs) == len(folder) == len(set(folder.values())) == max(folder) + 1
-    return [folder[c] for c in range(len(folder))] if one_to_one and "" not in folder.values() else []
+    return [shown(folder[c]) for c in range(len(folder))] if one_to_one and "" not in folder.values() else []
+
+
+def _text(file: Path) -> str:
+    """Content of a text file; bytes that are not UTF-8 are kept as surrogates, as names of files need not be UTF-8."""
+    try:
+        if not file.is_file():  # opening a pipe would wait for ever
+            raise DataError(f"{file}: not a regular file")
+        return file.read_text(encoding="utf-8", errors="surrogateescape")
+    except (OSError, MemoryError) as error:
+        raise DataError(f"{file}: cannot be read as text ({error})") from None
 
 
 def _check_first(file: Path, root: Path, name: str) -> None:
     """A wrong root would otherwise show as a million unreadable images."""
-    if not (root / name).is_file():
+    there = False
+    with suppress(OSError, ValueError):  # of a name that cannot be one
+        there = (root / name).is_file()
+    if not there:
         raise DataError(f"{file}: its images are not where it says: {root / name} does not exist. "
                         f"Paths count from {root}; a list can name another folder: {LIST}FILE@FOLDER")  # fmt: skip

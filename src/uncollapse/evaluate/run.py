@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 
 from uncollapse.config import ConfigError, DataConfig
-from uncollapse.data import unlabelled_because
 from uncollapse.evaluate.datasets import open_pair, split_spec
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import Progress, extract, identity
@@ -243,7 +243,7 @@ def _check_labels(needing: Sequence[str], train: ImageSet, test: ImageSet, data:
             verb = "need" if len(needing) > 1 else "needs"
             raise DataError(
                 f"{part}: no labels, which {', '.join(needing)} {verb}: "
-                + (unlabelled_because(part) or "folders give them by their names, Parquet by a column 'label'")
+                + (images.about_labels or "folders give them by their names, Parquet by a column 'label'")
             )
     if len(class_counts(train)) < 2:
         raise DataError(f"{first}: its training images are all of one class, so there is nothing to tell apart")
@@ -292,5 +292,8 @@ def settings_for(encoder: EvalEncoder, **given: Any) -> Settings:
             )
     if encoder.config is not None:
         given.setdefault("split_seed", encoder.config.seed)
-        given.setdefault("data_config", encoder.config.data)
+        own = encoder.config.data
+        if given["data"] != ",".join(p for p in (own.path, own.val_path) if p):
+            own = dataclasses.replace(own, image="", label="")  # the columns of other files
+        given.setdefault("data_config", own)
     return Settings(**given)

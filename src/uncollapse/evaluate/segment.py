@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from uncollapse.data import image_names
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.finetune import shown
 from uncollapse.evaluate.result import Result, bootstrap95
-from uncollapse.images import DataError, decode
+from uncollapse.images import DataError, decode, open_image, upright, upright_size
+from uncollapse.listing import image_names
 from uncollapse.progress import Report
 
 SOURCE = "linear segmentation of DINOv2 (Oquab et al. 2023): batch norm and a linear layer on the last patch tokens"
@@ -70,12 +70,12 @@ class Masks:
     def mask(self, i: int) -> Tensor:
         """(H, W) int64 class indices, `IGNORE` where a pixel does not count."""
         try:
-            with Image.open(self.masks[i]) as file:
+            with open_image(self.masks[i]) as file:
                 if file.mode not in ("L", "P", "1", "I", "I;16"):
-                    raise DataError(f"{self.masks[i]}: a mask holds one class index per pixel (grey or palette), "
+                    raise DataError(f"a mask holds one class index per pixel (grey or palette), "
                                     f"this one has mode {file.mode}")  # fmt: skip
-                values = np.asarray(file).astype(np.int64)
-        except OSError as error:
+                values = np.asarray(upright(file)).astype(np.int64)
+        except DataError as error:
             raise DataError(f"{self.masks[i]}: not a readable mask ({error})") from None
         if values.max(initial=0) > IGNORE or values.min(initial=0) < 0:
             raise DataError(f"{self.masks[i]}: class indices must lie in 0..254 (255: ignored), "
@@ -136,9 +136,9 @@ def _paired(images: Path, masks: Path, reduce_zero: bool) -> Masks:
     found = Masks([images / n for n in names], [by_stem[str(Path(n).with_suffix(""))] for n in names], reduce_zero)
     for image, mask in zip(found.images, found.masks, strict=True):
         try:
-            with Image.open(image) as a, Image.open(mask) as b:
-                sizes = a.size, b.size
-        except OSError as error:
+            with open_image(image) as a, open_image(mask) as b:
+                sizes = upright_size(a), upright_size(b)
+        except DataError as error:
             raise DataError(f"{image} or its mask {mask}: not readable ({error})") from None
         if sizes[0] != sizes[1]:
             raise DataError(f"{mask}: its size {sizes[1][0]}×{sizes[1][1]} is not its image's, "
