@@ -43,7 +43,7 @@ class DataConfig:
     """Where images come from and which of them are kept for evaluation."""
 
     path: str = ""
-    """Image folder, Parquet file or folder of them, CSV of paths and labels, or ``builtin:digits``; ``--data`` sets it."""
+    """Image folder, Parquet file or folder, CSV of paths and labels, or ``builtin:digits``; ``--data`` sets it."""
     val_path: str = ""
     """Held-out images, where they are not found beside the training images."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1

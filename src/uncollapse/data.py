@@ -23,7 +23,17 @@ import torch
 from PIL import Image
 
 from uncollapse.config import DataConfig
-from uncollapse.images import DataError, Files, ImageSet, LazyImages, MemoryImages, bad_message, open_image, subset, to_rgb
+from uncollapse.images import (
+    DataError,
+    Files,
+    ImageSet,
+    LazyImages,
+    MemoryImages,
+    bad_message,
+    open_image,
+    subset,
+    to_rgb,
+)
 from uncollapse.listing import Items, find_items
 from uncollapse.parquet import ParquetRows
 from uncollapse.shown import shown
@@ -44,9 +54,11 @@ def _aligned(held: Items, train: Items) -> Items:
         return held
     unknown = [c for c in held.classes if c not in train.classes]
     if not held.classes or not train.classes or unknown:
-        raise DataError(f"classes of the held-out images are not those of the training images: "
-                        f"{', '.join(unknown[:5]) or 'one of the two has no class names'}; "
-                        f"training has {', '.join(train.classes[:5]) or 'no names'}")  # fmt: skip
+        raise DataError(
+            f"classes of the held-out images are not those of the training images: "
+            f"{', '.join(unknown[:5]) or 'one of the two has no class names'}; "
+            f"training has {', '.join(train.classes[:5]) or 'no names'}"
+        )
     number = np.array([train.classes.index(c) for c in held.classes])
     return replace(held, labels=number[held.labels], classes=train.classes)
 
@@ -54,8 +66,9 @@ def _aligned(held: Items, train: Items) -> Items:
 # --- splitting ----------------------------------------------------------------------------------------------
 
 
-def split_items(n: int, labels: np.ndarray | None, share: float, most: int,
-           rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def split_items(
+    n: int, labels: np.ndarray | None, share: float, most: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Sorted (train, held-out) positions of n items: ``share`` of each class, at least one if it has two.
 
     At least two of all, where there are four: with one nothing can be evaluated.
@@ -89,19 +102,19 @@ def _progress(what: str, total: int, show: bool) -> Iterator[Callable[[int], Non
     from rich.progress import Progress
 
     bar = Progress(console=Console(stderr=True), transient=True, disable=not show)
-    task, began, shown = bar.add_task(what, total=total), time.monotonic(), False
+    task, began, started = bar.add_task(what, total=total), time.monotonic(), False
 
     def advance(n: int) -> None:
-        nonlocal shown
+        nonlocal started
         bar.advance(task, n)
-        if not shown and time.monotonic() - began > 2:
-            shown = True
+        if not started and time.monotonic() - began > 2:
+            started = True
             bar.start()
 
     try:
         yield advance
     finally:
-        if shown:
+        if started:
             bar.stop()
 
 
@@ -123,8 +136,9 @@ def _chunks(source: Files | ParquetRows, index: np.ndarray) -> Iterator[tuple[li
         yield chunk, size
 
 
-def _in_threads(source: Files | ParquetRows, index: np.ndarray, work: Callable[[bytes | str], T], what: str,
-                show: bool) -> Iterator[list[T | DataError]]:  # fmt: skip
+def _in_threads(
+    source: Files | ParquetRows, index: np.ndarray, work: Callable[[bytes | str], T], what: str, show: bool
+) -> Iterator[list[T | DataError]]:
     """``work`` on every encoded image, in order, some at a time; a :class:`DataError` in place of its result."""
 
     def each(sources: Sequence[bytes | str | DataError]) -> list[T | DataError]:
@@ -165,8 +179,9 @@ def _pixels(image: Image.Image) -> np.ndarray:
         return np.asarray(to_rgb(image))
 
 
-def _decode_all(source: Files | ParquetRows, index: np.ndarray, limit: float,
-                show: bool) -> list[np.ndarray | DataError] | None:  # fmt: skip
+def _decode_all(
+    source: Files | ParquetRows, index: np.ndarray, limit: float, show: bool
+) -> list[np.ndarray | DataError] | None:
     """Each image as uint8 (height, width, 3), or why it is bad; None if a canvas would pass ``limit``."""
     results: list[np.ndarray | DataError] = []
     most_h = most_w = 0
@@ -193,6 +208,16 @@ def _decode_all(source: Files | ParquetRows, index: np.ndarray, limit: float,
     return results
 
 
+def described(train: ImageSet, held_out: ImageSet) -> str:
+    """What was found, in words: how many images, which classes by what, and where the held-out ones are from."""
+    classes = 0 if train.labels is None else len(train.labels.unique())
+    labels = f"{classes:,} class{'es' if classes != 1 else ''} by {train.about_labels}" if classes else "no labels"
+    why = f" ({train.about_labels})" if not classes and train.about_labels else ""
+    if classes and held_out.labels is None:
+        why = f", but the held-out images have no labels ({held_out.about_labels})"
+    return f"{len(train):,} training images, {labels}{why}; {len(held_out):,} held out ({held_out.origin})"
+
+
 def _checked(images: LazyImages, show: bool) -> LazyImages:
     """The images that can be read, all of which are decoded once; the others are dropped and listed in ``bad``."""
 
@@ -213,13 +238,13 @@ def load_items(items: Items, index: np.ndarray, config: DataConfig, progress: bo
     """The images of ``items`` at ``index``, in memory where they fit ``config.memory_gb``, see `load_images`."""
     limit, n = config.memory_gb * 1e9, len(items.source)
     labels = None if items.labels is None else torch.from_numpy(items.labels[index])
-    words = {"about_labels": items.about_labels, "origin": items.origin}
     small = not items.source.bytes_over(index, limit)
     decoded = _decode_all(items.source, index, limit, progress) if small else None
     if decoded is None:
         if isinstance(items.source, ParquetRows) and not items.source.bytes_over(np.arange(n), limit):
             items.source.preload()
-        return LazyImages(items.source, index, labels, items.classes, max_bad=config.max_bad, **words)
+        found: ImageSet = LazyImages(items.source, index, labels, items.classes, max_bad=config.max_bad)
+        return replace(found, about_labels=items.about_labels, origin=items.origin)
     pairs = zip(index, decoded, strict=True)
     bad = [f"{shown(items.source.name(int(i)))}: {d}" for i, d in pairs if isinstance(d, DataError)]
     if len(bad) > config.max_bad * len(index):
@@ -235,7 +260,8 @@ def load_items(items: Items, index: np.ndarray, config: DataConfig, progress: bo
         view[row, :, : pixels.shape[0], : pixels.shape[1]] = pixels.transpose(2, 0, 1)
         decoded[k] = DataError("")  # free as we go: the canvas is a second copy
     names = [shown(items.source.name(int(index[k]))) for k in good]
-    return MemoryImages(canvas, sizes, None if labels is None else labels[good], items.classes, bad, names, **words)
+    found = MemoryImages(canvas, sizes, None if labels is None else labels[good], items.classes, bad, names)
+    return replace(found, about_labels=items.about_labels, origin=items.origin)
 
 
 def _builtin(name: str, config: DataConfig, rng: np.random.Generator) -> tuple[MemoryImages, MemoryImages]:
@@ -247,16 +273,19 @@ def _builtin(name: str, config: DataConfig, rng: np.random.Generator) -> tuple[M
     pixels = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))
     n = len(pixels)
     images = MemoryImages(
-        pixels[:, None].expand(n, 3, 8, 8).contiguous(), torch.full((n, 2), 8),
-        torch.from_numpy(digits.target.astype(np.int64)), [str(i) for i in range(10)],
+        pixels[:, None].expand(n, 3, 8, 8).contiguous(),
+        torch.full((n, 2), 8),
+        torch.from_numpy(digits.target.astype(np.int64)),
+        [str(i) for i in range(10)],
         names=[f"digit {i}" for i in range(n)],
-    )  # fmt: skip
+    )
     train, held = split_items(n, digits.target, DIGITS_HELD_OUT, config.held_out_max, rng)
     return subset(images, train), subset(images, held)  # type: ignore[return-value]
 
 
-def load_images(path: str | Path, config: DataConfig, seed: int, val_path: str | Path | None = None,
-                progress: bool = True) -> tuple[ImageSet, ImageSet]:  # fmt: skip
+def load_images(
+    path: str | Path, config: DataConfig, seed: int, val_path: str | Path | None = None, progress: bool = True
+) -> tuple[ImageSet, ImageSet]:
     """Training and held-out images of ``path``.
 
     ``path`` is ``builtin:digits`` (scikit-learn's 1,797 digits of 8×8), a ``.parquet`` file or a folder of
@@ -291,12 +320,15 @@ def load_images(path: str | Path, config: DataConfig, seed: int, val_path: str |
     else:
         items, held_items = find_items(Path(path), config.image, config.label)
         if val_path is not None:
-            held_items = replace(find_items(Path(val_path), config.image, config.label)[0],
-                                 origin=f"data.val_path {shown(val_path)}")  # fmt: skip
+            held_items = replace(
+                find_items(Path(val_path), config.image, config.label)[0], origin=f"data.val_path {shown(val_path)}"
+            )
         n = len(items.source)
         if held_items is None:
             if n < 2:
-                raise DataError(f"{path}: found {n} image(s), but four at least are needed to train")
+                raise DataError(
+                    f"{path}: found {n} image(s), but at least two for training and two to hold out are needed"
+                )
             index, held_index = split_items(n, items.labels, config.held_out, config.held_out_max, rng)
             how = "by class" if items.labels is not None else "at random, as there are no labels"
             held_items = replace(items, origin=f"split off {how}")
@@ -310,7 +342,8 @@ def load_images(path: str | Path, config: DataConfig, seed: int, val_path: str |
         if isinstance(held, LazyImages):
             held = _checked(held, progress)
     if len(train) < 2 or len(held) < 2:
-        raise DataError(f"{path}: {len(train)} training and {len(held)} held-out image(s) are usable, but at "
-                        f"least two of each are needed; data.held_out and data.held_out_max set how many are held out"
-                        )  # fmt: skip
+        raise DataError(
+            f"{path}: {len(train)} training and {len(held)} held-out image(s) are usable, but at "
+            f"least two of each are needed; data.held_out and data.held_out_max set how many are held out"
+        )
     return train, held

@@ -128,9 +128,9 @@ def _unidentified(source: bytes | str | Path) -> str:
                 found.append(name)
     ours = [name for name in found if name in FORMATS]
     if ours:
-        return f"not an image: begins like {ours[0]}, but is damaged"
-    what = f"not an image that is read here: {found[0]}" if found else "not an image, or of an unknown format"
-    return f"{what} (read are {', '.join(FORMATS)})"
+        return f"not an image: begins like {ours[0]}, but its header is damaged"
+    what = f"looks like {found[0]}" if found else "of an unknown format"
+    return f"not an image that is read here, {what}; read are {', '.join(FORMATS)}"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -95,8 +95,11 @@ def _walk(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
 
 
 def _names(folder: Path, suffixes: frozenset[str]) -> list[str]:
-    found = (os.path.join(relative, e.name) for relative, e in _walk(folder)
-             if os.path.splitext(e.name)[1].lower() in suffixes)  # fmt: skip
+    found = (
+        os.path.join(relative, e.name)
+        for relative, e in _walk(folder)
+        if os.path.splitext(e.name)[1].lower() in suffixes
+    )
     return sorted(found)
 
 
@@ -110,15 +113,18 @@ def _folder_items(folder: Path) -> Items:
     names = image_names(folder)
     if not names:
         inside = ", ".join(p.name for p in visible(folder)[:5]) or "nothing"
-        raise DataError(f"{folder}: no images: looked for {', '.join(sorted(SUFFIXES))} and .parquet files, "
-                        f"found {inside}")  # fmt: skip
+        raise DataError(
+            f"{folder}: no images: looked for {', '.join(sorted(SUFFIXES))} and .parquet files, found {inside}"
+        )
     tops = [n.split(os.sep, 1)[0] if os.sep in n else "" for n in names]
     loose = [n for n, top in zip(names, tops, strict=True) if not top]
     if loose:
         why = "no image lies in a sub-folder, whose name would be its class"
         if len(loose) < len(names):
-            why = (f"{shown(folder / loose[0])} lies beside the class folders ({len(loose)} such file(s)); move it "
-                   "into one")  # fmt: skip
+            why = (
+                f"{shown(folder / loose[0])} lies beside the class folders ({len(loose)} such file(s)); move it "
+                "into one"
+            )
         return Items(Files(str(folder), names), None, [], why)
     classes = sorted(set(tops))
     number = {c: i for i, c in enumerate(classes)}
@@ -143,9 +149,10 @@ def _parquet_items(paths: Sequence[Path], image: str, label: str) -> Items:
         if (found.leaf, found.label) != (first.leaf, first.label):
             raise DataError(f"{path}: its image and label columns are not those of {paths[0]}")
         if found.classes != first.classes:
-            raise DataError(f"{path}: its classes ({_some(found.classes)}) are not those of {paths[0]} "
-                            f"({_some(first.classes)}), so the two are not shards of one set; name one of them"
-                            )  # fmt: skip
+            raise DataError(
+                f"{path}: its classes ({_some(found.classes)}) are not those of {paths[0]} "
+                f"({_some(first.classes)}), so the two are not shards of one set; name one of them"
+            )
     return Items(ParquetRows(files, paths, first.leaf), *read_labels(files, paths, first))
 
 
@@ -163,8 +170,9 @@ def _sharded_items(path: Path, shards: Sequence[Path], image: str, label: str) -
     for p in shards:
         splits.setdefault(_split_of(p, path), []).append(p)
     if "train" not in splits:
-        raise DataError(f"{path}: no training shards: looked for train*.parquet, found "
-                        f"{', '.join(p.name for p in shards[:5])}")  # fmt: skip
+        raise DataError(
+            f"{path}: no training shards: looked for train*.parquet, found {', '.join(p.name for p in shards[:5])}"
+        )
     train = _parquet_items(splits["train"], image, label)
     held = next((s for s in HELD_OUT if s in splits), None)
     if held is None:
@@ -200,8 +208,9 @@ def _csv_items(path: Path, image: str, label: str) -> Items:
         rows = rows[1:]
         at = _csv_column(heading, image, PATHS, f"{path}: data.image", seen)
         if at is None:
-            raise DataError(f"{path}: no column of paths: looked for {', '.join(PATHS)}; {seen}; --data.image COLUMN "
-                            "names one")  # fmt: skip
+            raise DataError(
+                f"{path}: no column of paths: looked for {', '.join(PATHS)}; {seen}; --data.image COLUMN names one"
+            )
         by = _csv_column(heading, label, LABELS, f"{path}: data.label", seen)
     else:
         at, by = 0, 1 if len(heading) > 1 else None
@@ -212,10 +221,11 @@ def _csv_items(path: Path, image: str, label: str) -> Items:
     empty = next((number for (number, _), name in zip(rows, names, strict=True) if not name or "\0" in name), None)
     if empty is not None:
         raise DataError(f"{path}, line {empty}: no path of an image")
-    source = Files(str(path.parent), names)
+    source = Files(os.path.abspath(path.parent), names)
     if names and not any(os.path.exists(source.name(i)) for i in range(min(len(names), 20))):
-        raise DataError(f"{path}: its images are not where it says: {source.name(0)} does not exist; paths count from "
-                        f"{path.parent}")  # fmt: skip
+        raise DataError(
+            f"{path}: its images are not where it says: {source.name(0)} does not exist; paths count from {path.parent}"
+        )
     if by is None:
         why = f"no column is called {', '.join(LABELS)}; {seen}; --data.label COLUMN names one"
         why = why if headed else "its lines hold one column"
@@ -223,8 +233,9 @@ def _csv_items(path: Path, image: str, label: str) -> Items:
     values = [row[by].strip() for _, row in rows]
     missing = next((number for (number, _), value in zip(rows, values, strict=True) if not value), None)
     if missing is not None:
-        return Items(source, None, [], f"{shown(path)}, line {missing} has no label, and one such line leaves the set "
-                                       "unlabelled")  # fmt: skip
+        return Items(
+            source, None, [], f"{shown(path)}, line {missing} has no label, and one such line leaves the set unlabelled"
+        )
     numeric = all(v.isascii() and v.isdigit() and len(v) < 19 for v in values)
     classes = sorted(set(values), key=int) if numeric else sorted(set(values))
     number = {c: i for i, c in enumerate(classes)}
@@ -256,8 +267,10 @@ def find_items(path: Path, image: str = "", label: str = "") -> tuple[Items, Ite
             raise DataError(f"{path}: no such file or folder")
         if not path.is_dir():
             if suffix not in (".parquet", ".csv"):
-                raise DataError(f"{path}: expected a folder of images, a .parquet file or a folder of them, a .csv file "
-                                "of paths and labels, or builtin:digits, found another file")  # fmt: skip
+                raise DataError(
+                    f"{path}: expected a folder of images, a .parquet file or a folder of them, a .csv file "
+                    "of paths and labels, or builtin:digits, found another file"
+                )
             return _one_file(path, image, label)
     except (OSError, ValueError) as e:
         if isinstance(e, DataError):
@@ -267,8 +280,10 @@ def find_items(path: Path, image: str = "", label: str = "") -> tuple[Items, Ite
     if shards:
         return _sharded_items(path, shards, image, label)
     if image or label:
-        raise DataError(f"data.{'image' if image else 'label'}: names a column, but {path} is a folder of images, "
-                        "whose classes are its sub-folders")  # fmt: skip
+        raise DataError(
+            f"data.{'image' if image else 'label'}: names a column, but {path} is a folder of images, "
+            "whose classes are its sub-folders"
+        )
     return _folders(path)
 
 

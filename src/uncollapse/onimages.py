@@ -210,8 +210,10 @@ def _configured(rebuilt: Rebuilt, data: str) -> Config:
     path = data if data.startswith("builtin:") else str(Path(data).resolve())
     if rebuilt.config is not None:
         own: Config = rebuilt.config
-        columns = {} if path == own.data.path else {"image": "", "label": ""}
-        return dataclasses.replace(own, data=dataclasses.replace(own.data, path=path, val_path="", workers=0, **columns))
+        data_config = dataclasses.replace(own.data, path=path, val_path="", workers=0)
+        if path != own.data.path:
+            data_config = dataclasses.replace(data_config, image="", label="")  # the columns of other files
+        return dataclasses.replace(own, data=data_config)
     views = ViewConfig(global_size=rebuilt.size)
     return Config(data=DataConfig(path=path, workers=0), views=views)
 

@@ -21,8 +21,20 @@ import numpy as np
 from uncollapse.images import MAX_BYTES, DataError
 from uncollapse.shown import shown
 
-LABELS = ("label", "labels", "class", "class_label", "class_id", "class_name", "target", "targets", "category",
-          "category_id", "fine_label", "coarse_label")  # fmt: skip
+LABELS = (
+    "label",
+    "labels",
+    "class",
+    "class_label",
+    "class_id",
+    "class_name",
+    "target",
+    "targets",
+    "category",
+    "category_id",
+    "fine_label",
+    "coarse_label",
+)
 """Names of columns that are taken for labels, in order of preference."""
 
 IMAGES = ("image", "img", "image_bytes", "bytes", "jpg", "jpeg", "png", "webp")
@@ -107,8 +119,13 @@ def find_columns(schema: Any, path: str | Path, image: str = "", label: str = ""
 
     def is_label(kind: Any) -> bool:
         kind = kind.value_type if types.is_dictionary(kind) else kind
-        return bool(types.is_integer(kind) or types.is_boolean(kind) or types.is_floating(kind)
-                    or types.is_string(kind) or types.is_large_string(kind))  # fmt: skip
+        return bool(
+            types.is_integer(kind)
+            or types.is_boolean(kind)
+            or types.is_floating(kind)
+            or types.is_string(kind)
+            or types.is_large_string(kind)
+        )
 
     shaped = [f.name for f in schema if is_struct(f.type)]
     plain = [f.name for f in schema if is_bytes(f.type)]
@@ -117,22 +134,25 @@ def find_columns(schema: Any, path: str | Path, image: str = "", label: str = ""
     found = image or next((n for n in shaped if kinds.get(n) == "Image"), shaped[0] if shaped else "")
     found = found or next((n for name in IMAGES for n in plain if n.lower() == name), "")
     if not found:
-        raise DataError(f"{path}: no image column: looked for a struct with a field 'bytes' (Hugging Face's image "
-                        f"layout) or bytes called {', '.join(IMAGES)}, found columns {seen}; --data.image COLUMN "
-                        "names another")  # fmt: skip
+        raise DataError(
+            f"{path}: no image column: looked for a struct with a field 'bytes' (Hugging Face's image "
+            f"layout) or bytes called {', '.join(IMAGES)}, found columns {seen}; --data.image COLUMN "
+            "names another"
+        )
     usable = [n for n in schema.names if schema.names.count(n) == 1 and n != found and is_label(schema.field(n).type)]
     if label and label not in usable:
         raise DataError(f"{path}: data.label: column {label!r} holds no labels, but {schema.field(label).type}")
     named = [n for n in usable if kinds.get(n) == "ClassLabel"]
     usual = [n for name in LABELS for n in usable if n.lower() == name]
     chosen = label or next((n for n in usual if n in named), None) or next(iter(named + usual), None)
-    names = features[chosen].get("names") if chosen in named else None
+    names = features[chosen].get("names") if chosen is not None and chosen in named else None
     classes = [shown(str(n)) for n in names] if isinstance(names, list) else []
     return Columns(found, f"{found}.bytes" if found in shaped else found, chosen, classes, seen)
 
 
-def read_labels(files: Sequence[Any], paths: Sequence[str | Path],
-                columns: Columns) -> tuple[np.ndarray | None, list[str], str]:  # fmt: skip
+def read_labels(
+    files: Sequence[Any], paths: Sequence[str | Path], columns: Columns
+) -> tuple[np.ndarray | None, list[str], str]:
     """Label numbers of all rows (int64), names of the classes, and in words what gave the labels or why there are none.
 
     One row without a usable label (null, negative, without a class name) leaves the whole set unlabelled. Text is
@@ -140,8 +160,14 @@ def read_labels(files: Sequence[Any], paths: Sequence[str | Path],
     """
     name = columns.label
     if name is None:
-        return None, [], (f"no column is a ClassLabel or called {', '.join(LABELS)}; columns are {columns.seen}; "
-                          f"--data.label COLUMN names one")  # fmt: skip
+        return (
+            None,
+            [],
+            (
+                f"no column is a ClassLabel or called {', '.join(LABELS)}; columns are {columns.seen}; "
+                f"--data.label COLUMN names one"
+            ),
+        )
     parts: list[np.ndarray] = []
     for file, path in zip(files, paths, strict=True):
         check_size(file.metadata, name, path)
@@ -156,8 +182,8 @@ def read_labels(files: Sequence[Any], paths: Sequence[str | Path],
                 if (np.rint(values) != values).any():
                     return None, [], f"column '{name}' of {shown(path)} holds numbers that are not whole"
                 values = values.astype(np.int64)
-            unfit = np.zeros(0) if values.dtype == object else (values < 0) | (values >= (len(columns.classes) or math.inf))
-            if unfit.any():
+            most = len(columns.classes) or math.inf
+            if values.dtype != object and (unfit := (values < 0) | (values >= most)).any():
                 row = int(unfit.argmax())
                 return None, [], _row_without(path, name, row, str(values[row]))
         parts.append(values)
@@ -200,9 +226,10 @@ def check_size(metadata: Any, leaf: str, path: str | Path) -> int:
             if column.path_in_schema == leaf or column.path_in_schema.startswith(f"{leaf}."):
                 size = column.total_uncompressed_size
                 if not 0 <= size <= GROUP_BYTES:
-                    raise DataError(f"{path}: row group {g} unpacks to {size / 1e9:.1f} GB in column '{leaf}', more "
-                                    f"than {GROUP_BYTES / 1e9:.1f}; write the file with smaller row groups"
-                                    )  # fmt: skip
+                    raise DataError(
+                        f"{path}: row group {g} unpacks to {size / 1e9:.1f} GB in column '{leaf}', more "
+                        f"than {GROUP_BYTES / 1e9:.1f}; write the file with smaller row groups"
+                    )
                 total += size
     return total
 

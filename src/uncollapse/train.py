@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from lightning.fabric.plugins import MixedPrecision
 
 from uncollapse.checkpoint import load_checkpoint, write_atomically
 from uncollapse.config import Config, ConfigError, arm_name, dump_config
-from uncollapse.data import load_images
+from uncollapse.data import described, load_images
 from uncollapse.images import ImageSet, MemoryImages
 from uncollapse.loop import Loop, Progress
 from uncollapse.monitor import PrototypeMonitor
 from uncollapse.runlog import RunLog
+from uncollapse.shown import shown
 from uncollapse.state import build_state, load_state_dicts
 
 
@@ -88,7 +89,7 @@ def train(
         write_atomically(out / "config.yaml", dump_config(config).encode())
         for line in banner(config, fabric, train_images, held_out, total, stop, start):
             say(line)
-        _note_bad(out, train_images, held_out, say)
+        _note_bad(out, [*train_images.bad, *held_out.bad], say)
     log = RunLog(out, start) if fabric.is_global_zero else None
     loop = Loop(config, fabric, state, train_images, monitor, log, say, out, total, steps_per_epoch)
     if saved is not None:
@@ -99,6 +100,7 @@ def train(
         loop.run(start, stop, progress)
     finally:
         torch.set_flush_denormal(False)
+        _note_bad(out, train_images.bad, say)
         if log is not None:
             log.close()
     if not fabric.is_global_zero:
@@ -160,8 +162,7 @@ def banner(
     lr = optim.lr * run.batch / optim.lr_batch
     lines = [
         f"device      {fabric.world_size} × {device}, {run.precision}, {torch.get_num_threads()} threads",
-        f"data        {config.data.path}: {len(train_images)} training images ({where}), "
-        f"{len(held_out)} held out, labels {'for evaluation' if held_out.labels is not None else 'none'}",
+        f"data        {shown(config.data.path)} ({where}): {described(train_images, held_out)}",
         f"encoder     {config.backbone.name} → {config.head.bottleneck}-d projections",
         f"prototypes  {protos.count}, {arm_name(protos)}",
         f"optimiser   {optim.name}, learning rate {optim.lr:g} × {run.batch}/{optim.lr_batch} = {lr:g}",
@@ -177,8 +178,11 @@ def banner(
     return lines
 
 
-def _note_bad(out: Path, train_images: ImageSet, held_out: ImageSet, say: Callable[[str], None]) -> None:
-    bad = [*train_images.bad, *held_out.bad]
-    if bad:
-        (out / "bad_images.txt").write_text("\n".join(bad) + "\n")
-        say(f"skipped     {len(bad)} unreadable images, listed in {out / 'bad_images.txt'}")
+def _note_bad(out: Path, bad: Sequence[str], say: Callable[[str], None]) -> None:
+    """Adds what is new to the list of unreadable images; every rank and every part of a resumed run adds to one."""
+    path = out / "bad_images.txt"
+    known = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+    if new := [line for line in bad if line not in known]:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in new))
+        say(f"skipped     {len(new)} unreadable images, listed in {path}")

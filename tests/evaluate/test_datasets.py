@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from uncollapse.config import DataConfig
-from uncollapse.data import load_images, unlabelled_because
+from uncollapse.data import load_images
 from uncollapse.evaluate.datasets import load_pair, long_tail_rows, open_pair, proportional_rows, split_spec
 from uncollapse.images import DataError, LazyImages, MemoryImages
 
@@ -269,4 +269,6 @@ def test_parquet_files_with_other_classes_are_not_shards_of_one_set(tmp_path):
 
 def test_a_row_without_a_label_is_named(tmp_path):
     parquet(tmp_path / "train.parquet", [0, 1, -1, 0], ["cat", "dog"])
-    assert "row 2: its 'label' is -1" in unlabelled_because(str(tmp_path))
+    train = open_pair(str(tmp_path)).train
+    assert train.labels is None
+    assert "row 2: its 'label' is -1" in train.about_labels

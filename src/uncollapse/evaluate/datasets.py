@@ -65,7 +65,7 @@ def open_pair(
 ) -> Pair:  # fmt: skip
     """Training and test images of ``data``, which is ``TRAIN`` or ``TRAIN,TEST``.
 
-    Either is a folder of images, a Parquet file or folder, a CSV file, or ``builtin:digits`` (see `data.load_images`); a
+    Either is a folder of images, a Parquet file or folder, a CSV file or ``builtin:digits`` (`data.load_images`); a
     torchvision set whose files are there, ``torchvision:CIFAR10@ROOT``; iNaturalist's JSON, ``inat:FOLDER`` or a
     ``.json`` file; or lines of path and label, ``list:FILE@ROOT`` or a ``.txt`` file. A folder with
     ``train2018.json`` in it is taken as iNaturalist's. A comma that belongs to a path is written ``\\,``, or
