@@ -57,7 +57,7 @@ def tiff_of_one_tile(side: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (POSTSCRIPT, "not an image that is read here, looks like EPS; read are BMP, GIF, JPEG, "),
+        (POSTSCRIPT, "not an image that is read here, looks like EPS; read are JPEG, PNG, WEBP, "),
         (encoded(Image.new("RGB", (4, 4)), "ICO"), "not an image that is read here, looks like ICO"),
         (encoded(Image.new("RGB", (4, 4)), "TGA"), "not an image that is read here"),
         (plain()[:16] + b"!" + plain()[17:], "begins like PNG, but its header is damaged"),

@@ -28,7 +28,7 @@ from uncollapse.shown import shown
 if TYPE_CHECKING:
     from uncollapse.parquet import ParquetRows
 
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """The formats that are read. Pillow knows forty more, among them PostScript, which it hands to Ghostscript."""
 
 MAX_BYTES = 1 << 29
@@ -154,6 +154,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
+    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
+        return None  # soon found out, for the sake of small images
     with suppress(Exception):  # damaged EXIF says nothing about the pixels
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return None
