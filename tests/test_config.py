@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncollapse.config import (
@@ -124,6 +124,7 @@ def test_command_line_values():
     assert parse_value("joint") == "joint"
 
 
+@settings(deadline=None)
 @given(lr=st.floats(1e-4, 10), batch=st.integers(1, 4096), flip=st.floats(0, 1), seed=st.integers(0, 2**40))
 def test_any_valid_value_survives_the_file(lr, batch, flip, seed):
     config = build_config(

@@ -6,7 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> bool:
@@ -46,10 +49,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     Returns:
         Whether the checkpoint was written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             torch.save({"format": FORMAT, "step": step, **state}, file)
             file.flush()
@@ -58,9 +61,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         temporary.replace(path)
         write_atomically(path.with_suffix(".json"), json.dumps({"step": step, "sha256": digest}).encode())
     except (OSError, RuntimeError) as error:  # torch's zip writer wraps a failed write in a RuntimeError
-        temporary.unlink(missing_ok=True)
-        if not path.with_suffix(".json").exists():
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be read-only or gone
+            temporary.unlink(missing_ok=True)
+            if not path.with_suffix(".json").exists():
+                path.unlink(missing_ok=True)
         # torch's writer reports a short write in words of its own.
         short = "write failed" in str(error) or "unexpected pos" in str(error)
         full = short or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
@@ -72,13 +76,21 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         )
         return False
     for old in _steps(folder)[keep:]:
-        (folder / f"step-{old:08d}.json").unlink(missing_ok=True)
-        (folder / f"step-{old:08d}.pt").unlink(missing_ok=True)
+        with suppress(OSError):
+            (folder / f"step-{old:08d}.json").unlink(missing_ok=True)
+            (folder / f"step-{old:08d}.pt").unlink(missing_ok=True)
     return True
 
 
 def _steps(folder: Path) -> list[int]:
-    return sorted((int(p.stem.removeprefix("step-")) for p in folder.glob("step-*.json")), reverse=True)
+    """Newest first; files of other names, such as ``step-00000040 (1).json``, are no checkpoints."""
+    found = (re.fullmatch(r"step-(\d{8,18})\.json", p.name) for p in folder.glob("step-*.json"))
+    return sorted((int(name[1]) for name in found if name), reverse=True)
+
+
+def newest_step(folder: Path) -> int | None:
+    """Step of the newest checkpoint, whole or not; None where there is none."""
+    return next(iter(_steps(folder)), None)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

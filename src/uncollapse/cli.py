@@ -10,6 +10,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,7 +61,8 @@ def _exit_code(error: Exception) -> int | None:
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
     """Ours as one line; other libraries' advice about their own internals is not the user's business."""
     if "uncollapse" in filename:
-        print(f"warning: {message}", file=sys.stderr)
+        with suppress(OSError, ValueError):  # a closed stderr must not end a run
+            print(f"warning: {message}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):

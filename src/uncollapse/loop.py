@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
 import tempfile
-import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,17 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from uncollapse.checkpoint import save_checkpoint
+from uncollapse.checkpoint import newest_step, save_checkpoint
 from uncollapse.config import Config, dump_config
 from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.distributed import gather_rows, world
 from uncollapse.images import ImageSet, MemoryImages
 from uncollapse.loading import view_loader
 from uncollapse.monitor import LossWatch, PrototypeMonitor, assignment_statistics, nearest_cosine
+from uncollapse.runfolder import identity
 from uncollapse.runlog import RunLog, Stopwatch
 from uncollapse.schedules import cosine, linear_epochs
+from uncollapse.signals import StopRequest, deaths_wait
 from uncollapse.state import TrainState, clip_each, non_finite, state_dicts, update_teacher
 from uncollapse.syncnorm import convert
 from uncollapse.views import ViewSpec, multicrop, view_specs
@@ -37,34 +38,6 @@ Progress = Callable[[int, int, float], None]
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, why, and what was kept."""
-
-
-class StopRequest:
-    """Ctrl-C or a scheduler's SIGTERM, answered between two steps so that no half-done step is saved.
-
-    A second Ctrl-C interrupts at once, without a checkpoint.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Signals can be caught in the main thread only; elsewhere this does nothing."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
@@ -97,7 +70,10 @@ class Loop:
         self.watch_seconds: dict[str, float] = {}
         self.alarms = LossWatch(config.prototypes.count)
         self.last_loss = math.nan
-        self.stop_request = StopRequest()
+        self.digests: dict[str, str] = {}
+        self.folder = identity(out)
+        self.inside = False  # a step is under way: the state is neither of before nor of after
+        self.stop_request = StopRequest(fabric.is_global_zero)
         self.stopping = False  # what all ranks agree on; a request that comes later waits for the next step
         if fabric.world_size > 1:
             for encoder in (state.student, state.teacher):
@@ -130,8 +106,11 @@ class Loop:
                 yield step, views
             return
         loader = view_loader(self.images, plan, self.specs, config.seed, config.data.workers)
-        for step, views in zip(range(start, stop), loader, strict=True):
-            yield step, views
+        yield start, next(loader)
+        with deaths_wait(lambda: self.inside) as check:
+            for step in range(start + 1, stop):
+                check()
+                yield step, next(loader)
 
     # --- one step ---------------------------------------------------------------------------------------
 
@@ -237,9 +216,10 @@ class Loop:
         """Stops before the bad values reach the weights."""
         if bool(torch.isfinite(tensor).all()):
             return
-        kept = "the last checkpoint is the state to go on from"
         if not non_finite(self.state) and self._save(step):
             kept = f"the weights before this step are finite and saved as step {step}"
+        else:
+            kept = self._last_kept()
         raise TrainingError(
             f"{what} became NaN or infinite at step {step} (learning rate "
             f"{self.optimizer.param_groups[0]['lr']:.3g}); {kept}. Try a lower optim.lr, optim.clip 3.0, or "
@@ -262,36 +242,69 @@ class Loop:
 
     # --- the run ----------------------------------------------------------------------------------------
 
-    def run(self, start: int, stop: int, progress: Progress | None) -> None:
-        config = self.config
-        sweep_every = max(1, round(config.log.sweep_epochs * self.steps_per_epoch))
-        if start == 0:
-            self._sweep(0)
+    def run(self, start: int, stop: int, progress: Progress | None, fresh: bool = True) -> None:
+        """Steps ``start`` to ``stop``; ``fresh``: there is no checkpoint of ``start`` yet.
+
+        A run has a checkpoint before its first step, so one without any has lost them.
+        """
+        if fresh and not self._save(start):
+            raise TrainingError(f"no checkpoint can be written to {self.out}; nothing was trained")
+        done = start
         self.watch.begin()
         with self.stop_request.listening():
-            for step, views in self._views(start, stop):
-                self.watch.lap("views")
-                self.last_loss, targets = self.step(step, views)
-                done = step + 1
-                if done % config.log.every_steps == 0 or done == stop:
-                    self._log(done, targets)
-                if done % sweep_every == 0 or done == stop:
-                    self._sweep(done)
-                self._warn(self.alarms.loss(self.last_loss), done)
-                self.watch.lap("diagnosis")
-                due = config.log.checkpoint_steps and done % config.log.checkpoint_steps == 0
-                if self.stopping or (due and done < stop):
-                    self._save(done)
-                    self.watch.lap("checkpoint")
-                if progress is not None:
-                    progress(done, stop, self.last_loss)
-                if self.stopping:
-                    self.say(f"stopped at step {done}; continue with: uncollapse train --resume {self.out}")
-                    raise KeyboardInterrupt
+            try:
+                if start == 0:
+                    self._sweep(0)
+                for step, views in self._views(start, stop):
+                    self.watch.lap("views")
+                    self.inside = True
+                    self.last_loss, targets = self.step(step, views)
+                    self.inside, done = False, step + 1
+                    self._after_step(done, stop, targets)
+                    if progress is not None:
+                        progress(done, stop, self.last_loss)
+                    if self.stopping:
+                        self.say(f"stopped at step {done}; continue with: uncollapse train --resume {self.out}")
+                        raise KeyboardInterrupt
+            except TrainingError:
+                raise
+            except Exception as error:
+                raise self._interrupted(error, done, start) from error
         if start < stop and not self._save(stop):
             raise TrainingError(
                 f"the final checkpoint (step {stop}) could not be written to {self.out}. {self._rescue(stop)}"
             )
+
+    def _after_step(self, done: int, stop: int, targets: SoftmaxTargets) -> None:
+        log = self.config.log
+        sweep_every = max(1, round(log.sweep_epochs * self.steps_per_epoch))
+        if done % log.every_steps == 0 or done == stop:
+            self._log(done, targets)
+        if done % sweep_every == 0 or done == stop:
+            self._sweep(done)
+        self._warn(self.alarms.loss(self.last_loss), done)
+        self.watch.lap("diagnosis")
+        due = log.checkpoint_steps and done % log.checkpoint_steps == 0
+        if self.stopping or (due and done < stop):
+            self._save(done)
+            self.watch.lap("checkpoint")
+
+    def _interrupted(self, error: Exception, done: int, start: int) -> Exception:
+        """What to raise for an error that ends the run: whole steps are saved first, and it says so."""
+        saved = not self.inside and done > start and self._save(done)
+        kept = f"step {done} is saved" if saved else self._last_kept()
+        again = f"{kept}; continue with: uncollapse train --resume {self.out}"
+        if "DataLoader worker" in str(error):
+            return TrainingError(
+                f"a process that reads images was killed or crashed after step {done}, most often for want of memory "
+                f"(fewer data.workers need less); {again}"
+            )
+        self.say(f"failed at step {done}: {again}")
+        return error
+
+    def _last_kept(self) -> str:
+        newest = newest_step(self.out / "checkpoints")
+        return f"the newest checkpoint is of step {newest}" if newest is not None else "there is no checkpoint"
 
     def _log(self, done: int, targets: SoftmaxTargets) -> None:
         alive = self.monitor.alive()
@@ -323,10 +336,11 @@ class Loop:
 
     def _rescue(self, step: int) -> str:
         """Puts the finished weights where there may still be room; says where, and how to go on."""
-        elsewhere = Path(tempfile.mkdtemp(prefix="uncollapse-rescue-"))
-        (elsewhere / "config.yaml").write_text(dump_config(self.config))
-        if self._save(step, elsewhere):
-            return f"Its state is in {elsewhere}: finish with uncollapse train --resume {elsewhere}"
+        with suppress(OSError):
+            elsewhere = Path(tempfile.mkdtemp(prefix="uncollapse-rescue-"))
+            (elsewhere / "config.yaml").write_text(dump_config(self.config))
+            if self._save(step, elsewhere):
+                return f"Its state is in {elsewhere}: finish with uncollapse train --resume {elsewhere}"
         return f"Free some space and run: uncollapse train --resume {self.out}"
 
     def _save(self, step: int, out: Path | None = None) -> bool:
@@ -334,14 +348,20 @@ class Loop:
         bad = non_finite(self.state)
         if bad:
             raise TrainingError(
-                f"{bad[0]} became NaN or infinite by step {step}; no checkpoint was written, the last one is the "
-                f"state to go on from. Try a lower optim.lr or optim.clip 3.0 in a new run; {self.out} keeps "
-                "everything up to here."
+                f"{bad[0]} became NaN or infinite by step {step}; it was not saved, {self._last_kept()}. Try a lower "
+                f"optim.lr or optim.clip 3.0 in a new run; {self.out} keeps everything up to here."
             )
         if not self.fabric.is_global_zero:
             return True
+        if out is None and identity(self.out) != self.folder:
+            warnings.warn(
+                f"checkpoint at step {step} not written: {self.out} was moved or deleted while the run was writing to "
+                "it. Move it back; training goes on and tries again at the next one.",
+                stacklevel=2,
+            )
+            return False
         state = {**state_dicts(self.state), "monitor": self.monitor.state_dict(), "seconds": self.all_seconds()}
-        state["loss"] = self.last_loss
+        state["loss"], state["images"] = self.last_loss, self.digests
         state["scaler"] = self.precision.state_dict()
         state["config"] = asdict(self.config)
         return save_checkpoint((out or self.out) / "checkpoints", step, state, self.config.log.keep_checkpoints)

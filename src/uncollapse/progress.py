@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -63,9 +65,29 @@ def training_bar(show: bool = True) -> Iterator[tuple[Callable[[str], None], Cal
     if not show:
         yield lambda line: None, lambda done, total, loss: None
         return
-    console = Console()
+    console = SteadyConsole()
     with run_bars(console, ["training"]) as report:
-        yield (
-            lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
-            lambda done, total, loss: report("training", done, total, loss),
-        )
+
+        def say(line: str) -> None:
+            with suppress(OSError, ValueError):  # a closed terminal, or a log file on a full disk
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        def progress(done: int, total: int, loss: float) -> None:
+            with suppress(OSError, ValueError):
+                report("training", done, total, loss)
+
+        yield say, progress
+
+
+class SteadyConsole(Console):
+    """A console whose reader may leave (``| head``) without ending the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        silence_stdout()
+
+
+def silence_stdout() -> None:
+    """What is still printed goes nowhere, also when the interpreter flushes at its end."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from uncollapse.checkpoint import write_atomically
 
 
 class RunLog:
@@ -22,9 +26,12 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         self.waiting: list[str] = []
         self.warned = False
-        if self.path.exists():
-            kept = [r for r in read_rows(self.path) if int(r["step"]) <= start_step and start_step]
-            self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        if not self.path.exists():
+            self.path.touch()
+        elif self.path.stat().st_size:
+            rows = [r for r in read_rows(self.path) if type(r.get("step")) is int]
+            kept = [r for r in rows if r["step"] <= start_step and start_step]
+            write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         from torch.utils.tensorboard import SummaryWriter
 
         self.board: SummaryWriter | None = SummaryWriter(
@@ -34,14 +41,26 @@ class RunLog:
     def row(self, kind: str, step: int, **values: Any) -> None:
         self.waiting.append(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         try:
-            with self.path.open("a") as file:
-                file.write("".join(self.waiting))
+            self._append("".join(self.waiting).encode())
             self.waiting.clear()
         except OSError as error:
             if not self.warned:
                 warnings.warn(f"{self.path}: {error.strerror}; rows are kept and written later", stacklevel=2)
             self.warned = True
         self._scalars(kind, step, values)
+
+    def _append(self, content: bytes) -> None:
+        """All of it or nothing: half a line would swallow the next one."""
+        if not self.path.exists():  # moved away: it must not begin anew without its rows
+            raise OSError(errno.ENOENT, "no longer there")
+        with self.path.open("r+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(content) != len(content):
+                    raise OSError(errno.ENOSPC, "no space left")
+            except OSError:
+                file.truncate(end)
+                raise
 
     def _scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self.board is None or kind == "warning":
@@ -68,7 +87,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

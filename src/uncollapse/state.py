@@ -49,8 +49,19 @@ def build_state(config: Config) -> TrainState:
     """A fresh state on the CPU.
 
     Raises:
-        ConfigError: a backbone that cannot be built.
+        ConfigError: a backbone, head or set of prototypes that cannot be built.
     """
+    try:
+        return _built(config)
+    except ConfigError:
+        raise
+    except Exception as error:  # memory, or sizes that a backbone's constructor cannot work with
+        raise ConfigError(
+            f"the model cannot be built: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
+
+
+def _built(config: Config) -> TrainState:
     student = build_encoder(config, drop_path=True)
     teacher = build_encoder(config, drop_path=False)
     teacher.load_state_dict(student.state_dict())
@@ -59,6 +70,29 @@ def build_state(config: Config) -> TrainState:
     prototypes = initial_prototypes(config)
     objective = DINO(config.prototypes.count, config.teacher.center_momentum, targets_of(config.prototypes))
     return TrainState(student, teacher, prototypes, objective, build_optimizer(config, student, prototypes))
+
+
+@torch.no_grad()
+def refuse_misfit(state: TrainState, config: Config) -> None:
+    """Tries one image of each size before any training; leaves the state as it is.
+
+    Raises:
+        ConfigError: the encoder does not take views of these sizes.
+    """
+    views = config.views
+    sizes = [views.global_size, *([views.local_size] if views.local_count else [])]
+    encoder = state.teacher.eval()
+    try:
+        for size in sizes:
+            try:
+                encoder([torch.zeros(2, 3, size, size)])
+            except Exception as error:
+                raise ConfigError(
+                    f"backbone.name: {config.backbone.name} does not take views of {size} pixels "
+                    f"({' '.join(str(error).split())[:200]}); change views.global_size or views.local_size"
+                ) from None
+    finally:
+        encoder.train()
 
 
 def assert_separate(student: nn.Module, teacher: nn.Module) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 
+from uncollapse import runfolder
 from uncollapse.checkpoint import load_checkpoint, write_atomically
 from uncollapse.config import Config, ConfigError, arm_name, dump_config
 from uncollapse.data import described, load_images
+from uncollapse.fingerprint import image_digests
 from uncollapse.images import ImageSet, MemoryImages
-from uncollapse.loop import Loop, Progress
+from uncollapse.loop import Loop, Progress, TrainingError
 from uncollapse.monitor import PrototypeMonitor
+from uncollapse.resume import check_same_run
 from uncollapse.runlog import RunLog
 from uncollapse.shown import shown
-from uncollapse.state import build_state, load_state_dicts
+from uncollapse.state import build_state, load_state_dicts, refuse_misfit
 
 
 def train(
@@ -49,23 +53,43 @@ def train(
 
     Raises:
         ConfigError, DataError: something does not fit, found before any training.
-        TrainingError: a loss or projection became NaN or infinite; the last good state is kept.
+        CheckpointError: there are checkpoints, but none can be used.
+        TrainingError: training or the evaluation after it cannot go on; says what was kept.
     """
+    with ExitStack() as held:
+        return _train(config, out, max_steps, resume, progress, say, accelerator, held)
+
+
+def _train(
+    config: Config,
+    out: Path,
+    max_steps: int | None,
+    resume: bool,
+    progress: Progress | None,
+    say: Callable[[str], None],
+    accelerator: str,
+    held: ExitStack,
+) -> dict[str, Any]:
     fabric = _fabric(config, accelerator)
     if config.run.batch % (fabric.world_size * config.run.accumulate):
         raise ConfigError(
             f"run.batch: {config.run.batch} images do not divide over {fabric.world_size} ranks"
             + (f" in {config.run.accumulate} parts each" if config.run.accumulate > 1 else "")
         )
+    main = fabric.is_global_zero
+    if main and resume:
+        held.enter_context(runfolder.held(out))
+    elif main:
+        runfolder.refuse_what_is_there(out)
     saved = load_checkpoint(out / "checkpoints") if resume else None
-    if not resume and (out / "checkpoints").exists() and any((out / "checkpoints").iterdir()):
-        raise ConfigError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out")
+    if resume and saved is None:
+        runfolder.refuse_lost_checkpoints(out)
     train_images, held_out = load_images(
         config.data.path,
         config.data,
         config.seed,
         config.data.val_path or None,
-        progress=fabric.is_global_zero,
+        progress=main,
     )
     steps_per_epoch = len(train_images) // config.run.batch
     if steps_per_epoch < 1:
@@ -73,58 +97,76 @@ def train(
             f"run.batch: a batch of {config.run.batch} needs as many training images, "
             f"{config.data.path} has {len(train_images)}; set run.batch lower"
         )
+    digests = image_digests(train_images, held_out)
+    notes = [] if saved is None else check_same_run(config, digests, saved)
     total = max(1, round(config.run.epochs * steps_per_epoch))
     start = 0 if saved is None else int(saved["step"])
     stop = max(start, total if max_steps is None else min(total, max_steps))
     if start == stop and (finished := _finished(out, stop)) is not None:
         say(f"finished    at step {stop} already; its summary.json stands")
-        return finished if fabric.is_global_zero else {}
-    state = build_state(config).to(fabric.device)
+        return finished if main else {}
+    state = build_state(config)
+    refuse_misfit(state, config)
+    state.to(fabric.device)
     monitor = PrototypeMonitor(config.prototypes.count, config.run.batch, config.log.alive_window, fabric.device)
     if saved is not None:
         load_state_dicts(state, saved)
         monitor.load_state_dict(saved["monitor"])
-    if fabric.is_global_zero:
+    if main and not resume:
         out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(runfolder.held(out))
+        runfolder.refuse_what_is_there(out)  # another process may have been quicker
+    if main:
         write_atomically(out / "config.yaml", dump_config(config).encode())
-        for line in banner(config, fabric, train_images, held_out, total, stop, start):
+        for line in [*banner(config, fabric, train_images, held_out, total, stop, start), *notes]:
             say(line)
         _note_bad(out, [*train_images.bad, *held_out.bad], say)
-    log = RunLog(out, start) if fabric.is_global_zero else None
+    log = RunLog(out, start) if main else None
     loop = Loop(config, fabric, state, train_images, monitor, log, say, out, total, steps_per_epoch)
+    loop.digests = digests
     if saved is not None:
         loop.precision.load_state_dict(saved.get("scaler", {}))
         loop.watch_seconds, loop.last_loss = dict(saved["seconds"]), float(saved["loss"])
     torch.set_flush_denormal(True)  # sharp softmaxes are full of denormals, which a CPU handles 10 × slower
     try:
-        loop.run(start, stop, progress)
+        loop.run(start, stop, progress, fresh=saved is None)
     finally:
         torch.set_flush_denormal(False)
-        _note_bad(out, train_images.bad, say)
+        with suppress(OSError):
+            _note_bad(out, train_images.bad, say)
         if log is not None:
             log.close()
-    if not fabric.is_global_zero:
+    if not main:
         return {}
     from uncollapse.summary import finish_run
 
     seconds = loop.all_seconds()
-    return finish_run(
-        config, state, monitor, train_images, held_out, out, stop, loop.last_loss, seconds, fabric.device
-    )  # fmt: skip
+    try:
+        return finish_run(
+            config, state, monitor, train_images, held_out, out, stop, loop.last_loss, seconds, fabric.device
+        )
+    except Exception as error:
+        raise TrainingError(
+            f"trained and saved to step {stop}, but the evaluation failed ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); mend that and run: uncollapse train --resume {out}"
+        ) from error
 
 
 def _finished(out: Path, step: int) -> dict[str, Any] | None:
     """The summary of a run that was trained and evaluated up to ``step``, or None."""
     try:
-        summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
     # Written last, so it says that nothing of the evaluation is missing.
-    return summary if summary.get("steps") == step and (out / "diagnosis.npz").is_file() else None
+    whole = isinstance(summary, dict) and summary.get("steps") == step and (out / "diagnosis.npz").is_file()
+    return summary if whole else None
 
 
 def _fabric(config: Config, accelerator: str) -> Fabric:
     """One process, or as many as torchrun started."""
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device here; leave it out to use the CPU")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     with warnings.catch_warnings():

@@ -90,7 +90,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         config, out = _resumed(arguments, overrides)
     else:
         config, out = _new_run(arguments, overrides)
-    from uncollapse.progress import training_bar
+    from uncollapse.progress import silence_stdout, training_bar
     from uncollapse.report import write_report
     from uncollapse.runs import read_run
     from uncollapse.table import print_table
@@ -99,13 +99,17 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     main_rank = os.environ.get("RANK", "0") == "0"
     with training_bar(show=main_rank) as (say, progress):
         summary = train(config, out, arguments.max_steps, arguments.resume is not None, progress, say, arguments.device)
-    if main_rank:
+    if not main_rank:
+        return
+    write_report([read_run(out)], out / "report.html", f"{arm_name(config.prototypes)} on {summary['data']}", [])
+    try:
         print_table([summary])
         for note in summary.get("notes", []):
             print(f"note        {note}")
-        write_report([read_run(out)], out / "report.html", f"{arm_name(config.prototypes)} on {summary['data']}", [])
         print(f"diagnosis took {100 * summary['diagnosis_share']:.2f} % of the run's time")
-        print(f"report      {out / 'report.html'}")
+        print(f"report      {out / 'report.html'}", flush=True)
+    except OSError:  # nobody reads any more; the run is whole
+        silence_stdout()
 
 
 def _new_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path]:
