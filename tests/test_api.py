@@ -1,7 +1,12 @@
 """What `import uncollapse` promises to people with a training loop of their own."""
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import torch
 
@@ -29,33 +34,38 @@ def test_import_and_help_do_not_load_torch():
     assert "dino-small32" in done.stdout
 
 
-def test_a_plain_pytorch_loop_with_our_pieces():
-    """The loop of the README: mixture, loss and monitor around someone else's encoder."""
-    torch.manual_seed(0)
-    encoder = torch.nn.Linear(12, 16)
-    teacher = torch.nn.Linear(12, 16)
-    mixture = uncollapse.OnlineMixture(32, 16, rows=128, balance="sinkhorn", temperature=0.05)
-    monitor = uncollapse.PrototypeMonitor(32, rows=128)
-    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
-    start = mixture.mean.clone()
-    losses = []
-    for _ in range(30):
-        teacher.load_state_dict(encoder.state_dict())
-        x = torch.randn(64, 12)
-        views = [x + 0.1 * torch.randn(64, 12) for _ in range(2)]
-        with torch.no_grad():
-            z_teacher = [torch.nn.functional.normalize(teacher(v), dim=-1) for v in views]
-            mixture.observe(torch.cat(z_teacher))
-            targets = [mixture.responsibilities(z) for z in z_teacher]
-        prototypes = torch.nn.functional.normalize(mixture.mean, dim=-1)
-        z_student = [torch.nn.functional.normalize(encoder(v), dim=-1) for v in views]
-        loss = uncollapse.fused_dino_loss(z_student, prototypes, targets, temperature=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        monitor.observe(torch.cat(z_teacher) @ prototypes.T)
-    assert losses[-1] < losses[0]
-    assert not torch.equal(mixture.mean, start)
-    assert 0 < monitor.alive() <= 32
-    assert uncollapse.unique_prototypes(prototypes) <= 32
+def test_dir_lists_every_promised_name():
+    assert set(uncollapse.__all__) | {"__version__"} <= set(dir(uncollapse))
+    assert "OnlineMixture" in dir(uncollapse)
+
+
+def test_what_a_public_function_takes_can_be_imported_beside_it():
+    """CARP's blocks, Sinkhorn's and DINO's targets: nobody should have to look for the module."""
+    z = [torch.nn.functional.normalize(torch.randn(4, 6), dim=-1) for _ in range(3)]
+    w = torch.nn.functional.normalize(torch.randn(8, 6), dim=-1)
+    targets = uncollapse.SoftmaxTargets(torch.stack(z[:2]), w, 1.0)
+    assert uncollapse.fused_carp_loss(z, w, targets, uncollapse.random_blocks(8, 4, seed=0, step=0)).isfinite()
+    centred = [uncollapse.centred_softmax(x @ w.T, torch.zeros(8), 0.04) for x in z[:2]]
+    balanced = [uncollapse.sinkhorn(x @ w.T / 0.04) for x in z[:2]]
+    for made in (centred, balanced):
+        loss = uncollapse.fused_dino_loss_on_logits([x @ w.T for x in z], made, temperature=0.1)
+        torch.testing.assert_close(loss, uncollapse.fused_dino_loss(z, w, made, temperature=0.1))
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    root = Path(__file__).parent.parent
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = {re.split(r"[<>=]", line)[0].lower() for line in listed}
+    imported = set()
+    for path in (root / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported |= {"tensorboard" if node.module == "torch.utils.tensorboard" else node.module.split(".")[0]}
+    homes = packages_distributions()
+    ours = {name for name in imported if name not in sys.stdlib_module_names and name != "uncollapse"}
+    missing = {name for name in ours if not declared & {home.lower() for home in homes.get(name, [name])}}
+    assert not missing
+    unused = declared - {home.lower() for name in ours for home in homes.get(name, [name])}
+    assert not unused

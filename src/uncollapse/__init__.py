@@ -10,13 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from uncollapse.assign import centred_softmax as centred_softmax
+    from uncollapse.assign import sinkhorn as sinkhorn
     from uncollapse.assign import sinkhorn_offsets as sinkhorn_offsets
     from uncollapse.carp_loss import fused_carp_loss as fused_carp_loss
+    from uncollapse.carp_loss import random_blocks as random_blocks
     from uncollapse.cross_entropy import SoftmaxTargets as SoftmaxTargets
     from uncollapse.diagnosis import Diagnosis as Diagnosis
     from uncollapse.diagnosis import diagnose as diagnose
     from uncollapse.diversity import koleo_proto as koleo_proto
     from uncollapse.diversity import nearest_neighbours as nearest_neighbours
+    from uncollapse.logit_loss import fused_dino_loss_on_logits as fused_dino_loss_on_logits
     from uncollapse.losses import dino_loss as dino_loss
     from uncollapse.losses import fused_dino_loss as fused_dino_loss
     from uncollapse.losses import fused_patch_loss as fused_patch_loss
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from uncollapse.mean_entropy import me_max as me_max
     from uncollapse.metrics import prototype_report as prototype_report
     from uncollapse.mixture import OnlineMixture as OnlineMixture
+    from uncollapse.mixture_layer import MixtureLayer as MixtureLayer
     from uncollapse.monitor import PrototypeMonitor as PrototypeMonitor
     from uncollapse.unique import epsilon_sweep as epsilon_sweep
     from uncollapse.unique import unique_prototypes as unique_prototypes
@@ -33,20 +38,25 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Diagnosis": "diagnosis",
+    "MixtureLayer": "mixture_layer",
     "OnlineMixture": "mixture",
     "PrototypeMonitor": "monitor",
     "SoftmaxTargets": "cross_entropy",
+    "centred_softmax": "assign",
     "diagnose": "diagnosis",
     "dino_loss": "losses",
     "epsilon_sweep": "unique",
     "fused_carp_loss": "carp_loss",
     "fused_dino_loss": "losses",
+    "fused_dino_loss_on_logits": "logit_loss",
     "fused_patch_loss": "losses",
     "koleo_proto": "diversity",
     "me_max": "mean_entropy",
     "nearest_neighbours": "diversity",
     "patch_weights": "losses",
     "prototype_report": "metrics",
+    "random_blocks": "carp_loss",
+    "sinkhorn": "assign",
     "sinkhorn_offsets": "assign",
     "unique_prototypes": "unique",
     "vmf_bias": "vmf",
@@ -59,3 +69,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'uncollapse' has no attribute {name!r}")
     return getattr(import_module(f"uncollapse.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

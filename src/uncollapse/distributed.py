@@ -6,8 +6,6 @@ without ranks. Sums over ranks are plain sums: pass sums and counts, not means, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -75,26 +73,3 @@ def shard(count: int, group: Group) -> slice:
     """This rank's contiguous share of ``count`` rows; shares differ by at most one row."""
     rank, size = rank_and_size(group)
     return slice(count * rank // size, count * (rank + 1) // size)
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return sum_over_ranks(x.detach().clone(), group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sum_over_ranks(grad.clone(), ctx.group), None
-
-
-def differentiable_sum(x: Tensor, group: Group) -> Tensor:
-    """Sum over ranks that a gradient passes through.
-
-    Each rank is taken to add its own share of the total objective, so the gradient is summed over ranks too: the
-    adjoint of a sum whose result every rank uses.
-    """
-    if group is None:
-        return x
-    out: Tensor = _Sum.apply(x, group)
-    return out
