@@ -57,11 +57,11 @@ def has_shape(x: Tensor | None, shape: tuple[int, ...], name: str) -> None:
 
 def usable_weights(weight: Tensor, name: str) -> None:
     """Finite and not negative; not looked at on a GPU."""
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or not weight.numel():
         return
-    bad = ~((weight >= 0) & (weight < math.inf))
-    if bad.any():
-        at = bad.nonzero()[0].tolist()
+    least, most = (float(x) for x in torch.aminmax(weight.detach()))  # NaN, if there is one, is both
+    if not (least >= 0 and most < math.inf):
+        at = (~((weight >= 0) & (weight < math.inf))).nonzero()[0].tolist()
         where = at[0] if len(at) == 1 else tuple(at)
         raise ValueError(f"{name} must be finite and 0 or above, got {float(weight[tuple(at)]):g} at place {where}")
 
