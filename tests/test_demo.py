@@ -36,3 +36,39 @@ def test_demo_refuses_a_folder_with_something_else(tmp_path, capsys):
     assert stop.value.code == 2
     assert "something else" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_stopped_demo_names_the_whole_command(tmp_path, capsys, monkeypatch):
+    from concurrent.futures import Future
+
+    import uncollapse.demo as demo
+
+    class Pool:
+        """Begins nothing."""
+
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, *_):
+            return Future()
+
+        def shutdown(self, cancel_futures):
+            assert "again to stop now" in capsys.readouterr().out  # said before the wait
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(demo, "_follow", interrupt)
+    words = ["demo", "--seeds", "2", "--arms", "fixed", "--optim.lr", "1e-3", "--out", str(tmp_path / "my demo")]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 130
+    said = "".join(capsys.readouterr().out.split("\n"))
+    assert f"uncollapse demo --seeds 2 --arms fixed --optim.lr 1e-3 --out '{tmp_path / 'my demo'}'" in said

@@ -193,7 +193,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings(
     "ignore:checkpoint at step",
     "ignore:.*rows are kept",
-    "ignore:TensorBoard",
+    "ignore:TensorBoard stops",
     "ignore::pytest.PytestUnhandledThreadExceptionWarning",
 )
 @pytest.mark.parametrize("what", ["checkpoints", "run folder"])

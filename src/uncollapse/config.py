@@ -94,6 +94,8 @@ class BackboneConfig:
     """Stochastic depth of the student (the teacher has none)."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of ``timm.create_model``."""
+    init: str = ""
+    """File or run folder whose weights the encoder starts from; ``--init`` sets it. Empty: a random start."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,10 @@ class LogConfig:
     on the teacher's first global view."""
     evaluate_train: Positive = 10000
     """At most this many training images (a fixed random choice) feed the kNN bank and the linear probe."""
+    csv: bool = False
+    """Also write the metrics as a table, ``metrics.csv``."""
+    wandb: str = ""
+    """Also send the metrics to this project of Weights & Biases; needs the extra ``uncollapse[wandb]``."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics as JSON lines and TensorBoard events, and where its time goes."""
+"""What a run writes while it goes: metrics as JSON lines, and where its time goes."""
 
 from __future__ import annotations
 
@@ -7,36 +7,46 @@ import json
 import os
 import time
 import warnings
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from uncollapse.checkpoint import write_atomically
+from uncollapse.config import Config
+from uncollapse.sinks import CsvTable, Sink, TensorBoard, WeightsAndBiases, scalars_of
 
 
 class RunLog:
-    """Appends rows to ``metrics.jsonl`` and scalars to ``tensorboard/``.
+    """Appends rows to ``metrics.jsonl`` and hands their numbers to ``tensorboard/`` and what else ``config`` asks for.
 
     A write that fails (full disk) loses nothing: rows wait in memory and go out with the next one.
     ``start_step`` > 0 drops what a killed run wrote beyond the checkpoint that is resumed.
     """
 
-    def __init__(self, folder: Path, start_step: int = 0) -> None:
+    def __init__(self, folder: Path, start_step: int = 0, config: Config | None = None) -> None:
         self.path = folder / "metrics.jsonl"
         self.waiting: list[str] = []
         self.warned = False
+        kept: list[dict[str, Any]] = []
         if not self.path.exists():
             self.path.touch()
         elif self.path.stat().st_size:
             rows = [r for r in read_rows(self.path) if type(r.get("step")) is int]
             kept = [r for r in rows if r["step"] <= start_step and start_step]
             write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board: SummaryWriter | None = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
-        )
+        self.sinks: list[Sink] = [TensorBoard(folder, start_step)]
+        if config is not None and config.log.csv:
+            inside = ({k: v for k, v in r.items() if k not in ("kind", "step")} for r in kept)
+            scalars = [scalars_of(str(r.get("kind")), i) for r, i in zip(kept, inside, strict=True)]
+            self.sinks.append(CsvTable(folder, [(r["step"], s) for r, s in zip(kept, scalars, strict=True) if s]))
+        if config is not None and config.log.wandb:
+            try:
+                self.sinks.append(WeightsAndBiases(folder, config.log.wandb, asdict(config)))
+            except Exception as error:  # no network, or nobody logged in: the run itself needs neither
+                warnings.warn(f"nothing goes to Weights & Biases: {error}", stacklevel=2)
 
     def row(self, kind: str, step: int, **values: Any) -> None:
         self.waiting.append(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -63,22 +73,19 @@ class RunLog:
                 raise
 
     def _scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if self.board is None or kind == "warning":
+        if kind == "warning":
             return
-        try:
-            for name, value in values.items():
-                inner = value.items() if isinstance(value, dict) else [("", value)]
-                for key, scalar in inner:
-                    if isinstance(scalar, int | float):
-                        tag = f"{kind}/{name}/{key}" if key else f"{kind}/{name}"
-                        self.board.add_scalar(tag, scalar, step)
-        except Exception as error:
-            warnings.warn(f"TensorBoard events stop at step {step}: {error}", stacklevel=2)
-            self.board = None
+        for sink in list(self.sinks):
+            try:
+                sink.row(step, scalars_of(kind, values))
+            except Exception as error:
+                warnings.warn(f"{type(sink).__name__} stops at step {step}: {error}", stacklevel=2)
+                self.sinks.remove(sink)
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        for sink in self.sinks:
+            with suppress(Exception):  # what is in metrics.jsonl is safe already
+                sink.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

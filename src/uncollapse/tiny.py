@@ -32,11 +32,11 @@ def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
         prototypes=replace(protos, count=min(64, protos.count)),
         run=replace(run, batch=min(32, run.batch), epochs=min(2.0, run.epochs), accumulate=1),
         data=replace(config.data, workers=min(1, config.data.workers)),
-        backbone=_tiny_backbone(config.backbone),
+        backbone=replace(_tiny_backbone(config.backbone), init=config.backbone.init),
         log=replace(config.log, every_steps=1, checkpoint_steps=min(5, config.log.checkpoint_steps)),
     )
     content = json.loads(json.dumps(asdict(small)))
-    if any(key.startswith("backbone.") for key in typed):
+    if any(key.startswith("backbone.") and key != "backbone.init" for key in typed):
         content["backbone"] = json.loads(json.dumps(asdict(config.backbone)))
     for key, value in typed.items():
         set_key(content, key, value)

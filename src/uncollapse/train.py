@@ -25,6 +25,7 @@ from uncollapse.monitor import PrototypeMonitor
 from uncollapse.resume import check_same_run
 from uncollapse.runlog import RunLog
 from uncollapse.shown import shown
+from uncollapse.sinks import refuse_missing_wandb
 from uncollapse.state import build_state, load_state_dicts, refuse_misfit
 
 
@@ -76,6 +77,7 @@ def _train(
             f"run.batch: {config.run.batch} images do not divide over {fabric.world_size} ranks"
             + (f" in {config.run.accumulate} parts each" if config.run.accumulate > 1 else "")
         )
+    refuse_missing_wandb(config.log.wandb)
     main = fabric.is_global_zero
     if main and resume:
         held.enter_context(runfolder.held(out))
@@ -106,6 +108,11 @@ def _train(
         say(f"finished    at step {stop} already; its summary.json stands")
         return finished if main else {}
     state = build_state(config)
+    if saved is None and config.backbone.init:
+        from uncollapse.pretrained import start_from
+
+        notes += start_from(state.student, config.backbone.init)
+        state.teacher.load_state_dict(state.student.state_dict())
     refuse_misfit(state, config)
     state.to(fabric.device)
     monitor = PrototypeMonitor(config.prototypes.count, config.run.batch, config.log.alive_window, fabric.device)
@@ -121,7 +128,7 @@ def _train(
         for line in [*banner(config, fabric, train_images, held_out, total, stop, start), *notes]:
             say(line)
         _note_bad(out, [*train_images.bad, *held_out.bad], say)
-    log = RunLog(out, start) if main else None
+    log = RunLog(out, start, config) if main else None
     loop = Loop(config, fabric, state, train_images, monitor, log, say, out, total, steps_per_epoch)
     loop.digests = digests
     if saved is not None:

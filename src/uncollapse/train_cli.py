@@ -32,6 +32,7 @@ def add_parsers(commands: Any) -> None:
     train.add_argument("recipe", nargs="?", help="a recipe's name or a YAML file")
     train.add_argument("--data", help="image folder, Parquet file or folder of them, or builtin:digits")
     train.add_argument("--prototypes", choices=ARMS, help="how prototypes are learned")
+    train.add_argument("--init", metavar="FILE", help="start the encoder from these weights, or those of a run folder")
     train.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE-PROTOTYPES-seedN)")
     train.add_argument("--max-steps", type=int, help="stop after this many steps in all")
     train.add_argument("--tiny", action="store_true", help="shrink the recipe to run in seconds")
@@ -118,6 +119,8 @@ def _new_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
     if arguments.data is not None:
         builtin = arguments.data.startswith("builtin:")
         overrides["data.path"] = arguments.data if builtin else str(Path(arguments.data).resolve())
+    if arguments.init is not None:
+        overrides["backbone.init"] = str(Path(arguments.init).resolve())
     if arguments.prototypes is not None:
         overrides.update(arm_keys(arguments.prototypes))
     config = load_config(arguments.recipe, overrides)
@@ -127,29 +130,31 @@ def _new_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
         config = tiny(config, overrides)
     if not config.data.path:
         raise ConfigError("--data PATH: say where the images are (a folder, Parquet, or builtin:digits)")
-    _must_exist(config)
+    _must_exist(config, fresh=True)
     stem = Path(arguments.recipe).stem
     return config, arguments.out or Path("runs") / f"{stem}-{arm_name(config.prototypes)}-seed{config.seed}"
 
 
-def _must_exist(config: Config) -> None:
+def _must_exist(config: Config, fresh: bool) -> None:
     """Said at once, before the seconds that the imports take."""
     for key in ("path", "val_path"):
         path = getattr(config.data, key)
         if path and not path.startswith("builtin:") and not Path(path).exists():
             raise ConfigError(f"data.{key}: {path}: no such file or folder")
+    if fresh and config.backbone.init and not Path(config.backbone.init).exists():
+        raise ConfigError(f"backbone.init: {config.backbone.init}: no such file or folder")
 
 
 def _resumed(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path]:
     path: Path = arguments.resume / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"--resume {arguments.resume}: no config.yaml there, so it is not a run folder")
-    given = [n for n in ("recipe", "data", "prototypes", "out") if getattr(arguments, n) is not None]
+    given = [n for n in ("recipe", "data", "prototypes", "init", "out") if getattr(arguments, n) is not None]
     if given or overrides or arguments.tiny:
         changed = [*given, *overrides, *(["tiny"] if arguments.tiny else [])]
         raise ConfigError(f"--resume continues a run as it was; it takes --max-steps, not {', '.join(changed)}")
     config = load_config(path)
-    _must_exist(config)
+    _must_exist(config, fresh=False)
     return config, arguments.resume
 
 
