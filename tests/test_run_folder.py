@@ -259,13 +259,23 @@ def test_an_error_within_a_step_leaves_the_last_whole_one(tmp_path, monkeypatch)
 
     def fail(self, step, views):
         if step == 3:
-            raise RuntimeError("out of memory")
+            raise torch.OutOfMemoryError("no room for 40 GiB")
         return plain(self, step, views)
 
     monkeypatch.setattr(Loop, "step", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(
+        TrainingError, match=r"out of memory in step 3; the newest checkpoint is of step 0.*accumulate 2"
+    ):
         run(tmp_path / "run", 9)
     assert saved_step(tmp_path / "run") == 0
+
+
+def test_a_checkpoint_of_something_else_is_no_run(copy):
+    from uncollapse.checkpoint import save_checkpoint
+
+    save_checkpoint(copy / "checkpoints", 9, {"model": torch.ones(3)}, 2)
+    with pytest.raises(CheckpointError, match="no usable 'config'"):
+        run(copy, 12, resume=True)
 
 
 def test_a_failed_evaluation_leaves_the_training(tmp_path, monkeypatch):

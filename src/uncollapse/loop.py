@@ -299,6 +299,11 @@ class Loop:
                 f"a process that reads images was killed or crashed after step {done}, most often for want of memory "
                 f"(fewer data.workers need less); {again}"
             )
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
+            return TrainingError(
+                f"out of memory in step {done}; {kept}. In a new run, run.accumulate {2 * self.config.run.accumulate} "
+                "takes the batch in smaller parts"
+            )
         self.say(f"failed at step {done}: {again}")
         return error
 

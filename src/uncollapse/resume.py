@@ -6,10 +6,21 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from uncollapse.checkpoint import CheckpointError
 from uncollapse.config import Config, ConfigError, build_config
 
 FREE = ("log.", "data.path", "data.val_path", "data.memory_gb", "data.workers", "data.max_bad", "backbone.init")
 """Keys that do not change what is learned from here on; where the images lie is free, which ones they are is not."""
+
+
+NEEDED = {"step": int, "config": dict, "seconds": dict, "loss": float, "monitor": dict}
+
+
+def refuse_foreign(saved: dict[str, Any], where: object) -> None:
+    """Raises :class:`CheckpointError` where a checkpoint lacks what a run goes on from."""
+    for name, kind in NEEDED.items():
+        if not isinstance(saved.get(name), kind):
+            raise CheckpointError(f"{where}: its checkpoint has no usable {name!r}, so it is not one of a training run")
 
 
 def check_same_run(config: Config, digests: dict[str, str], saved: dict[str, Any]) -> list[str]:

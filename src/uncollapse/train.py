@@ -22,7 +22,7 @@ from uncollapse.fingerprint import image_digests
 from uncollapse.images import ImageSet, MemoryImages
 from uncollapse.loop import Loop, Progress, TrainingError
 from uncollapse.monitor import PrototypeMonitor
-from uncollapse.resume import check_same_run
+from uncollapse.resume import check_same_run, refuse_foreign
 from uncollapse.runlog import RunLog
 from uncollapse.shown import shown
 from uncollapse.sinks import refuse_missing_wandb
@@ -84,7 +84,9 @@ def _train(
     elif main:
         runfolder.refuse_what_is_there(out)
     saved = load_checkpoint(out / "checkpoints") if resume else None
-    if resume and saved is None:
+    if saved is not None:
+        refuse_foreign(saved, out)
+    elif resume:
         runfolder.refuse_lost_checkpoints(out)
     train_images, held_out = load_images(
         config.data.path,
