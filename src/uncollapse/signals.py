@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+HANG_UP = getattr(signal, "SIGHUP", None)
 
 
 class StopRequest:
@@ -35,8 +35,9 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        # Under nohup a closed terminal is to be ignored.
-        heard = [n for n in STOP if signal.getsignal(n) is not signal.SIG_IGN]
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if HANG_UP is not None and signal.getsignal(HANG_UP) is not signal.SIG_IGN:  # nohup: to be ignored
+            heard.append(HANG_UP)
         previous = {n: signal.signal(n, self._ask) for n in heard}
         try:
             yield
