@@ -352,7 +352,8 @@ def test_images_read_by_workers_give_the_same_run_as_images_in_memory(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
-    """torchrun with two CPU processes: the same views, prototypes and weights as one process."""
+    """torchrun with two CPU processes, each with its half in two parts: the same views, prototypes and weights as one
+    process with the batch in one."""
     from uncollapse.config import dump_config
 
     config = tiny(load_config("dino-vits16", {"data.path": "builtin:digits", "prototypes.kind": "decoupled"}))
@@ -362,6 +363,7 @@ def test_two_ranks_equal_one(tmp_path):
     run(config, tmp_path / "one", max_steps=3)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["train", recipe, "--max-steps", "3", "--device", "cpu", "--out", tmp_path / "two"]
+    arguments += ["--run.accumulate", "2"]
     subprocess.run(
         [*command, "-m", "uncollapse", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL,
