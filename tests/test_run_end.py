@@ -8,6 +8,7 @@ from PIL import Image
 
 from uncollapse.cli import main
 from uncollapse.config import load_config
+from uncollapse.images import DataError
 from uncollapse.tiny import tiny
 from uncollapse.train import train
 
@@ -31,6 +32,45 @@ def test_one_class_ends_with_a_note_instead_of_a_probe(tmp_path):
     assert any("linear" in note and "one class" in note for note in summary["notes"])
     main(["train", "--resume", str(tmp_path / "run"), "--max-steps", "3", "--device", "cpu"])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
+
+
+def noise(path, rng):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(path)
+
+
+def test_twelve_unlabelled_images_run_to_their_end(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        noise(tmp_path / "images" / f"{i}.png", rng)
+    summary = finished(tmp_path / "run", **{"data.path": str(tmp_path / "images"), "run.batch": 8})
+    assert (summary["n_train"], summary["n_held_out"], summary["knn"]) == (10, 2, None)
+
+
+@pytest.mark.parametrize("most", [1, 5000])
+def test_one_held_out_image_is_refused_before_the_first_step(tmp_path, most):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        noise(tmp_path / "images" / "train" / "a" / f"{i}.png", rng)
+    noise(tmp_path / "images" / "val" / "a" / "0.png", rng)
+    keys = {"data.path": str(tmp_path / "images"), "data.held_out_max": most, "run.batch": 8}
+    with pytest.raises(DataError, match="1 held-out image"):
+        finished(tmp_path / "run", **keys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_images_of_a_set_that_is_not_in_memory_are_listed_and_cost_no_run(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 16), ("val", 12)):
+        for i in range(n):
+            noise(tmp_path / "images" / part / "ab"[i % 2] / f"{i:02}.png", rng)
+    (tmp_path / "images" / "train" / "a" / "02.png").write_bytes(b"junk")
+    (tmp_path / "images" / "val" / "b" / "03.png").write_bytes(b"junk")
+    keys = {"data.path": str(tmp_path / "images"), "data.memory_gb": 0, "data.workers": 0, "data.max_bad": 0.1}
+    summary = finished(tmp_path / "run", **keys, **{"run.batch": 8})  # two steps are one epoch
+    assert (summary["steps"], summary["n_held_out"]) == (2, 11)
+    listed = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+    assert ["/val/b/03.png: not an image" in listed[0], "/train/a/02.png: not an image" in listed[1]] == [True, True]
 
 
 @pytest.mark.parametrize(

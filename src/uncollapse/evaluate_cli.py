@@ -62,6 +62,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """The command. Bad input raises; failed tasks exit 1 after everything else has been written."""
+    columns = {name: str(overrides.pop(f"data.{name}")) for name in ("image", "label") if f"data.{name}" in overrides}
     if overrides:
         raise ConfigError(f"evaluate takes no {', '.join('--' + name for name in overrides)}")
     for name, least in (("limit", 2), ("batch", 1), ("max_steps", 1), ("workers", 0)):
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     cache = None if arguments.no_cache else arguments.cache or (folder if of_run else Path("runs")) / "features"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = settings_for(
-        encoder, data=arguments.data, tasks=tasks, seed=arguments.seed, limit=arguments.limit,
+        encoder, columns, data=arguments.data, tasks=tasks, seed=arguments.seed, limit=arguments.limit,
         long_tail=arguments.long_tail, sets=arguments.sets, masks=arguments.masks, cache=cache, out=out,
         batch=arguments.batch, device=device,
         options={} if arguments.max_steps is None else {"max_steps": arguments.max_steps},

@@ -120,3 +120,15 @@ def test_a_class_without_training_images_is_said(run, tasks, tmp_path, capsys):
     assert said in capsys.readouterr().out
     (data,) = json.loads((run / "evaluation.json").read_text())["data"].values()
     assert any(said in note for note in data["encoders"]["teacher"]["notes"])
+
+
+def test_columns_are_named_as_in_training(run, tasks, tmp_path, capsys):
+    images(tmp_path, "ab", 8)
+    lines = [f"{c}/{i}.png,{c}" for c in "ab" for i in range(8)]
+    (tmp_path / "set.csv").write_text("\n".join(["where,breed", *lines]))
+    words = (run, "--data", tmp_path / "set.csv", "--data.image", "where", "--tasks", "knn", "--out", tmp_path / "out")
+    assert failing(*words, "--data.label", "race") == 2
+    assert "data.label: no column 'race'; columns are where, breed" in capsys.readouterr().err
+    main(["evaluate", *map(str, words), "--data.label", "breed"])
+    (data,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["data"].values()
+    assert data["encoders"]["teacher"]["tasks"]["knn"]

@@ -273,8 +273,10 @@ def _split_note(settings: Settings) -> list[str]:
     return [] if second else [f"test images: the test part of {first} if it has one, else held out as training does"]
 
 
-def settings_for(encoder: EvalEncoder, **given: Any) -> Settings:
-    """`Settings` with what our own runs bring along: their data and the seed of their split.
+def settings_for(encoder: EvalEncoder, columns: dict[str, str] | None = None, **given: Any) -> Settings:
+    """`Settings` with what our own runs bring along: their data, its columns, and the seed of their split.
+
+    ``columns``: ``image`` and ``label`` column of Parquet and CSV files, where they are named.
 
     Raises:
         ConfigError: no data given, the encoder has none of its own, and a task works on it.
@@ -296,4 +298,6 @@ def settings_for(encoder: EvalEncoder, **given: Any) -> Settings:
         if given["data"] != ",".join(p for p in (own.path, own.val_path) if p):
             own = dataclasses.replace(own, image="", label="")  # the columns of other files
         given.setdefault("data_config", own)
+    if columns:
+        given["data_config"] = dataclasses.replace(given.get("data_config") or DataConfig(), **columns)
     return Settings(**given)
