@@ -90,3 +90,15 @@ def test_a_later_step_whose_gradient_overflows_is_skipped(tmp_path, monkeypatch)
     skipped = run(small_vit(**GENTLE, **HALF), tmp_path / "run", 11)[0]
     assert skipped["scaler"]["scale"] == usual["scaler"]["scale"] / 2
     assert all(bool(t.isfinite().all()) for t in skipped["student"].values())
+
+
+def test_bf16_keeps_projections_and_prototypes_in_fp32(tmp_path):
+    config = tiny(load_config("dino-vits16", {"data.path": "builtin:digits", "run.precision": "bf16-mixed"}))
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        config = replace(config, run=replace(config.run, precision=precision))
+        losses[precision] = run(config, tmp_path / precision)[1]
+    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=2e-2)
+    assert losses["bf16-mixed"] != losses["32-true"]  # it really ran in bf16
+    tensors = load_checkpoint(tmp_path / "bf16-mixed" / "checkpoints")["prototypes"]["cls"].values()
+    assert all(t.dtype == torch.float32 for t in tensors)
