@@ -29,8 +29,8 @@ effect of decoupling from that of balancing."""
 
 Positive = Annotated[int, Field(ge=1, le=2**62)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
-Rate = Annotated[float, Field(ge=0)]
-Above0 = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(ge=0, le=1e30)]
+Above0 = Annotated[float, Field(gt=0, le=1e30)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Scale = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
 Triple = tuple[float, float, float]
