@@ -143,7 +143,9 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
     from uncollapse.diagnosis import diagnose_file, failures, in_order
     from uncollapse.images import DataError
+    from uncollapse.progress import share_bar
     from uncollapse.reading import InputError
+    from uncollapse.shown import shown
     from uncollapse.unique import EPSILONS
 
     cuda = torch.cuda.is_available()
@@ -155,17 +157,20 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
     found, refused = [], []
     for path in in_order(arguments.paths):
-        with Console(stderr=True).status(f"{path}: reading and counting"):
+        with share_bar(Console(stderr=True)) as bar:
             try:
                 found += diagnose_file(
                     path, arguments.eps or EPSILONS, key=arguments.key, trust=arguments.trust, complete=complete,
                     device=device, data=arguments.data, limit=arguments.images,
+                    progress=lambda what, share, path=path: bar(f"{shown(path)}: {what}", share),  # type: ignore[misc]
                 )  # fmt: skip
-            except (InputError, DataError) as error:
-                if len(arguments.paths) == 1:
+            except Exception as error:  # the others' results are not lost to one file
+                if len(arguments.paths) == 1 or os.environ.get("UNCOLLAPSE_TRACEBACK"):
                     raise
-                refused.append(str(error))  # the others' results are not lost to one file
-    if arguments.html is not None:
+                known = isinstance(error, InputError | DataError)
+                why = str(error) if known else f"{path}: not diagnosed ({type(error).__name__}: {error})"
+                refused.append(shown(why))
+    if arguments.html is not None and found:
         from uncollapse.diagnosis_page import write_page
 
         write_page(found, arguments.html)
@@ -177,8 +182,8 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         from uncollapse.diagnosis_table import print_diagnoses
 
         print_diagnoses(found)
-        if arguments.html is not None:
-            print(f"report      {arguments.html}")
+        if arguments.html is not None and found:
+            print(f"report      {shown(arguments.html)}")
     for line in refused:
         print(f"uncollapse: error: {line}", file=sys.stderr)
     if refused:

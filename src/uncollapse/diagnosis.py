@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,13 @@ from uncollapse.formats import PrototypeSet, checked, find_prototypes, may_be_pr
 from uncollapse.judging import FAILING, WIDE, RandomLikeness, Verdict, judge, random_likeness
 from uncollapse.reading import InputError, damage_is_said, flatten, newest_of, read_tensors
 from uncollapse.rebuild_own import own_directions
-from uncollapse.rows import tensor_of
+from uncollapse.rows import product_seconds, tensor_of
+from uncollapse.shown import shown
 from uncollapse.spanning import Sweep, complete_sweep, spanning_tree
 from uncollapse.unique import EPSILONS, greedy_cover, nearest_kept
+
+Progress = Callable[[str, float], None]
+"""Told what is being done (``reading``, ``counting``, ``images``) and the share of it that is."""
 
 SWEEP = tuple(float(e) for e in np.round(np.linspace(0.0125, 0.5, 40), 4))
 COMPLETE_WORK = 1.5e12
@@ -62,6 +66,8 @@ class Diagnosis:
     """Connected components of the ε-graph; empty where only a single ε was counted."""
     no_neighbour: dict[float, int]
     """Prototypes without another one within ε."""
+    unique_means: dict[float, int]
+    """The papers' literal count of a mixture's means, where its logits use other directions; else ``unique``."""
     sweep: Sweep | None
     """All three along 40 ε up to 0.5."""
     groups: np.ndarray
@@ -104,6 +110,7 @@ class Diagnosis:
             "dim": self.dim,
             "dtype": self.dtype,
             "unique": keyed(self.unique),
+            "unique_means": keyed(self.unique_means),
             "components": keyed(self.components),
             "no_neighbour": keyed(self.no_neighbour),
             "verdict": dataclasses.asdict(self.verdict),
@@ -175,6 +182,7 @@ def diagnose_file(
     most: int | None = None,
     data: str | None = None,
     limit: int = 2000,
+    progress: Progress = lambda what, share: None,
 ) -> list[Diagnosis]:
     """One `Diagnosis` per prototype set of a file (or run folder), teachers first, aliases left out.
 
@@ -185,24 +193,35 @@ def diagnose_file(
         data: images (what `uncollapse train --data` takes) to run the checkpoint's encoder on; ``images`` of
             every diagnosis then holds what they tell, or its ``notes`` why they could not.
         limit: most images of each part of ``data``.
+        progress: told what is being done, and which share of it is (0 to 1), as often as it is known.
 
     Raises:
         InputError, ValueError: as `diagnose`.
     """
-    file, passed_over = newest_of(Path(path))
+    with damage_is_said(path):
+        file, passed_over = newest_of(Path(path))
     began = time.perf_counter()
+    progress("reading", 0.0)
     loaded = read_tensors(file, trust, may_be_prototypes if data is None and key is None else None)
     with damage_is_said(file):
         tensors = flatten(loaded, file)
         sets = [own_directions(loaded, s, tensors) for s in find_prototypes(tensors, str(file), key)[:most]]
     reading = time.perf_counter() - began
-    found = []
-    for s in sets:
-        d = measure(s, str(file), eps, complete, device)
+    found: list[Diagnosis] = []
+    counted: list[tuple[PrototypeSet, Diagnosis]] = []
+    for i, s in enumerate(sets):
+
+        def part(share: float, i: int = i) -> None:
+            progress("counting", (i + share) / len(sets))
+
+        twin = next((known for known in counted if _same_directions(known[0], s)), None)
+        d = measure(s, str(file), eps, complete, device, part) if twin is None else _counted_before(s, twin[1])
+        counted.append((s, dataclasses.replace(d, notes=list(d.notes))))  # before images have changed its verdict
         d.notes += passed_over
         d.seconds["read"] = reading
         found.append(d)
         if data is not None and d.vectors is not None:
+            progress("images", i / len(sets))
             _add_images(d, s, loaded, tensors, data, limit, device)
         elif data is not None:
             d.notes.append("no prototype has a direction, so that images have nothing to tell")
@@ -219,7 +238,8 @@ def _add_images(
     from uncollapse.rebuild import center_of, rebuild_encoder
 
     try:
-        rebuilt = rebuild_encoder(loaded, tensors, s, d.source.file)
+        with damage_is_said(d.source.file):
+            rebuilt = rebuild_encoder(loaded, tensors, s, d.source.file)
         began = time.perf_counter()
         center = None if s.side == "student" else center_of(tensors, s)
         look(d, s, rebuilt, data, center, limit, torch.device(device or "cpu"))
@@ -229,11 +249,28 @@ def _add_images(
     d.seconds["images"] = time.perf_counter() - began
 
 
+def _same_directions(a: PrototypeSet, b: PrototypeSet) -> bool:
+    """Whether two sets count alike, as the student and the teacher of an untrained or a finished run do."""
+    if a.weight.shape != b.weight.shape or a.weight.dtype != b.weight.dtype or (a.means is None) != (b.means is None):
+        return False
+    same = torch.equal(a.directions(), b.directions())
+    return same and (a.means is None or b.means is None or torch.equal(a.means, b.means))
+
+
+def _counted_before(s: PrototypeSet, twin: Diagnosis) -> Diagnosis:
+    """The diagnosis of a set whose vectors are those of another one."""
+    file = twin.source.file
+    return dataclasses.replace(
+        twin, source=Source(file, s.key, s.side, s.name, s.family), norms=_norms(s, twin.rows), seconds={},
+        notes=[*s.notes, f"the same vectors as {twin.source} ({twin.source.key}): counted once"],
+    )  # fmt: skip
+
+
 def measure(
     s: PrototypeSet, file: str, eps: float | Sequence[float] = EPSILONS, complete: bool | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = None, progress: Callable[[float], None] = lambda share: None,
 ) -> Diagnosis:  # fmt: skip
-    """The diagnosis of one set; see `diagnose`."""
+    """The diagnosis of one set; see `diagnose`. ``progress`` is told the share that is done."""
     several = eps if isinstance(eps, Sequence | np.ndarray) else [eps]
     epsilons = [float(e) for e in several]
     if not epsilons or not all(0 < e <= 2 for e in epsilons):
@@ -248,33 +285,43 @@ def measure(
     w = rows if bool(usable.all()) else rows[usable]
     bad = total - len(w)
     notes = list(s.notes)
+    if total < dim and s.name in ("", "bare", "picked"):
+        notes.insert(
+            0, f"{total:,} prototypes of {dim:,} dimensions look like a transposed matrix: one row is one prototype"
+        )
     if s.family == "CARP":
         notes.append("CARP compares prototypes within random blocks, drawn anew each step; counted over all of them")
     source = Source(file, s.key, s.side, s.name, s.family)
     common: dict[str, Any] = {
         "source": source, "prototypes": total, "dim": dim, "dtype": str(s.weight.dtype).removeprefix("torch."),
         "zero_rows": int(zero.sum()), "non_finite_rows": total - int(finite.sum()),
-        "norms": _quantiles(s.norms()[usable.to(s.weight.device)].cpu().numpy()), "notes": notes,
+        "norms": _norms(s, usable.nonzero()[:, 0].cpu()), "notes": notes,
     }  # fmt: skip
     if not len(w):
         none = dict.fromkeys(epsilons, 0)
         verdict = judge(total, bad, dim, none, None)
         return Diagnosis(
-            unique=none, components=dict(none), no_neighbour=dict(none), sweep=None,
+            unique=none, components=dict(none), no_neighbour=dict(none), unique_means=dict(none), sweep=None,
             groups=np.empty(0, np.int64), nearest={}, random=None, verdict=verdict, **common,
         )  # fmt: skip
     began = time.perf_counter()
-    kept = greedy_cover(w, epsilons[0])
+    work = float(total) * total * dim
+    everything = work <= (COMPLETE_WORK if w.device.type == "cpu" else 100 * COMPLETE_WORK)
+    everything = everything if complete is None else complete
+    # Shares of the time, as it is for rows that all differ.
+    first, groups, spanned = (0.08, 0.14, 0.9) if everything else (0.6, 1.0, 1.0)
+    kept = greedy_cover(w, epsilons[0], progress=lambda share: progress(first * share))
     seconds = {"unique": time.perf_counter() - began, "product": product_seconds(w)}
     began = time.perf_counter()
     group_of = nearest_kept(w, kept)
     likeness = random_likeness(w, epsilons[0])
-    work = float(total) * total * dim
-    everything = work <= (COMPLETE_WORK if w.device.type == "cpu" else 100 * COMPLETE_WORK)
     nearest: dict[str, float] = {}
-    if everything if complete is None else complete:
-        tree = spanning_tree(w)
-        sweep: Sweep | None = complete_sweep(w, [*epsilons, *SWEEP], tree)
+    progress(groups)
+    if everything:
+        tree = spanning_tree(w, progress=lambda share: progress(groups + (spanned - groups) * share))
+        sweep: Sweep | None = complete_sweep(
+            w, [*epsilons, *SWEEP], tree, progress=lambda share: progress(spanned + (1 - spanned) * share)
+        )
         assert sweep is not None
         unique, linked, alone = (
             {e: getattr(sweep, n)[e] for e in epsilons} for n in ("unique", "components", "no_neighbour")
@@ -285,13 +332,26 @@ def measure(
         sweep, linked, alone = None, {}, {}
         unique = {epsilons[0]: len(kept)}
         notes.append(f"only ε = {epsilons[0]:g} was counted; --complete adds components, the sweep and the other ε")
+    means = unique if s.means is None else _unique_means(s.means, list(unique), rows.device)
     seconds["rest"] = time.perf_counter() - began
+    progress(1.0)
     return Diagnosis(
-        unique=unique, components=linked, no_neighbour=alone, sweep=sweep,
+        unique=unique, components=linked, no_neighbour=alone, unique_means=dict(means), sweep=sweep,
         groups=np.sort(np.bincount(group_of.cpu().numpy())[kept.cpu().numpy()])[::-1].copy(), nearest=nearest,
         random=likeness, verdict=judge(total, bad, dim, unique, likeness, wide=wide_of(sweep)), seconds=seconds,
         vectors=w, group_of=group_of, rows=usable.nonzero()[:, 0].cpu(), **common,
     )  # fmt: skip
+
+
+def _unique_means(means: Tensor, epsilons: list[float], device: torch.device) -> dict[float, int]:
+    means = means.to(device)
+    usable = means[torch.isfinite(means).all(1) & (means != 0).any(1)]
+    return {eps: len(greedy_cover(usable, eps)) if len(usable) else 0 for eps in epsilons}
+
+
+def _norms(s: PrototypeSet, rows: Tensor | None) -> dict[str, float]:
+    """Quantiles of the lengths of some rows; None: of no row."""
+    return {} if rows is None else _quantiles(s.norms()[rows.to(s.weight.device)].cpu().numpy())
 
 
 def in_order(paths: Sequence[str]) -> list[str]:
@@ -322,29 +382,12 @@ def failures(found: Sequence[Diagnosis], under: float) -> list[str]:
     """
     lines = []
     for d in found:
-        where = f"{d.source.file}: {d.source}"
+        where = f"{shown(d.source.file)}: {d.source}"
         if d.share < under:
             lines.append(f"{where}: {100 * d.share:.1f} % unique at ε = {d.epsilon:g}, below {100 * under:g} %")
         elif d.verdict.label in FAILING:
             lines.append(f"{where}: {d.verdict.label}, whatever the share of unique prototypes ({100 * d.share:.1f} %)")
     return lines
-
-
-def product_seconds(w: Tensor) -> float:
-    """What half of the K × K product of w takes here in float32, from the time of one tile of it."""
-    rows, columns = min(len(w), 1024), min(len(w), 4096)
-    a, b = w[:rows].float(), w[:columns].float()
-    out = torch.empty(rows, columns, device=w.device)
-    best = float("inf")
-    for _ in range(3):
-        if w.device.type == "cuda":
-            torch.cuda.synchronize(w.device)
-        began = time.perf_counter()
-        torch.mm(a, b.T, out=out)
-        if w.device.type == "cuda":
-            torch.cuda.synchronize(w.device)
-        best = min(best, time.perf_counter() - began)
-    return best * len(w) * len(w) / 2 / (rows * columns)
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

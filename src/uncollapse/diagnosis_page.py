@@ -21,6 +21,7 @@ from uncollapse.diagnosis import Diagnosis
 from uncollapse.diagnosis_table import COLUMNS, cells_of, facts, names_of, rows_of
 from uncollapse.figures import _RC, MAX_POINTS, _panel, _svg
 from uncollapse.judging import FAILING
+from uncollapse.shown import shown
 
 HEAT, MAP = 240, 4000
 """Most prototypes in the heat-map and on the map: more cannot be seen."""
@@ -47,11 +48,13 @@ def write_page(found: Sequence[Diagnosis], path: Path) -> None:
 def _set(d: Diagnosis, name: str, colour: str) -> dict[str, Any]:
     tone = "bad" if d.verdict.label in FAILING else "good" if d.verdict.label == "distinct and used" else "warn"
     return {
-        "name": name, "file": d.source.file, "colour": colour, "cells": cells_of(d),
-        "where": f"{d.source.file}: {d.source.key or 'the tensor itself'} · {d.prototypes:,} × {d.dim}, {d.dtype}"
+        "name": name, "file": shown(d.source.file), "colour": colour, "cells": cells_of(d),
+        "where": shown(d.source.file)
+        + f": {d.source.key or 'the tensor itself'} · {d.prototypes:,} × {d.dim}, {d.dtype}"
         + (f" · {d.source.family}" if d.source.family else ""),
         "label": d.verdict.label, "tone": tone, "sentence": d.verdict.sentence, "rule": d.verdict.rule,
-        "notes": d.notes, "facts": facts(d), "epsilons": [f"{e:g}" for e in d.unique], "rows": rows_of(d),
+        "notes": list(map(shown, d.notes)), "facts": facts(d),
+        "epsilons": [f"{e:g}" for e in d.unique], "rows": rows_of(d),
         "headline": f"{d.epsilon:g}", "has_images": d.images is not None,
         "sweep": _sweep(d), "circle": _circle(d), "heat": _heat(d), "heat_rows": min(HEAT, d.prototypes),
         "spectrum": _spectrum(d), "map": _map(d), "shared": _shared(d),

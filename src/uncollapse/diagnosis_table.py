@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from uncollapse.diagnosis import Diagnosis
+from uncollapse.shown import markup, shown
 
 
 def _share(eps: float) -> Callable[[Diagnosis], str]:
@@ -38,7 +39,7 @@ def names_of(found: Sequence[Diagnosis]) -> list[str]:
     several = len(short) > 1
     named = [f"{short[d.source.file]} {d.source}" if several else str(d.source) for d in found]
     return [
-        f"{name} ({d.source.key})" if d.source.key and named.count(name) > 1 else name
+        shown(f"{name} ({d.source.key})") if d.source.key and named.count(name) > 1 else shown(name)
         for d, name in zip(found, named, strict=True)
     ]
 
@@ -58,6 +59,8 @@ def rows_of(d: Diagnosis) -> list[tuple[str, list[str]]]:
         ("unique", [f"{n:,}" for n in d.unique.values()]),
         ("unique, % of K", [f"{100 * n / d.prototypes:.1f}" for n in d.unique.values()]),
     ]
+    if d.unique_means != d.unique:
+        rows.append(("unique means", [f"{n:,}" for n in d.unique_means.values()]))
     if d.components:
         rows.append(("components", [f"{n:,}" for n in d.components.values()]))
         rows.append(("no neighbour", [f"{n:,}" for n in d.no_neighbour.values()]))
@@ -126,7 +129,7 @@ def print_diagnoses(found: Sequence[Diagnosis], console: Console | None = None) 
     for d, name in zip(found, names, strict=True):
         family = f" [{d.source.family}]" if d.source.family else ""
         console.print(f"{name}{family}  {d.prototypes:,} × {d.dim} {d.dtype}", style="bold", markup=False)
-        where = f"{d.source.file}{': ' + d.source.key if d.source.key else ''}"
+        where = shown(f"{d.source.file}{': ' + d.source.key if d.source.key else ''}")
         console.print(where, markup=False, highlight=False, soft_wrap=True)  # a path broken in two cannot be copied
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         table.add_column("ε", overflow="fold")
@@ -135,7 +138,7 @@ def print_diagnoses(found: Sequence[Diagnosis], console: Console | None = None) 
         for label, cells in rows_of(d):
             table.add_row(label, *cells)
         console.print(table)
-        for line in [*facts(d), *(f"note: {n}" for n in d.notes)]:
+        for line in [*facts(d), *(f"note: {shown(n)}" for n in d.notes)]:
             console.print(f"  {line}", markup=False, highlight=False)
         console.print(f"{d.verdict.label}: {d.verdict.sentence}", style="bold", markup=False, highlight=False)
         console.print(f"  rule: {d.verdict.rule}", markup=False, highlight=False)
@@ -146,5 +149,5 @@ def print_diagnoses(found: Sequence[Diagnosis], console: Console | None = None) 
         for label, _ in COLUMNS:
             table.add_column(label, justify="right", overflow="fold", no_wrap=label != "verdict")
         for d, name in zip(found, names, strict=True):
-            table.add_row(name, *cells_of(d))
+            table.add_row(markup(name), *cells_of(d))
         console.print(table)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uncollapse.config import ConfigError
+from uncollapse.shown import markup, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,7 +119,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     command = shlex.join(["uncollapse", *sys.argv[1:]])
     console = Console(stderr=True)
     with _bars(console) as (say, bar):
-        say(f"{encoder.name}: {encoder.described}, {encoder.side}, {encoder.size} pixels, on {device.type}")
+        say(f"{shown(encoder.name)}: {encoder.described}, {encoder.side}, {encoder.size} pixels, on {device.type}")
         found = evaluate(encoders, settings, say, bar, lambda one: merge(out, settings.key, one, command))
     if of_run and out == folder:
         add_scalars(out, settings.key, found)
@@ -129,10 +130,10 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
             print(f"note: {note}", file=sys.stderr)
     else:
         print_results(found, settings.key)
-        print(f"results     {out / 'evaluation.json'}")
+        print(f"results     {shown(out / 'evaluation.json')}")
     failed = [f"{one.label}: {task} failed: {reason}" for one in found for task, reason in one.failures.items()]
     for line in failed:
-        print(f"uncollapse: {line}", file=sys.stderr)
+        print(f"uncollapse: {shown(line)}", file=sys.stderr)
     if failed:
         sys.exit(1)
 
@@ -217,7 +218,6 @@ def to_json(found: Sequence[Evaluated]) -> dict[str, Any]:
 def print_results(found: Sequence[Evaluated], key: str) -> None:
     """A table on stdout: task, headline with its interval, the other metrics, n, protocol and source."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from uncollapse.evaluation_section import interval, number
@@ -226,7 +226,7 @@ def print_results(found: Sequence[Evaluated], key: str) -> None:
     if not console.is_terminal:
         console = Console(width=160)  # in a file, 80 columns would only fold the protocols
     counts = f": {found[0].n_train:,} training and {found[0].n_test:,} test images" if found[0].n_train else ""
-    table = Table(title=escape(key + counts), title_justify="left")
+    table = Table(title=markup(key + counts), title_justify="left")
     columns = ["task", "headline", "95 %", "other metrics", "n", "protocol"]
     for column in columns:
         table.add_column(column, justify="right" if column in ("headline", "n") else "left", overflow="fold")
@@ -248,7 +248,7 @@ def print_results(found: Sequence[Evaluated], key: str) -> None:
 
 
 def _notes(found: Sequence[Evaluated]) -> list[str]:
-    return list(dict.fromkeys(note for one in found for note in one.notes))
+    return list(dict.fromkeys(shown(note) for one in found for note in one.notes))
 
 
 def _with_interval(name: str, value: str, ends: str) -> str:

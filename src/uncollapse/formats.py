@@ -47,10 +47,13 @@ WRAPPERS = frozenset(
 """Path components that data-parallel, sharding, checkpointing and compiling wrappers insert."""
 
 TEACHER = re.compile(r"teacher|target|momentum|(^|_)ema($|_)")
-STUDENT = re.compile(r"student|^encoder$|(^|_)online($|_)")
+STUDENT = re.compile(r"student|^encoder$|(^|_)(online|anchor)($|_)")
 
 OWN = re.compile(r"^prototypes/(\w+)/(?:(student|teacher)_v|weight|mixture\.mean)$")
 """Prototypes in a checkpoint of this package."""
+
+MIXTURE = re.compile(r"^((?:.*[./])?)mean$")
+"""Means of an `OnlineMixture`, where its variances, evidence and offsets stand beside them."""
 
 FAMILIES: tuple[tuple[str, str], ...] = (
     ("uncollapse", r"^prototypes/\w+/(student_v|weight|mixture\.mean)$"),
@@ -60,7 +63,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("CAPI", r"(^|[./])head\.layer\.weight$|^layer\.weight$|^clustering|\.residual1\.fn\."),
     ("MSN", r"^target_encoder/"),
     ("solo-learn", r"momentum_head\.|(^|[./])projector\.\d|^state_dict/classifier\."),
-    ("lightly", r"(^|[./])(student|teacher)_(projection_)?head\.|prototypes\.heads\.\d"),
+    ("lightly", r"(^|[./])(student|teacher|anchor)_(projection_)?head\.|prototypes\.heads\.\d"),
     ("SwAV", r"(^|[./])projection_head\.\d"),
     ("DINO", r"^dino_loss"),
     ("CARP", r"^teacher/(module\.)?head\.mlp\.1\.running_mean"),  # DINO's layout without its loss's centre
@@ -158,7 +161,8 @@ def find_prototypes(tensors: Mapping[str, Tensor], where: str, key: str | None =
     left_out = tuple(f"left out: {str(error).removeprefix(f'{where}: ')}" for error in unusable)
     found[0] = replace(found[0], notes=(*found[0].notes, *left_out))
     order = {"teacher": 0, "student": 1, "shared": 2, "unstated": 3}
-    found.sort(key=lambda s: order[s.side])
+    # Where a mixture stands beside a layer, its means are the prototypes and the layer is often an unused one.
+    found.sort(key=lambda s: (not s.key.endswith("mean"), order[s.side]))
     return _without_aliases(_told_apart(found))
 
 
@@ -166,6 +170,8 @@ def may_be_prototypes(path: str) -> bool:
     """Whether a tensor at this path can be prototypes, or belongs to their layer."""
     cleaned = clean(path)
     last = cleaned.rpartition("/")[2]
+    if re.search(r"(^|\.)(mean|variance|evidence|offset|beta|is_centred)$", last):
+        return True  # of a mixture, perhaps
     layers = {last, *(last.removesuffix("." + n) for pair in (*SPELLINGS, ("bias", None)) for n in pair if n)}
     return bool(OWN.match(cleaned)) or any(re.search(sign, layer) for layer in layers for sign, _ in LAYERS)
 
@@ -181,6 +187,8 @@ def _match(path: str, tensor: Tensor, tensors: Mapping[str, Tensor], where: str)
         side: Side = own[2] or "shared"  # type: ignore[assignment]
         scale = tensors.get(path.removesuffix("_v") + "_g") if own[2] else None
         return checked(PrototypeSet(path, own[1], side, family_of(tensors), tensor, _flat(scale)), where)
+    if _is_mixture(path, tensor, tensors):
+        return checked(PrototypeSet(path, "mixture", "shared", "uncollapse", tensor), where)
     last = cleaned.rpartition("/")[2]
     for weight, g in SPELLINGS:
         if weight and not (last == weight or last.endswith("." + weight)):
@@ -201,6 +209,14 @@ def _match(path: str, tensor: Tensor, tensors: Mapping[str, Tensor], where: str)
             name = "patch"  # the student predicts the clusters of masked patches; CAPI has no class token
         return checked(PrototypeSet(path, name, side_of(cleaned), family, tensor, _flat(scale), bias, notes), where)
     return None
+
+
+def _is_mixture(path: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    found = MIXTURE.match(path)
+    beside = [tensors.get(f"{found[1]}{name}") for name in ("variance", "evidence", "offset")] if found else []
+    if not beside or any(t is None for t in beside) or tensor.ndim != 2:
+        return False
+    return all(t is not None and t.shape == tensor.shape[:1] for t in beside[1:])
 
 
 def side_of(cleaned: str) -> Side:

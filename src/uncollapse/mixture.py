@@ -77,6 +77,7 @@ class OnlineMixture(nn.Module):
     evidence: Tensor
     offset: Tensor
     beta: Tensor
+    is_centred: Tensor
 
     def __init__(
         self,
@@ -130,6 +131,7 @@ class OnlineMixture(nn.Module):
         self.register_buffer("evidence", torch.full((count,), 1 / -math.expm1(self.log_lambda)))
         self.register_buffer("offset", torch.zeros(count))
         self.register_buffer("beta", torch.ones(()))  # of the last update: the offsets fit no other
+        self.register_buffer("is_centred", torch.tensor(float(centred)))  # for who has the state alone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnlineMixture:
         memo[id(self.group)] = self.group  # a copy belongs to the same ranks
@@ -144,6 +146,7 @@ class OnlineMixture(nn.Module):
         for name in ("queue", "queued"):  # of versions that balanced over earlier rows as well
             state_dict.pop(prefix + name, None)
         state_dict.setdefault(prefix + "beta", torch.ones(()))
+        state_dict[prefix + "is_centred"] = self.is_centred  # an option, not a state
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def directions(self) -> Tensor:

@@ -91,3 +91,42 @@ def silence_stdout() -> None:
     """What is still printed goes nowhere, also when the interpreter flushes at its end."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def share_bar(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """Yields ``report(what, share)``: one bar with the time left, gone at the end; now and then a line, where none can
+    be drawn. ``what`` is printed as it is; a new one starts again at its own share."""
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield _share_lines(console)
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as display:
+        task = display.add_task("", total=None)
+        now = ""
+
+        def report(what: str, share: float) -> None:
+            nonlocal now
+            if what != now:
+                display.reset(task, total=1.0, description=what)
+                now = what
+            display.update(task, completed=share)
+
+        yield report
+
+
+def _share_lines(console: Console) -> Callable[[str, float], None]:
+    began: dict[str, float] = {}
+    last = time.monotonic()
+
+    def report(what: str, share: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        first = began.setdefault(what, now)
+        if now - last < LINE_SECONDS or not 0 < share < 1:
+            return
+        last = now
+        left = (now - first) * (1 - share) / share
+        console.print(f"{what}: {100 * share:.0f} %, {left:.0f} s left", markup=False, highlight=False, soft_wrap=True)
+
+    return report

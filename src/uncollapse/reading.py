@@ -273,7 +273,8 @@ def flatten(loaded: Any, where: object = "file") -> dict[str, Tensor]:
         holds[id(value)] = some
         return some
 
-    walk(loaded, "", ())
+    with damage_is_said(where):
+        walk(loaded, "", ())
     return found
 
 
@@ -305,7 +306,7 @@ def newest_of(path: Path) -> tuple[Path, list[str]]:
             with file.open("rb") as content:
                 found = hashlib.file_digest(content, "sha256").hexdigest()
             if json.loads(record.read_text())["sha256"] == found:
-                skipped = ", ".join(r.with_suffix(".pt").name for r in steps if r > record)
+                skipped = ", ".join(shown(r.with_suffix(".pt").name) for r in steps if r > record)
                 return file, [f"{skipped} damaged: {file.name} is the newest whole checkpoint"] if skipped else []
         except (OSError, ValueError, KeyError, TypeError):
             continue

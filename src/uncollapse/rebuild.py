@@ -20,7 +20,15 @@ from uncollapse.reading import InputError
 from uncollapse.rebuild_backbones import backbone_of
 from uncollapse.rebuild_own import own_encoder
 
-_SIDE = re.compile(r"^(student|teacher|momentum|target|online)[._]")
+_SIDE = re.compile(r"^(student|teacher|momentum|target|online|anchor)[._]")
+
+
+def _without_side(name: str) -> str:
+    """A module's name without the side in it: ``teacher_backbone.0`` (lightly), ``backbone.teacher.0`` (stable-
+
+    pretraining) and ``teacher.backbone.0`` are all ``backbone.0``.
+    """
+    return re.sub(r"\.(student|teacher)\.", ".", _SIDE.sub("", name), count=1)
 
 
 @dataclass
@@ -103,8 +111,7 @@ def one_side(tensors: Mapping[str, Tensor], s: PrototypeSet) -> dict[str, Tensor
         side = side_of(cleaned)
         name = last
         if not _says_side(level):
-            # lightly and solo-learn: the side is a word in the module's own name
-            name = _SIDE.sub("", name)
+            name = _without_side(name)
         sides.setdefault(side, {})[name] = tensor
     # MSN's prototypes belong to no side, and its evaluation takes the target encoder.
     order = [wanted, "unstated"] if wanted in sides else ["unstated", *sides]
@@ -131,7 +138,7 @@ def _has_encoder(weights: Mapping[str, Tensor]) -> bool:
 def backbone_part(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Backbone weights without its prefix, which may be there twice (EsViT's ResNet) or not at all."""
     out = dict(weights)
-    for prefix in ("backbone.", "backbone.", "encoder."):
+    for prefix in ("backbone.", "backbone.", "encoder.", "vit."):  # the last is lightly's, for masked ones
         inner = {n.removeprefix(prefix): t for n, t in out.items() if n.startswith(prefix)}
         out = inner if _has_encoder(inner) else out
     own = re.compile(r"^(\w*head(_\w+)?|prototypes|fc|last_layer|projector|classifier)\b")
@@ -143,13 +150,15 @@ def backbone_part(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _head_name(s: PrototypeSet) -> str:
     """Module that holds the layer of prototypes, named from its network's root: ``dino_head``; empty without one."""
-    layer = re.search(r"(?:^|[./])([^./]+)\.(?:last_layer2?|layer)(?:\.|$)", clean(s.key))
-    return _SIDE.sub("", layer[1]) if layer else ""
+    _, _, name = clean(s.key).rpartition("/")
+    layer = re.search(r"(?:^|\.)([^.]+)\.(?:last_layer2?|layer)(?:\.|$)", _without_side(name))
+    return layer[1] if layer else ""
 
 
 def _head(weights: Mapping[str, Tensor], width: int, s: PrototypeSet, where: str) -> nn.Module:
     """Features → unit vectors among the prototypes of ``s``: the MLP of its own head, not of one beside it."""
-    activation = "relu" if "prototypes" in s.key else "gelu"  # SwAV's, everywhere; all others descend from DINO
+    # SwAV's, everywhere; all others descend from DINO. lightly's MSN is told by its transformer.
+    activation = "relu" if "prototypes" in s.key and not any("blocks." in n for n in weights) else "gelu"
     msn = {n.removeprefix("fc."): t for n, t in weights.items() if re.match(r"fc\.(fc|bn)\d\.", n)}
     if msn:
         order = [f"{kind}{i}" for i in (1, 2, 3) for kind in ("fc", "bn")]
@@ -157,6 +166,8 @@ def _head(weights: Mapping[str, Tensor], width: int, s: PrototypeSet, where: str
         return _sequence(parts, "gelu", width, s, where)
     own = _head_name(s)
     names = [rf"{own}\.(?:mlp|layers)"] if own else [r"projection_head(?:\.layers)?", r"projector"]
+    if s.key.endswith("mean"):  # a mixture has no layer whose name would tell
+        names += [r"(?:\w+_)?head(?:\.mlp|\.layers)?"]
     if own == "head" and s.name == "clusters":
         names = []  # CAPI's clusters are of the tokens themselves
     for name in names:

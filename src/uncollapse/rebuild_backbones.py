@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.reading import InputError
+from uncollapse.reading import InputError, line_of
+from uncollapse.within import Within
 
 HEAD_DIM = 64
 """Width of an attention head where neither shapes nor buffers tell: every published ViT of DINO, iBOT, MSN and
 DINOv2 has it."""
 WIDE_HEADS = {2688: 128, 3072: 128, 3584: 128, 4096: 128}
 """Width of a ViT → width of its heads, for Web-SSL's 2B, 3B, 5B and 7B models, whose code says so."""
+
+
+_PIXELS = 2048
+"""Largest side of the images of an encoder that is run; the largest published one takes 518."""
 
 
 @dataclass
@@ -71,37 +76,77 @@ def backbone_of(weights: Mapping[str, Tensor], where: str) -> Backbone:
     Raises:
         InputError: no known kind, or a part that was not understood; the message names it.
     """
+    weights = dict(renamed({n: t.float() for n, t in weights.items()}))
+    if found := [n for n, t in weights.items() if t.is_meta]:
+        raise InputError(f"{where}: {found[0]} has no values; --data cannot run the encoder")
+    try:
+        with Within(weights.values()):
+            backbone = _known(weights, where)
+    except InputError:
+        raise
+    except Exception as error:  # shapes that fit no network can fail anywhere
+        raise InputError(f"{where}: the backbone was not understood ({line_of(error)}); --data cannot run it") from None
+    if backbone.size > _PIXELS:
+        raise InputError(f"{where}: an encoder for images of {backbone.size} pixels; at most {_PIXELS} are looked at")
+    backbone.module.eval().requires_grad_(False)
+    if backbone.tokens is not None:
+        backbone.tokens.eval().requires_grad_(False)
+    return backbone
+
+
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+"""Places of a ResNet's children in ``nn.Sequential(*resnet.children())``, as lightly's tutorials have it."""
+_TORCHVISION = (
+    (r"^conv_proj\.", "patch_embed.proj."), (r"^class_token$", "cls_token"), (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^encoder\.ln\.", "norm."), (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"\.ln_([12])\.", r".norm\1."), (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."), (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
+    (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
+)  # fmt: skip
+"""Names in torchvision's vision transformer, and timm's for the same."""
+
+
+def renamed(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Other libraries' spellings of the same networks, as timm names them."""
+    if "0.weight" in weights and "1.running_mean" in weights and "7.0.conv1.weight" in weights:
+        return {f"{_CHILDREN.get(n.split('.', 1)[0], '?')}.{n.partition('.')[2]}": t for n, t in weights.items()}
+    if "conv_proj.weight" in weights and "encoder.pos_embedding" in weights:
+        out = weights
+        for old, new in _TORCHVISION:
+            out = {re.sub(old, new, n): t for n, t in out.items()}
+        return {n: t for n, t in out.items() if not n.startswith("heads.")}
+    return weights
+
+
+def _known(weights: dict[str, Tensor], where: str) -> Backbone:
     from uncollapse.rebuild_capi import capi_backbone
 
-    weights = {n: t.float() for n, t in weights.items()}
     if "patch_embed.weight" in weights and any(n.startswith("encoder.blocks.") for n in weights):
-        found = capi_backbone(weights, where)
-    elif "rope_embed.periods" in weights:
-        found = _dinov3(weights, where)
-    elif any(n.endswith(".relative_position_bias_table") for n in weights):
-        found = _swin(weights, where)
-    elif "patch_embed.proj.0.0.weight" in weights:
-        found = _xcit(weights, where)
-    elif "patch_embed.proj.weight" in weights:
+        return capi_backbone(weights, where)
+    if "rope_embed.periods" in weights:
+        return _dinov3(weights, where)
+    if any(n.endswith(".relative_position_bias_table") for n in weights):
+        return _swin(weights, where)
+    if "patch_embed.proj.0.0.weight" in weights:
+        return _xcit(weights, where)
+    if "patch_embed.proj.weight" in weights:
         module, width, size, described = _vit(weights, where)
-        found = Backbone(module, width, size, described, Tokens(module.vit))  # type: ignore[arg-type]
-    elif "conv1.weight" in weights and "layer4.0.conv1.weight" in weights:
-        found = Backbone(*_resnet(weights, where))
-    else:
-        some = ", ".join(list(weights)[:3]) or "nothing"
-        raise InputError(
-            f"{where}: the backbone was not understood (no ViT, Swin, XCiT, CAPI encoder or ResNet; it begins with "
-            f"{some}), so --data cannot run it; its prototypes can still be diagnosed without --data"
-        )
-    found.module.eval().requires_grad_(False)
-    if found.tokens is not None:
-        found.tokens.eval().requires_grad_(False)
-    return found
+        return Backbone(module, width, size, described, Tokens(module.vit))  # type: ignore[arg-type]
+    if "conv1.weight" in weights and "layer4.0.conv1.weight" in weights:
+        return Backbone(*_resnet(weights, where))
+    some = ", ".join(list(weights)[:3]) or "nothing"
+    raise InputError(
+        f"{where}: the backbone was not understood (no ViT, Swin, XCiT, CAPI encoder or ResNet; it begins with "
+        f"{some}), so --data cannot run it; its prototypes can still be diagnosed without --data"
+    )
 
 
 def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the largest number that the pattern finds at the start of a name."""
-    return 1 + max((int(m[1]) for n in weights if (m := re.match(pattern, n))), default=-1)
+    numbers = {int(m[1]) for n in weights if (m := re.match(pattern, n))}
+    if numbers and max(numbers) >= len(weights):
+        raise ValueError(f"blocks numbered up to {max(numbers)} in {len(weights)} tensors")
+    return 1 + max(numbers, default=-1)
 
 
 def _ratio(rows: int, width: int) -> float:

@@ -6,18 +6,15 @@ sensible size reach timm, and nothing is built that is larger than the weights t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from uncollapse.formats import OWN, PrototypeSet
 from uncollapse.reading import InputError, line_of
+from uncollapse.within import Within
 
 if TYPE_CHECKING:
     from uncollapse.backbones import Encoder
@@ -27,8 +24,6 @@ _ENTRIES, _DEEP, _LONG = 2000, 8, 1000
 """Of a configuration: its most entries, levels and letters of a text."""
 _LARGEST, _PIXELS, _BLUR = 16_384, 1024, 100.0
 """Most blocks, widths or heads; sides of an image; and standard deviation of a blur."""
-_SPARE = 20_000_000
-"""Numbers that building a network may make besides four times those it is filled with: masks, index tables."""
 
 
 def own_config(loaded: Any, where: object) -> Config:
@@ -86,42 +81,6 @@ def _plain(content: Any, where: object) -> Any:
     return copied(content, 0)
 
 
-_MADE: dict[Callable[..., Any], Callable[..., int]] = {
-    **dict.fromkeys((torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, torch.full), math.prod),
-    **dict.fromkeys((torch.linspace, torch.arange, torch.eye), max),
-}
-"""Functions that make tensors, and how many numbers from their whole-number arguments."""
-
-
-class _Within(TorchFunctionMode):
-    """Refuses what makes more numbers, or more tensors, than a network of the file's size needs."""
-
-    def __init__(self, tensors: int, numbers: int) -> None:
-        super().__init__()
-        self.tensors, self.numbers = 10 * tensors + 1000, 4 * numbers + _SPARE
-        self.most = self.numbers
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = [*args, *kwargs.values()]
-        shapes = [t.shape for t in given if isinstance(t, Tensor)]
-        made = max(map(math.prod, shapes), default=0)
-        if len(set(shapes)) > 1:
-            with suppress(RuntimeError):  # shapes that are not spread over one another
-                made = max(made, math.prod(torch.broadcast_shapes(*shapes)))
-        if func in _MADE:
-            flat = [n for value in given for n in (value if isinstance(value, tuple | list) else [value])]
-            made = _MADE[func]([abs(int(n)) for n in flat if isinstance(n, int | float) and n == n] or [0])
-            self.numbers, self.tensors = self.numbers - made, self.tensors - 1
-        if made > self.most or self.numbers < 0 or self.tensors < 0:
-            raise _TooLarge("it would be far larger than the weights in the file")
-        return func(*args, **kwargs)
-
-
-class _TooLarge(Exception):
-    pass
-
-
 def own_encoder(loaded: Any, side: str, where: object) -> tuple[Encoder, Config]:
     """The encoder of one side (``student`` or ``teacher``), in evaluation mode.
 
@@ -135,7 +94,7 @@ def own_encoder(loaded: Any, side: str, where: object) -> tuple[Encoder, Config]
     if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise InputError(f"{where}: it holds no weights of a {side}")
     try:
-        with _Within(len(weights), sum(t.numel() for t in weights.values())):
+        with Within(weights.values()):
             encoder = build_encoder(config, drop_path=False)
         encoder.load_state_dict(dict(weights))
     except Exception as error:  # timm may fail in any way on options that are not its own

@@ -4,6 +4,8 @@ The bulk is done in float32, whose rounding is bounded; what is closer to the th
 again in float64.
 """
 
+import time
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -187,3 +189,20 @@ def band(eps: float, slack: float) -> tuple[float, float]:
     if not 0 < eps <= 2:
         raise ValueError(f"eps is a cosine distance, 1 - cos, and must lie in (0, 2], got {eps}")
     return 1 - eps - slack, 1 - eps + slack
+
+
+def product_seconds(w: Tensor) -> float:
+    """What half of the K × K product of w takes here in float32, from the time of one tile of it."""
+    rows, columns = min(len(w), 1024), min(len(w), 4096)
+    a, b = w[:rows].float(), w[:columns].float()
+    out = torch.empty(rows, columns, device=w.device)
+    best = float("inf")
+    for _ in range(3):
+        if w.device.type == "cuda":
+            torch.cuda.synchronize(w.device)
+        began = time.perf_counter()
+        torch.mm(a, b.T, out=out)
+        if w.device.type == "cuda":
+            torch.cuda.synchronize(w.device)
+        best = min(best, time.perf_counter() - began)
+    return best * len(w) * len(w) / 2 / (rows * columns)

@@ -13,7 +13,7 @@ and a number per column, and a row maximum and a column maximum decide for the w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,13 +54,18 @@ class Sweep:
     no_neighbour: dict[float, int]
 
 
-def spanning_tree(w: Tensor) -> SpanningTree:
+Progress = Callable[[float], None]
+"""Told the share of the work that is done."""
+
+
+def spanning_tree(w: Tensor, progress: Progress = lambda share: None) -> SpanningTree:
     """The minimum spanning tree of the rows of w under cosine distance.
 
     Time: about half a K × K product, and what improves the tree. Memory: a few copies of ``w`` and O(K).
 
     Args:
         w: (K, D) floating, any device and dtype; rows need not be normalised.
+        progress: told the share of the pairs that have been compared.
 
     Raises:
         ValueError: ``w`` is not such a matrix or has a zero or non-finite row.
@@ -87,12 +92,16 @@ def spanning_tree(w: Tensor) -> SpanningTree:
             pending, waiting = [np.empty((3, 0))], 0
             order, gaps = _leaf_order(tree, len(rows))
         width = min(2 * width, _PANEL)
+        progress(1 - (1 - float(done.mean())) ** 2)
     tree = _merge_tree(tree, pending, len(rows))
     lengths = np.sort(_lengths64(rows, tree))
     return SpanningTree(lengths, np.clip(1 - nearest.astype(np.float64), 0, 2), slack)
 
 
-def complete_sweep(w: Tensor, epsilons: Sequence[float] = EPSILONS, tree: SpanningTree | None = None) -> Sweep:
+def complete_sweep(
+    w: Tensor, epsilons: Sequence[float] = EPSILONS, tree: SpanningTree | None = None,
+    progress: Progress = lambda share: None,
+) -> Sweep:  # fmt: skip
     """The greedy count, the connected components and the rows without a neighbour, at every ε.
 
     All three are exact (what `unique_prototypes`, `components` and `no_neighbour` return): where an ε lies
@@ -100,6 +109,7 @@ def complete_sweep(w: Tensor, epsilons: Sequence[float] = EPSILONS, tree: Spanni
 
     Args:
         w: (K, D) floating. epsilons: cosine distances in (0, 2]. tree: of ``w``, where it is at hand.
+        progress: told the share of ``epsilons`` that are done.
 
     Raises:
         ValueError: as `greedy_cover`.
@@ -109,7 +119,8 @@ def complete_sweep(w: Tensor, epsilons: Sequence[float] = EPSILONS, tree: Spanni
     linked: dict[float, int] = {}
     alone: dict[float, int] = {}
     stars = -1  # the last number of components, where every row was within eps of the first of its component
-    for eps in sorted(set(epsilons)):
+    for i, eps in enumerate(sorted(set(epsilons))):
+        progress(i / len(epsilons))
         if not 0 < eps <= 2:
             raise ValueError(f"eps is a cosine distance, 1 - cos, and must lie in (0, 2], got {eps}")
         crowd = np.flatnonzero(tree.nearest < eps + tree.slack)

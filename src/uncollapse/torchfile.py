@@ -27,7 +27,7 @@ from uncollapse.pickled import Damaged, Maker, Name, Record, Refused, load
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _NEWEST_ARCHIVE = 10
 """Of torch's zip archives (``version``): it writes 3 since 1.6, and 10 at most for compiled programs."""
-_REPEATED = 1 << 24
+_REPEATED = 1 << 22
 """Numbers that a tensor may have at most where it has more than its storage, as an expanded one does."""
 _INFLATED, _RATIO = 1 << 30, 16
 """Bytes that compressed records may unpack to: a gigabyte, or 16 times the file. Zeros shrink a thousandfold."""

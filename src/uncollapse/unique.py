@@ -9,7 +9,7 @@ bounded, and only pairs closer to the threshold than that bound are looked at ag
 not depend on the block size, on the device, or on the matrix-product precision set for the process.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ _BLOCK = 1024  # rows of a tile
 _FEW_ROWS, _FEW_EACH = 128, 2  # suspects of a block, and candidates of each, up to which these are compared singly
 
 
-def greedy_cover(w: Tensor, eps: float, block: int | None = None) -> Tensor:
+def greedy_cover(
+    w: Tensor, eps: float, block: int | None = None, progress: Callable[[float], None] = lambda share: None
+) -> Tensor:
     """Indices of the unique prototypes: a prototype is kept unless it lies within eps of one kept before it.
 
     Scans in index order, as the papers on partial prototype collapse do; the kept rows are pairwise at least
@@ -37,6 +39,7 @@ def greedy_cover(w: Tensor, eps: float, block: int | None = None) -> Tensor:
         w: (K, D) prototypes of any floating dtype, on any device; rows need not be normalised.
         eps: cosine distance in (0, 2]; row k is redundant iff ``1 - cos < eps`` for some kept row.
         block: rows handled at a time; affects speed and memory, never the result.
+        progress: told the share of the work that is done, supposing that the rest has as many duplicates.
 
     Returns:
         (M,) int64, ascending, on the device of ``w``.
@@ -45,7 +48,7 @@ def greedy_cover(w: Tensor, eps: float, block: int | None = None) -> Tensor:
         ValueError: ``w`` is not a (K, D) floating tensor or has a zero or non-finite row; eps or block is out
             of range.
     """
-    return _cover(Rows(w), eps, block).to(w.device)
+    return _cover(Rows(w), eps, block, progress).to(w.device)
 
 
 def unique_prototypes(w: Tensor, eps: float = 0.025) -> int:
@@ -193,7 +196,7 @@ def _resolve(near: np.ndarray) -> np.ndarray:
     return ~removed
 
 
-def _cover(rows: Rows, eps: float, block: int | None) -> Tensor:
+def _cover(rows: Rows, eps: float, block: int | None, progress: Callable[[float], None] = lambda share: None) -> Tensor:
     low = band(eps, rows.slack)[0]
     block = _checked_block(block) or (len(rows) if len(rows) <= _SMALL else _BLOCK)
     prefix = rows.prefix(eps)
@@ -201,7 +204,7 @@ def _cover(rows: Rows, eps: float, block: int | None) -> Tensor:
     kept = torch.empty(len(rows), dtype=torch.long, device=device)
     # The kept rows side by side, so that a tile is a slice. As long as all are kept, they are.
     unit, bound = rows.unit, prefix
-    count = 0
+    count, work = 0, 0.0
     for start in range(0, len(rows), block):
         stop = min(start + block, len(rows))
         ids = torch.arange(start, stop, device=device)
@@ -243,6 +246,9 @@ def _cover(rows: Rows, eps: float, block: int | None) -> Tensor:
             if prefix is not None and bound is not None:
                 bound[count:end] = prefix[ids]
         count = end
+        work += (stop - start) * count
+        left = len(rows) - stop
+        progress(work / (work + left * (count + len(ids) / (stop - start) * left / 2)))
     return kept[:count].clone()
 
 

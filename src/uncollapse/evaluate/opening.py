@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from uncollapse.config import ConfigError
 from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
-from uncollapse.formats import PrototypeSet, clean, find_prototypes, side_of
-from uncollapse.reading import InputError, flatten, newest_of, read_tensors
+from uncollapse.formats import OWN, PrototypeSet, clean, find_prototypes, side_of
+from uncollapse.reading import InputError, damage_is_said, flatten, newest_of, read_tensors
 from uncollapse.rebuild import Rebuilt, backbone_part, one_side
 from uncollapse.rebuild import rebuild_encoder as rebuild
-from uncollapse.rebuild_backbones import Backbone, ClassToken, backbone_of
+from uncollapse.rebuild_backbones import Backbone, ClassToken, backbone_of, renamed
 from uncollapse.rebuild_own import own_directions
 
 TIMM = "timm:"
@@ -58,7 +58,8 @@ def open_encoder(
     for option, given in (("--weights", weights is not None), ("--pretrained", pretrained)):
         if given:
             raise ConfigError(f"{option} is for timm:NAME; {name} brings its own weights")
-    file, passed_over = newest_of(Path(source))
+    with damage_is_said(source):
+        file, passed_over = newest_of(Path(source))
     loaded = read_tensors(file, trust)
     tensors = flatten(loaded, file)
     encoder = _checkpoint(loaded, tensors, side, name)
@@ -86,12 +87,13 @@ def _checkpoint(loaded: Any, tensors: Mapping[str, Tensor], side: str, where: st
     except InputError:
         found = []  # a backbone alone: nothing to diagnose, but everything to evaluate
         notes.append("no prototypes in the file: only the backbone is evaluated")
-    own = any(s.family == "uncollapse" for s in found)
+    own = any(OWN.match(s.key) for s in found)
     if side == "student" and not own and not any(side_of(clean(path)) == "student" for path in tensors):
         raise InputError(f"{where}: it holds no student to evaluate, only one network; leave out --side")
     for s in _of_side(found, side):
         try:
-            rebuilt = rebuild(loaded, tensors, s, where)
+            with damage_is_said(where):
+                rebuilt = rebuild(loaded, tensors, s, where)
         except InputError as error:
             if own:
                 raise
@@ -256,7 +258,8 @@ def _load(module: nn.Module, file: Path, trust: bool, source: str) -> None:
     weights = {path.rpartition("/")[2]: t for path, t in ((clean(p), t) for p, t in tensors.items())}
     convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     wanted = module.state_dict()
-    tried = [weights, backbone_part(one_side(tensors, PrototypeSet("", "", "teacher", "", torch.empty(1, 1))))]
+    part = backbone_part(one_side(tensors, PrototypeSet("", "", "teacher", "", torch.empty(1, 1))))
+    tried = [weights, part, renamed(weights), renamed(part)]
     best: tuple[int, str] = (len(wanted) + 1, "")
     for given in [w for w in tried if w]:
         try:
