@@ -66,7 +66,7 @@ def usable_weights(weight: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be finite and 0 or above, got {float(weight[tuple(at)]):g} at place {where}")
 
 
-def check_rows(x: Tensor, weight: Tensor | None, dim: int) -> float:
+def usable_rows(x: Tensor, weight: Tensor | None, dim: int) -> float:
     """How many rows ``x (n, dim)`` stands for, each counting ``weight (n,)`` times. Waits for the device once.
 
     Raises:

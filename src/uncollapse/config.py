@@ -122,7 +122,7 @@ class MixtureConfig:
     centred: bool | None = None
     """Whether prototypes are the means' directions from the middle of all means, or from the origin."""
     anneal_start: Annotated[float, Field(gt=0, le=1)] | None = None
-    """First inverse temperature β of the annealed E-step (1: no annealing)."""
+    """First inverse temperature β of the annealed E-step, and of the mixture's own targets (1: no annealing)."""
     anneal_steps: Unit | None = None
     """Share of training after which β has reached 1."""
     top: Positive | None = None

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncollapse.checks import above_zero, check_rows
+from uncollapse.checks import above_zero, usable_rows
 from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.distributed import Group, max_over_ranks, rank_and_size, shard, sum_over_ranks
 from uncollapse.em import Covariance, features, forget, forgetting_factor, natural_parameters, update_moments
@@ -214,7 +214,7 @@ class OnlineMixture(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.mean.dtype)
             weight = None if weight is None else weight.to(x)
-            count = check_rows(x, weight, self.mean.shape[1])
+            count = usable_rows(x, weight, self.mean.shape[1])
             if not count:
                 return
             if weight is not None:
