@@ -163,3 +163,9 @@ def test_a_run_folder_of_before_names_its_target_inside_the_mixture():
     content = {"prototypes": {"kind": "decoupled", "mixture": {"target": "centred", "top": 3}}}
     prototypes = build_config(content).prototypes
     assert (prototypes.targets, prototypes.mixture.top) == ("centred", 3)
+
+
+def test_a_path_that_is_not_utf8_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"caf\\xe9.*not UTF-8; reach it by another name") as error:
+        load_config("demo", {"data.path": "/photos/caf\udce9"})
+    assert str(error.value).isprintable()

@@ -19,6 +19,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from uncollapse.plain_yaml import ConfigError, parse_yaml, read_yaml, shortened
+from uncollapse.shown import shown
 
 PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "fixed"]
 KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed")
@@ -337,9 +338,12 @@ def build_config(content: dict[str, Any], source: str = "config", retired: bool 
     """
     content = _as_now(content, source, retired)
     try:
-        config = TypeAdapter(Config).validate_json(json.dumps(content), strict=True)
+        config = TypeAdapter(Config).validate_json(json.dumps(content, ensure_ascii=False).encode(), strict=True)
     except ValidationError as error:
         raise ConfigError(_one_line(error, source)) from None
+    except UnicodeEncodeError as error:  # of a path: nothing else can hold such bytes
+        near = shown(error.object[max(0, error.start - 60) : error.end + 20])
+        raise ConfigError(f"{source}: {near}: not UTF-8; reach it by another name, such as a symbolic link") from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
     from uncollapse.impossible import impossible
