@@ -70,6 +70,9 @@ def test_training_is_told_from_a_random_start():
         ({0.025: 90}, {"wide": 40}, "bunched"),
         ({0.025: 100}, {"used": 60, "effective": 50.0, "n": 500}, "distinct and used"),
         ({0.025: 100}, {"used": 60, "effective": 50.0, "n": 500, "wide": 40}, "bunched"),
+        ({0.025: 100}, {"used": 17, "effective": 12.0, "n": 30}, "distinct and used"),  # over a tenth of K, whatever n
+        ({0.025: 100}, {"used": 9, "effective": 8.0, "n": 30}, "distinct, use unknown"),
+        ({0.025: 100}, {"used": 9, "effective": 8.0, "n": 100}, "mostly unused"),
     ],
 )
 def test_verdicts_follow_their_stated_rules(unique, extra, label):
@@ -77,6 +80,15 @@ def test_verdicts_follow_their_stated_rules(unique, extra, label):
     assert verdict.label == label
     assert verdict.rule
     assert verdict.sentence.endswith(".")
+    assert verdict.advice.endswith(".")
+
+
+def test_few_images_are_said_to_be_too_few():
+    """17 of 1,024 used on 30 images says little about the other thousand."""
+    verdict = judge(1024, 0, 64, {0.025: 1000}, None, 17, 14.0, 30)
+    assert verdict.label == "distinct, use unknown"
+    assert "30 images are too few to tell" in verdict.sentence
+    assert "at least 1,024 held-out images" in verdict.advice
 
 
 def test_copies_of_random_vectors_are_a_collapse_wherever_they_stand():
@@ -132,7 +144,7 @@ def test_vectors_alone_are_never_called_healthy():
     d = diagnose(dino_like())
     assert d.share == 1
     assert d.verdict.label == "distinct, use unknown"
-    assert "--data" in d.verdict.sentence
+    assert "--data" in d.verdict.advice
 
 
 def test_rows_without_a_direction():
@@ -221,7 +233,7 @@ def test_text_says_where_and_what_and_compares(epochs, capsys):
     assert "partial collapse" in out
     assert "less than 50 % unique" in out.replace("\n", " ")
     assert "teacher/head.last_layer.weight" in out.replace("\n", "")
-    assert "epoch1.pth" in out.rsplit("N_eff", 1)[1]  # a row of the comparison at the end
+    assert "epoch1.pth" in out.rsplit("verdict", 1)[1]  # a row of the comparison at the end
 
 
 @pytest.mark.parametrize(("which", "share", "code"), [(0, "0.9", 0), (1, "0.9", 1), (1, "0.05", 1), (0, "0", 0)])
@@ -343,7 +355,8 @@ def test_a_page_of_odd_matrices(tmp_path):
 
 
 def test_names():
-    assert shortened(["/a/b/x/1.pt", "/a/b/y/1.pt"]) == {"/a/b/x/1.pt": "x/1.pt", "/a/b/y/1.pt": "y/1.pt"}
+    assert shortened(["/a/b/x/1.pt", "/a/b/y/1.pt"]) == {"/a/b/x/1.pt": "x", "/a/b/y/1.pt": "y"}
+    assert shortened(["/a/x/1.pt", "/a/y/2.pt"]) == {"/a/x/1.pt": "x/1.pt", "/a/y/2.pt": "y/2.pt"}
     assert shortened(["/a/b.pt"]) == {"/a/b.pt": "b.pt"}
     assert shortened(["tensor"]) == {"tensor": "tensor"}
     d = diagnose(T.w, EPS)

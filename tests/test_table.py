@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import statistics
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from uncollapse.measures import KNN
 from uncollapse.table import cell, print_table
 
 ARMS = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed")
@@ -26,7 +28,10 @@ def make_summary(arm: str, seed: int, prototypes: int) -> dict[str, Any]:
         "name": arm, "seed": seed, "prototypes": prototypes, "steps": 1200, "n_held_out": 360, "unique": unique,
         "unique_used": {"0.025": 2 + x}, "used": 40 * x, "alive": 55 * x, "alive_window": 200,
         "effective": {"0.025": prototypes / (x + 0.3), "0.25": prototypes / (x + 5.7)},
-        "view_information": 0.31 * x, "knn": 0.03 * x, "knn_ci95": [0.44, 0.50], "knn_k": 20,
+        "unique_means": {eps: count // 2 for eps, count in unique.items()}, "used_by_target": 30 * x,
+        "target_agreement": 0.02 * x, "dim": 64, "notes": [],
+        "view_information": {"bits": 0.31 * x, "standard_error": 0.01 * x, "fitted_on": "training images"},
+        "knn": 0.03 * x, "knn_ci95": [0.44, 0.50], "knn_k": 20,
         "knn_untrained": 0.33, "linear": 0.033 * x, "linear_ci95": [0.4, 0.5],
         "seconds_per_step": sum(parts.values()), "step_parts": parts, "diagnosis_share": 0.0123 * x,
     }  # fmt: skip
@@ -69,20 +74,25 @@ def expected(rows: list[dict[str, Any]]) -> dict[str, str]:
     """What an arm's column must say, straight from its summaries."""
 
     def text(values: list[float], decimals: int) -> str:
-        mean = f"{statistics.fmean(values):.{decimals}f}"
-        return mean if len(values) == 1 else f"{mean}±{statistics.stdev(values):.{decimals}f}"
+        mean = f"{statistics.fmean(values):,.{decimals}f}"
+        return mean if len(values) == 1 else f"{mean}±{statistics.stdev(values):,.{decimals}f}"
 
-    column = {f"unique %, ε {label}": text([100 * s["unique"][eps] / s["prototypes"] for s in rows], 1)
-              for label, eps in EPS.items()}  # fmt: skip
-    for name in ("used", "alive"):
-        column[name] = text([s[name] for s in rows], 0)
-    column["unique of used"] = text([s["unique_used"]["0.025"] for s in rows], 0)
+    column = {}
+    for label, eps in EPS.items():
+        for name, key in (("unique", "unique"), ("means unique", "unique_means")):
+            column[f"{name} ε {label}, %"] = text([100 * s[key][eps] / s["prototypes"] for s in rows], 1)
+    for name, label in (("used", "used"), ("alive", "alive"), ("used_by_target", "used by target")):
+        column[label] = text([s[name] for s in rows], 0)
+    column["unique among used, %"] = text([100 * s["unique_used"]["0.025"] / s["used"] for s in rows], 1)
     for label in (".025", ".25"):
-        column[f"N_eff, ε {label}"] = text([s["effective"][EPS[label]] for s in rows], 1)
-    column["view bits"] = text([s["view_information"] for s in rows], 2)
-    for name, label in (("knn", "kNN %"), ("linear", "linear %")):
+        column[f"N_eff ε {label}"] = text([s["effective"][EPS[label]] for s in rows], 1)
+    bits = [s["view_information"]["bits"] for s in rows]
+    within = statistics.fmean(s["view_information"]["standard_error"] for s in rows)
+    over = statistics.stdev(bits) / len(bits) ** 0.5 if len(bits) > 1 else 0.0
+    column["view information, bits"] = f"{statistics.fmean(bits):.2f}±{math.hypot(within, over):.2f}"
+    for name, label in (("knn", "kNN, %"), ("linear", "linear, %"), ("target_agreement", "target agreement, %")):
         column[label] = text([100 * s[name] for s in rows], 1)
-    column["ms per step"] = text([1000 * s["seconds_per_step"] for s in rows], 1)
+    column["step time, ms"] = text([1000 * s["seconds_per_step"] for s in rows], 1)
     for part in PARTS:
         column[part] = text([1000 * s["step_parts"][part] for s in rows], 2)
     column["diagnosis, share"] = f"{100 * statistics.fmean(s['diagnosis_share'] for s in rows):.2f} %"
@@ -101,7 +111,12 @@ def test_every_number_is_the_summarys(arms: tuple[str, ...], seeds: int, prototy
     tables = read_back(text, arms)
     for arm in arms:
         assert tables[arm] == expected([s for s in summaries if s["name"] == arm])
+    assert list(tables[arms[0]])[:2] == ["view information, bits", "kNN, %"]
     words = " ".join(text.split())
+    for arm in arms:
+        assert f"{arm}{' (the control)' * (arm == 'fixed')}: " in words
+    assert words.count("Next: ") >= len(arms)
+    assert ("No control here" in words) == ("fixed" not in arms)
     assert f"{prototypes} prototypes, 1200 steps, n = 360 held-out images" in words
     assert ("mean ± sd over 3 seeds" in words) == (seeds == 3)
     assert "95 % interval of one run ± 3.0; untrained encoder 33.0 %" in words
@@ -116,21 +131,25 @@ def test_all_arms_stand_side_by_side_on_eighty_columns() -> None:
 
 def test_names_and_cells_stay_whole_where_there_is_room() -> None:
     text = printed(make_all(seeds=3), 200)
-    assert text.count("decoupled-paper") == 2
+    assert sum(all(arm in line for arm in ARMS) for line in text.splitlines()) == 2
     assert "\n±" not in text.replace(" ", "")
 
 
 def test_what_was_not_measured_is_a_dash() -> None:
     summaries = make_all()
+    for s in summaries[:1]:
+        s |= dict.fromkeys(("knn", "knn_ci95", "linear", "linear_ci95"))
+    first = read_back(printed(summaries, 80), ARMS)["joint"]
+    assert first["kNN, %"] == first["linear, %"] == "–", "where another arm has them"
     for s in summaries:
         s |= dict.fromkeys(("knn", "knn_ci95", "linear", "linear_ci95", "knn_untrained"))
     text = printed(summaries, 80)
     for column in read_back(text, ARMS).values():
-        assert column["kNN %"] == column["linear %"] == "–"
+        assert set(column) & {"kNN, %", "linear, %"} == set()
         assert column["used"] != "–"
     assert "untrained" not in text
-    assert cell([None, None], 1) == "–"
-    assert cell([None, 2.0], 1) == "2.0", "one seed has no spread"
+    assert cell(KNN, [{}, {}]) == "–"
+    assert cell(KNN, [{}, {"knn": 0.02}]) == "2.0", "one seed has no spread"
 
 
 def test_a_pipe_gets_plain_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from uncollapse import __version__
 from uncollapse.config import ConfigError
 from uncollapse.evaluate_cli import add_parser as add_evaluate
+from uncollapse.shown import shown
 from uncollapse.train_cli import add_parsers as add_train
 from uncollapse.train_cli import take_keys, unknown
 
@@ -197,11 +198,11 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
 def _report(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     if overrides:
         raise ConfigError(f"report takes no {', '.join(overrides)}")
-    missing = [str(r) for r in arguments.runs if not (r / "summary.json").is_file()]
-    if missing:
-        raise ConfigError(f"no summary.json in {', '.join(missing)}: not a finished run folder")
-    from uncollapse.report import write_report
-    from uncollapse.runs import read_run
+    from uncollapse.report import report_folders
 
-    write_report([read_run(r) for r in arguments.runs], arguments.out, "Comparison", [])
-    print(f"report      {arguments.out}")
+    problems = report_folders(arguments.runs, arguments.out)
+    print(f"report      {shown(arguments.out)}")
+    for line in problems:
+        print(f"uncollapse: error: {line}", file=sys.stderr)
+    if problems:
+        sys.exit(2)

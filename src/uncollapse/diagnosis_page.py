@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from uncollapse import figures
 from uncollapse.checkpoint import write_atomically
 from uncollapse.diagnosis import Diagnosis
-from uncollapse.diagnosis_table import COLUMNS, cells_of, facts, names_of, rows_of
+from uncollapse.diagnosis_table import columns, facts, names_of, rows_of
 from uncollapse.figures import _RC, MAX_POINTS, _panel, _svg
-from uncollapse.judging import FAILING
+from uncollapse.measures import MEASURES, Measure
 from uncollapse.shown import shown
 
 HEAT, MAP = 240, 4000
@@ -37,8 +37,9 @@ def write_page(found: Sequence[Diagnosis], path: Path) -> None:
     names = names_of(found)
     page = environment.get_template("diagnosis.html.j2").render(
         title="Are these prototypes collapsed?",
-        columns=[name for name, _ in COLUMNS],
+        columns=[name for name, _ in columns(found[0].epsilon)] if found else [],
         sets=[_set(d, name, _COLOURS[i % len(_COLOURS)]) for i, (d, name) in enumerate(zip(found, names, strict=True))],
+        words=_words(found),
         over=_over(found),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,19 +47,26 @@ def write_page(found: Sequence[Diagnosis], path: Path) -> None:
 
 
 def _set(d: Diagnosis, name: str, colour: str) -> dict[str, Any]:
-    tone = "bad" if d.verdict.label in FAILING else "good" if d.verdict.label == "distinct and used" else "warn"
     return {
-        "name": name, "file": shown(d.source.file), "colour": colour, "cells": cells_of(d),
-        "where": shown(d.source.file)
-        + f": {d.source.key or 'the tensor itself'} · {d.prototypes:,} × {d.dim}, {d.dtype}"
+        "name": name, "file": shown(d.source.file), "colour": colour,
+        "cells": [read(d) for _, read in columns(d.epsilon)],
+        "where": f"{shown(d.source.file)}: {shown(d.source.key) or 'the tensor itself'} · {d.prototypes:,} × {d.dim}, "
+        + d.dtype
         + (f" · {d.source.family}" if d.source.family else ""),
-        "label": d.verdict.label, "tone": tone, "sentence": d.verdict.sentence, "rule": d.verdict.rule,
+        "label": d.verdict.label, "tone": d.verdict.tone, "sentence": d.verdict.sentence,
+        "advice": d.verdict.advice, "rule": d.verdict.rule,
         "notes": list(map(shown, d.notes)), "facts": facts(d),
         "epsilons": [f"{e:g}" for e in d.unique], "rows": rows_of(d),
         "headline": f"{d.epsilon:g}", "has_images": d.images is not None,
         "sweep": _sweep(d), "circle": _circle(d), "heat": _heat(d), "heat_rows": min(HEAT, d.prototypes),
         "spectrum": _spectrum(d), "map": _map(d), "shared": _shared(d),
     }  # fmt: skip
+
+
+def _words(found: Sequence[Diagnosis]) -> list[Measure]:
+    """The measures that any of the sets has; those at one ε once, as the page explains ε."""
+    rows = [d.to_json() for d in found]
+    return [m for m in MEASURES if "ε" not in m.name and any(m.read(row) is not None for row in rows)]
 
 
 Panels = list[tuple[str, str]]

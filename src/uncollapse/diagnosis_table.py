@@ -3,54 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from uncollapse.diagnosis import Diagnosis
-from uncollapse.shown import markup, shown
+from uncollapse.judging import WIDE
+from uncollapse.measures import USED, VIEW_INFORMATION, Measure, effective, information_text, unique
+from uncollapse.shown import shown
 
 
-def _share(eps: float) -> Callable[[Diagnosis], str]:
-    return lambda d: f"{100 * d.unique[eps] / d.prototypes:.1f}" if eps in d.unique else "–"
+def columns(eps: float) -> tuple[tuple[str, Callable[[Diagnosis], str]], ...]:
+    """Heading and cell of each column of a comparison at the headline ε; no share of unique ones without the verdict.
+
+    The measures are the report's.
+    """
+    listed = (VIEW_INFORMATION, unique(eps), *((unique(WIDE),) if eps != WIDE else ()), USED, effective(eps))
+    return (
+        *((measure.label, partial(_cell, measure)) for measure in listed[:1]),
+        ("K", lambda d: f"{d.prototypes:,}"),
+        *((measure.label, partial(_cell, measure)) for measure in listed[1:]),
+        ("verdict", lambda d: d.verdict.label),
+    )
 
 
-COLUMNS: tuple[tuple[str, Callable[[Diagnosis], str]], ...] = (
-    ("K", lambda d: f"{d.prototypes:,}"),
-    ("unique", lambda d: f"{d.unique[d.epsilon]:,}"),
-    ("%", lambda d: f"{100 * d.share:.1f}"),
-    ("% at ε .25", _share(0.25)),
-    ("used", lambda d: f"{d.images.used:,}" if d.images else "–"),
-    ("N_eff", lambda d: f"{d.images.effective[d.epsilon]:.1f}" if d.images else "–"),
-    ("verdict", lambda d: d.verdict.label),
-)
-"""Columns of a comparison. The share of unique prototypes never stands without the verdict."""
-
-
-def cells_of(d: Diagnosis) -> list[str]:
-    return [read(d) for _, read in COLUMNS]
+def _cell(measure: Measure, d: Diagnosis) -> str:
+    row = d.to_json()
+    value, error = measure.read(row), measure.error and measure.error(row)
+    if value is None:
+        return "–"
+    return measure.text(value) + ("" if error is None else f"±{measure.text(error)}")
 
 
 def names_of(found: Sequence[Diagnosis]) -> list[str]:
-    """The file where there are several, side and set, and the key where that would name two alike."""
+    """The file where there are several, side and set, and the key where that would name two alike; safe to print."""
     short = shortened([d.source.file for d in found])
     several = len(short) > 1
-    named = [f"{short[d.source.file]} {d.source}" if several else str(d.source) for d in found]
+    named = [shown(f"{short[d.source.file]} {d.source}" if several else str(d.source)) for d in found]
     return [
-        shown(f"{name} ({d.source.key})") if d.source.key and named.count(name) > 1 else shown(name)
+        shown(f"{name} ({d.source.key})") if d.source.key and named.count(name) > 1 else name
         for d, name in zip(found, named, strict=True)
     ]
 
 
 def shortened(files: Sequence[str]) -> dict[str, str]:
-    """Each path without the folders that all of them share at the start."""
+    """Each path without the folders that all of them share at the start and the names that all share at the end.
+
+    Of run folders at the same step only the runs' own names are left.
+    """
     parts = {file: Path(file).parts for file in files}
+    least = min(map(len, parts.values()))
     shared = 0
-    while len({p[shared : shared + 1] for p in parts.values()}) == 1 and shared < min(map(len, parts.values())) - 1:
+    while len({p[shared : shared + 1] for p in parts.values()}) == 1 and shared < least - 1:
         shared += 1
-    return {file: str(Path(*p[shared:])) if p else "" for file, p in parts.items()}
+    end = 0
+    while len(parts) > 1 and len({p[len(p) - end - 1 :] for p in parts.values()}) == 1 and end < least - shared - 1:
+        end += 1
+    return {file: str(Path(*p[shared : len(p) - end])) if p else "" for file, p in parts.items()}
 
 
 def rows_of(d: Diagnosis) -> list[tuple[str, list[str]]]:
@@ -97,7 +110,8 @@ def facts(d: Diagnosis) -> list[str]:
     if d.images is not None:
         i = d.images
         m, h = i.marginal, i.health
-        bits = "" if i.view_information is None else f"; {i.view_information:.2f} bits survive augmentation"
+        information = information_text(i.to_json()["view_information"])
+        bits = f"; {information} survive augmentation" if information else ""
         of = "" if i.unit == "images" else f" of {i.n_images:,} images"
         own = "" if i.used_by_logits is None else f" ({i.used_by_logits:,} by the layer's own logits)"
         how = "".join(f", {word}" for word, key in (("centred", "centred"), ("with bias", "biased")) if m[key])
@@ -123,7 +137,7 @@ def facts(d: Diagnosis) -> list[str]:
 
 
 def print_diagnoses(found: Sequence[Diagnosis], console: Console | None = None) -> None:
-    """A block per set: where it was found, the counts per ε, how it is distributed, the verdict and its rule."""
+    """A block per set: where it was found, the counts per ε, how it is distributed, the verdict and what to do next."""
     console = console or Console()
     names = names_of(found)
     for d, name in zip(found, names, strict=True):
@@ -141,13 +155,33 @@ def print_diagnoses(found: Sequence[Diagnosis], console: Console | None = None) 
         for line in [*facts(d), *(f"note: {shown(n)}" for n in d.notes)]:
             console.print(f"  {line}", markup=False, highlight=False)
         console.print(f"{d.verdict.label}: {d.verdict.sentence}", style="bold", markup=False, highlight=False)
+        console.print(f"  next: {d.verdict.advice}", markup=False, highlight=False)
         console.print(f"  rule: {d.verdict.rule}", markup=False, highlight=False)
         console.print()
     if len(found) > 1:
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title=f"ε = {found[0].epsilon:g}")
-        table.add_column("set", overflow="fold")
-        for label, _ in COLUMNS:
-            table.add_column(label, justify="right", overflow="fold", no_wrap=label != "verdict")
-        for d, name in zip(found, names, strict=True):
-            table.add_row(markup(name), *cells_of(d))
-        console.print(table)
+        _compare(found, names, console)
+
+
+def _compare(found: Sequence[Diagnosis], names: Sequence[str], console: Console) -> None:
+    """A line per set; where names would make it wider than the console, numbers that stand for them."""
+    cells = [[read(d) for _, read in columns(d.epsilon)] for d in found]
+    labels = [label for label, _ in columns(found[0].epsilon)]
+    told = [i for i in range(len(labels)) if any(row[i] != "–" for row in cells)]
+
+    def table(first: Sequence[str]) -> Table:
+        out = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+        out.add_column("set", overflow="fold")
+        for i in told:
+            heading = labels[i].replace(" ", "\n")
+            out.add_column(heading, justify="right", overflow="fold", no_wrap=labels[i] != "verdict")
+        for row, name in zip(cells, first, strict=True):
+            out.add_row(Text(name), *(row[i] for i in told))
+        return out
+
+    whole = table(names)
+    if console.measure(whole, options=console.options.update(width=100_000)).maximum <= console.width:
+        console.print(whole)
+        return
+    console.print(table([str(i) for i in range(1, len(names) + 1)]))
+    for i, name in enumerate(names, 1):
+        console.print(f"{i:>3}  {name}", markup=False, highlight=False, soft_wrap=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from uncollapse import figures
-from uncollapse.runs import Arms, Row, RunRecord
+from uncollapse.evaluate.words import meaning
+from uncollapse.figures import Style
+from uncollapse.measures import Row
+from uncollapse.measures import number as finite
+from uncollapse.runs import Arms, RunRecord
 
 FIXED = ("ci95", "ci95_of", "n", "protocol", "source", "command", "details")
 """Entries of a task that are not metrics."""
@@ -22,7 +24,8 @@ PLAIN = re.compile(r"((prototypes|distinct)_per_class|_bits|_nats|_ratio)$")
 
 def number(name: str, value: float | None) -> str:
     """A metric as text: shares in per cent, counts whole, the rest to four digits; a dash for what is missing."""
-    if value is None or not math.isfinite(value):
+    value = finite(value)
+    if value is None:
         return "–"
     if COUNTS.search(name) or (float(value).is_integer() and abs(value) > 1):
         return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
@@ -32,7 +35,8 @@ def number(name: str, value: float | None) -> str:
 def interval(ci95: Any) -> str:
     """``40.0–60.0`` for shares, plain numbers else; empty for an interval that could not be had."""
     low, high = ci95 if isinstance(ci95, list | tuple) and len(ci95) == 2 else (None, None)
-    if low is None or high is None or not math.isfinite(low) or not math.isfinite(high):
+    low, high = finite(low), finite(high)
+    if low is None or high is None:
         return ""
     shares = -1 <= low <= high <= 1
     ends = [f"{100 * end:.1f}" if shares else f"{end:.4g}" for end in (low, high)]
@@ -43,25 +47,50 @@ def metrics_of(task: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in task.items() if name not in FIXED}
 
 
-def evaluations(arms: Arms) -> list[Row]:
+def evaluations(arms: Arms, look: Mapping[str, Style]) -> list[Row]:
     """For each data set that any run was evaluated on, what the template shows; empty without evaluations."""
-    runs = [run for found in arms.values() for run in found]
-    keys = dict.fromkeys(key for run in runs for key in run.evaluation)
-    return [_one(key, [run for run in runs if key in run.evaluation], len(runs) > len(arms)) for key in keys]
+    named = [(arm, run) for arm, found in arms.items() for run in found]
+    keys = dict.fromkeys(key for _, run in named for key in run.evaluation)
+    several = {arm: len(found) > 1 for arm, found in arms.items()}
+    return [_one(key, [(arm, run) for arm, run in named if key in run.evaluation], several, look) for key in keys]
 
 
-def _one(key: str, runs: list[RunRecord], seeds: bool) -> Row:
+def probed_by_evaluate(run: RunRecord) -> Row:
+    """kNN and linear accuracy that `uncollapse evaluate` found on the run's own held-out images, for its summary.
+
+    One page then has one number for each. Empty where it was not evaluated on those, or the run went on since.
+    """
+    paths = [run.config.get(name) for name in ("data.path", "data.val_path")]
+    found = run.evaluation.get(",".join(str(p) for p in paths if p), {})
+    encoder = found.get("encoders", {}).get("teacher", {})
+    summary = run.summary
+    if found.get("n_test") != summary.get("n_held_out") or encoder.get("step") != summary.get("steps"):
+        return {}
+    out: Row = {}
+    for task, name in (("knn", "top1"), ("linear", "top1")):
+        content = encoder.get("tasks", {}).get(task, {})
+        if finite(content.get(name)) is not None and content.get("n") == summary.get("n_held_out"):
+            out |= {task: content[name], f"{task}_ci95": content.get("ci95")}
+    if "linear" in out:
+        content = encoder["tasks"]["linear"]
+        out["linear_balanced"] = content.get("macro")
+        out["linear_balanced_ci95"] = (content.get("ci95_of") or {}).get("macro")
+    return out
+
+
+def _one(key: str, runs: list[tuple[str, RunRecord]], several: Mapping[str, bool], look: Mapping[str, Style]) -> Row:
     rows: list[Row] = []
     notes: dict[str, None] = {}
-    for run in runs:
+    for arm, run in runs:
         for label, encoder in run.evaluation[key].get("encoders", {}).items():
             notes |= dict.fromkeys(encoder.get("notes", []))
             for task, content in encoder.get("tasks", {}).items():
-                rows.append(_row(run, label, task, content, seeds))
+                name = f"{arm}, seed {run.seed}" if several[arm] else arm
+                rows.append(_row(name, look[arm][0], label, task, content))
     # Tasks in the order of the first run that has them, so that encoders stand below one another.
     order = {task: i for i, task in enumerate(dict.fromkeys(row["task"] for row in rows))}
     rows.sort(key=lambda row: order[row["task"]])
-    first = runs[0].evaluation[key]
+    first = runs[0][1].evaluation[key]
     counts = {name: f"{first[name]:,}" if isinstance(first.get(name), int) else "?" for name in ("n_train", "n_test")}
     return {
         "data": key,
@@ -79,12 +108,21 @@ OWNERS = (
 )
 
 
-class _Owned:
-    """The counts of a ``prototypes`` result, as `draw_owners` asks for them."""
+def _owned(classes: Any) -> Any:
+    """The counts of a ``prototypes`` result as `draw_owners` asks for them; None where they are not such counts."""
+    lists = (
+        [classes.get(name) for name in ("train_images", "prototypes", "distinct")] if isinstance(classes, dict) else []
+    )
+    if not lists or not all(isinstance(found, list) and len(found) == len(lists[0] or ()) for found in lists):
+        return None
+    if not any(lists[0]) or not all(isinstance(n, int) and 0 <= n < 2**53 for found in lists for n in found):
+        return None
+    return _Owned(*(np.array(found, dtype=np.int64) for found in lists))
 
-    def __init__(self, classes: Row) -> None:
-        self.class_train = np.asarray(classes["train_images"])
-        self.prototypes, self.distinct = np.asarray(classes["prototypes"]), np.asarray(classes["distinct"])
+
+class _Owned:
+    def __init__(self, train: np.ndarray, prototypes: np.ndarray, distinct: np.ndarray) -> None:
+        self.class_train, self.prototypes, self.distinct = train, prototypes, distinct
 
     def owned(self) -> Any:
         return self.prototypes
@@ -93,17 +131,16 @@ class _Owned:
         return self.distinct
 
 
-def _pictures(runs: list[RunRecord], key: str) -> list[Row]:
+def _pictures(runs: list[tuple[str, RunRecord]], key: str) -> list[Row]:
     """What tasks drew, and which class owns how many prototypes where the task ``prototypes`` was done."""
     found: list[Row] = []
-    for run in runs:
+    for arm, run in runs:
         for label, encoder in run.evaluation[key].get("encoders", {}).items():
-            name = run.name if label == "teacher" else f"{run.name}, {label}"
+            name = arm if label == "teacher" else f"{arm}, {label}"
             classes = encoder.get("tasks", {}).get("prototypes", {}).get("details", {}).get("classes")
-            if classes and any(classes.get("train_images", ())):
+            if (counts := _owned(classes)) is not None:
                 from uncollapse.evaluate.owners import draw_owners
 
-                counts: Any = _Owned(classes)
                 src, alt = draw_owners(counts)
                 found.append({"src": src, "alt": alt, "caption": f"{name}: {OWNERS}"})
             drawn = [p for pictures in encoder.get("pictures", {}).values() for p in pictures if "src" in p]
@@ -111,19 +148,19 @@ def _pictures(runs: list[RunRecord], key: str) -> list[Row]:
     return found
 
 
-def _row(run: RunRecord, label: str, task: str, content: Row, seeds: bool) -> Row:
+def _row(arm: str, colour: str, label: str, task: str, content: Row) -> Row:
     values = metrics_of(content)
     (metric, value), *others = values.items() if values else [("", None)]
-    arm = f"{run.name}, seed {run.seed}" if seeds else run.name
     return {
         "task": task,
         "encoder": arm if label == "teacher" else f"{arm}, {label}",
-        "colour": figures.style(run.name)[0],
+        "colour": colour,
         "metric": metric,
+        "meaning": meaning(metric),
         "value": number(metric, value),
         "interval": interval(content.get("ci95")),
         "others": [
-            (n, number(n, v), interval((content.get("ci95_of") or {}).get(n)))
+            (n, number(n, v), interval((content.get("ci95_of") or {}).get(n)), meaning(n))
             for n, v in others
             if isinstance(v, int | float) or v is None
         ],

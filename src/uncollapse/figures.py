@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -27,18 +27,22 @@ INK, FAINT = "#24303c", "#d9dee4"
 MAX_POINTS = 400  # of a line or a scatter: more cannot be seen and makes the page heavy
 
 # Okabe & Ito's colours, told apart with any kind of colour vision; dashes repeat the message for grey print.
-_STYLES: dict[str, tuple[str, str]] = {
+Style = tuple[str, str]
+"""Colour and line style."""
+_STYLES: dict[str, Style] = {
     "joint": ("#D55E00", "-"),
+    "joint-sinkhorn": ("#CC79A7", "--"),
     "koleo": ("#009E73", "-"),
     "decoupled": ("#0072B2", "-"),
     "decoupled-paper": ("#56B4E9", "--"),
     "fixed": ("#7A7A7A", ":"),
 }
-_SPARE = ["#CC79A7", "#E69F00", "#000000", "#8C510A"]
+_SPARE = ["#E69F00", "#000000", "#8C510A", "#B40F5D", "#5B8F00", "#6A3D9A", "#00797A", "#A0522D", "#3B3B98", "#C19A00"]
 _PART_COLOURS = ["#77AADD", "#99DDFF", "#EE8866", "#44BB99", "#BBCC33", "#EEDD88", "#FFAABB", "#AAAA88"]
 
 _RC: dict[Any, Any] = {
     "svg.hashsalt": "uncollapse",  # same data, same bytes
+    "text.parse_math": False,  # a dollar in an arm's name is a dollar
     "font.size": 8.5,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -62,9 +66,24 @@ _RC: dict[Any, Any] = {
 }
 
 
-def style(arm: str) -> tuple[str, str]:
-    """Colour and line style of an arm, the same in every figure and in the text."""
-    return _STYLES.get(arm) or (_SPARE[sum(arm.encode()) % len(_SPARE)], "-.")
+def styles(arms: Iterable[str]) -> dict[str, Style]:
+    """A colour and line style for each arm, all different; the first of a known kind has that kind's own.
+
+    Names are a kind, or a kind with what tells it from others (``decoupled, K = 5,000``).
+    """
+    out: dict[str, Style] = {}
+    spare = [(colour, dashes) for dashes in ("-.", "-", "--", ":") for colour in [*_SPARE, *dict(_STYLES.values())]]
+    names = list(dict.fromkeys(arms))
+    for arm in names:
+        own = _STYLES.get(arm.split(",")[0])
+        if own is not None and own not in out.values():
+            out[arm] = own
+    for arm in names:
+        if arm not in out:
+            taken = {colour for colour, _ in out.values()}
+            fresh = [one for one in spare if one[0] not in taken] or [one for one in spare if one not in out.values()]
+            out[arm] = (fresh or spare)[0]
+    return out
 
 
 def line_panel(
@@ -75,12 +94,14 @@ def line_panel(
     y_range: tuple[float, float | None] | None = None,
     reference: tuple[float, str] | None = None,
     marker: bool = False,
+    look: Mapping[str, Style] | None = None,
 ) -> str:
     """One line per arm (mean over seeds) with a band (range over seeds); ``reference`` is a level to mark."""
+    look = look or styles(curves)
     with mpl.rc_context(_RC):
         figure, axes = _panel(title)
         for arm, runs in curves.items():
-            colour, dashes = style(arm)
+            colour, dashes = look[arm]
             x, lowest, middle, highest = _over_seeds(runs)
             dot = "o" if marker else None
             axes.plot(x, middle, dashes, color=colour, label=arm, marker=dot, markersize=2.6)
@@ -102,12 +123,15 @@ def line_panel(
         return _svg(figure)
 
 
-def usage_spectrum(counts: Mapping[str, Sequence[Array]], labels: Mapping[str, str]) -> str:
+def usage_spectrum(
+    counts: Mapping[str, Sequence[Array]], labels: Mapping[str, str], look: Mapping[str, Style] | None = None
+) -> str:
     """Held-out images per used prototype, from the busiest to the least busy; one thin line per seed."""
+    look = look or styles(counts)
     with mpl.rc_context(_RC):
         figure, axes = _panel("Usage spectrum", width=6.6)
         for arm, runs in counts.items():
-            colour, dashes = style(arm)
+            colour, dashes = look[arm]
             for seed, usage in enumerate(runs):
                 kept = np.sort(usage[usage > 0])[::-1]
                 rank = np.unique(np.geomspace(1, max(len(kept), 1), MAX_POINTS).astype(int))[: len(kept)]
@@ -134,13 +158,13 @@ def circle_density(points: Array, bins: int = 720, kappa: float = 150.0) -> NDAr
     return np.clip(density / density.mean(), 0, None)
 
 
-def circle(arm: str, points: Array, used: NDArray[np.bool_] | None, top: float) -> str:
+def circle(arm: str, points: Array, used: NDArray[np.bool_] | None, top: float, colour: str = "") -> str:
     """Ring plot: height above the ring is the density of prototypes; dots inside are the used ones.
 
     ``top`` is the density (relative to uniform) that reaches the rim, shared by all arms of a report.
     """
     with mpl.rc_context(_RC):
-        colour, _ = style(arm)
+        colour = colour or styles([arm])[arm][0]
         figure = Figure(figsize=(2.7, 2.95), layout="constrained")
         axes = figure.add_subplot()
         axes.set_axis_off()
@@ -170,8 +194,9 @@ def circle(arm: str, points: Array, used: NDArray[np.bool_] | None, top: float) 
         return _svg(figure)
 
 
-def step_parts(parts: Mapping[str, Mapping[str, float]]) -> str:
+def step_parts(parts: Mapping[str, Mapping[str, float]], look: Mapping[str, Style] | None = None) -> str:
     """Stacked bars: milliseconds of each part of one training step, one bar per arm."""
+    look = look or styles(parts)
     with mpl.rc_context(_RC):
         figure = Figure(figsize=(9.6, 0.9 + 0.38 * len(parts)), layout="constrained")
         axes = figure.add_subplot()
@@ -189,7 +214,7 @@ def step_parts(parts: Mapping[str, Mapping[str, float]]) -> str:
         axes.set(xlabel="milliseconds per step", xlim=(0, 1.1 * max(left.max(), 1e-9)))
         axes.tick_params(axis="y", length=0)
         for label in axes.get_yticklabels():
-            label.set_color(style(label.get_text())[0])
+            label.set_color(look.get(label.get_text(), (INK, ""))[0])
             label.set_fontweight("bold")
         figure.legend(loc="outside upper center", ncols=8, handlelength=1, columnspacing=1.2, fontsize=8)
         return _svg(figure)

@@ -68,7 +68,7 @@ class Loop:
         self.specs: list[ViewSpec] = view_specs(config.views)
         self.watch = Stopwatch(fabric.device)
         self.watch_seconds: dict[str, float] = {}
-        self.alarms = LossWatch(config.prototypes.count)
+        self.alarms = LossWatch(config.prototypes.count, arm=config.prototypes.kind)
         self.last_loss = math.nan
         self.digests: dict[str, str] = {}
         self.folder = identity(out)

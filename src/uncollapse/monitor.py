@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uncollapse.judging import help_apart
 from uncollapse.unique import EPSILONS, epsilon_sweep
 
 _BLOCK = 1 << 23
@@ -105,10 +106,11 @@ def nearest_cosine(vectors: Tensor, sample: int = 128) -> float:
 class LossWatch:
     """Notices a loss that stays at ln K, and an assignment in which most components are dead; says so once."""
 
-    def __init__(self, prototypes: int, patience: int = 200) -> None:
+    def __init__(self, prototypes: int, patience: int = 200, arm: str = "") -> None:
         self.uniform = math.log(prototypes)
         self.prototypes = prototypes
         self.patience = patience
+        self.arm = arm
         self.stuck = 0
         self.told: set[str] = set()
 
@@ -126,12 +128,12 @@ class LossWatch:
         )
 
     def alive(self, alive: int, window: int) -> str | None:
-        """A message when fewer than half of the prototypes were used in the window."""
-        if alive >= 0.5 * self.prototypes or "alive" in self.told:
+        """A message when fewer than half of the prototypes were used in the window; none for the control."""
+        if alive >= 0.5 * self.prototypes or "alive" in self.told or self.arm == "fixed":
             return None
         self.told.add("alive")
         return (
-            f"only {alive} of {self.prototypes} prototypes were any image's nearest in the last {window} steps; "
-            "the others are dead or copies. A share of unique prototypes counts the dead ones as healthy: read "
-            "it with 'used' and N_eff. Fewer prototypes, or for joint ones --prototypes decoupled, may help."
+            f"only {alive} of {self.prototypes} prototypes were any image's nearest in the {window} steps before; "
+            "the others were dead or copies then. The share of unique prototypes counts dead ones as healthy. If it "
+            f"stays so to the end: {help_apart(self.arm)}."
         )

@@ -196,6 +196,7 @@ def look(
     d.verdict = judge(
         d.prototypes, d.zero_rows + d.non_finite_rows, d.dim, d.unique, d.random, report.used,
         report.effective[d.epsilon], len(z), unit, wide_of(d.sweep),
+        rebuilt.config.prototypes.kind if rebuilt.config is not None else "",
     )  # fmt: skip
 
 

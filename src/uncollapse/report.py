@@ -2,48 +2,105 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
 
 from uncollapse import figures
-from uncollapse.evaluation_section import evaluations
+from uncollapse.arms import CONTROL, group
+from uncollapse.checkpoint import write_atomically
+from uncollapse.comparing import stat
+from uncollapse.config import ConfigError
+from uncollapse.evaluation_section import evaluations, probed_by_evaluate
 from uncollapse.figures import Curve
-from uncollapse.runs import Arms, Row, RunRecord, at_epsilon, common, entry, group_runs, number, percent
+from uncollapse.measures import (
+    EFFECTIVE,
+    UNIQUE,
+    Measure,
+    Row,
+    at_epsilon,
+    entry,
+    measured,
+    number,
+    percent,
+)
+from uncollapse.runs import Arms, RunRecord, common, read_run
+from uncollapse.shown import shown
 from uncollapse.unique import EPSILONS
-from uncollapse.verdict import CONTROL, EFFECTIVE, MEASURES, UNIQUE, Measure, stat, takeaways, verdict
+from uncollapse.verdict import takeaways, verdict
+
+
+def report_folders(folders: Sequence[Path], path: Path) -> list[str]:
+    """Writes the page about run folders that can be read; returns a line for each that cannot, and what they lack.
+
+    Raises:
+        ConfigError: none of them can be read.
+    """
+    runs, refused = [], []
+    for folder in folders:
+        run = read_run(folder)
+        if run.summary:
+            runs.append(run)
+        elif run.problems:
+            refused.append(f"{shown(folder)} is left out: {run.problems[0]}")
+        else:
+            refused.append(f"{shown(folder)} is left out: no summary.json, so it is not a finished run folder")
+    if not runs:
+        raise ConfigError("; ".join(refused))
+    write_report(runs, path, "Comparison" if len(runs) > 1 else _title(runs[0]), refused)
+    return [*refused, *(problem for run in runs for problem in run.problems)]
+
+
+def _title(run: RunRecord) -> str:
+    return f"{run.name} on {run.summary.get('data', 'images')}"
 
 
 def write_report(runs: list[RunRecord], path: Path, title: str, notes: list[str]) -> None:
-    """Write one HTML file about one run, or about several arms and seeds side by side."""
-    arms = group_runs(runs)
+    """Writes one HTML file about one run, or about several arms and seeds side by side."""
+    replaced = False
+    if len(runs) == 1 and (probes := probed_by_evaluate(runs[0])):
+        runs, replaced = [dataclasses.replace(runs[0], summary=runs[0].summary | probes)], True
+    grouping = group(runs)
+    arms = grouping.arms
+    look = figures.styles(arms)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("uncollapse"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("uncollapse"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    )
     environment.filters["tight"] = _tight
+    rows = [run.summary for run in runs]
+    measures = measured(rows)
     page = environment.get_template("report.html.j2").render(
         title=title,
-        notes=notes,
+        notes=[*grouping.notes, *notes, *(problem for run in runs for problem in run.problems)],
         setting=_setting(runs),
-        takeaways=takeaways(arms),
-        verdicts=[verdict(arm, arms) for arm in arms],
-        measures=MEASURES,
-        table=[_table_row(arm, rows) for arm, rows in arms.items()],
-        untrained=_untrained(runs),
+        takeaways=takeaways(grouping),
+        verdicts=[verdict(arm, grouping) for arm in arms],
+        colours={arm: colour for arm, (colour, _) in look.items()},
+        measures=measures,
+        columns=[{"arm": arm, "seeds": len(found)} for arm, found in arms.items()],
+        table=[(measure, [_cell(measure, found) for found in arms.values()]) for measure in measures],
+        untrained=_untrained(arms),
         held_out=common(runs, "n_held_out"),
-        many_seeds=any(len(rows) > 1 for rows in arms.values()),
-        figures=_figures(arms),
+        fitted_on=_fitted_on(rows),
+        many_seeds=any(len(found) > 1 for found in arms.values()),
+        figures=_figures(arms, look),
         diagnosis_share=_diagnosis_share(arms),
-        evaluations=evaluations(arms),
-        examples=[_examples(arm, rows) for arm, rows in arms.items()],
-        has_control=CONTROL in arms,
+        evaluations=evaluations(arms, look),
+        probes_replaced=replaced,
+        examples=[_examples(arm, found, look[arm][0]) for arm, found in arms.items()],
+        has_control=any(found[0].name == CONTROL for found in arms.values()),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page.encode("utf-8", errors="replace"))
 
 
 # ------------------------------------------------------------------------------------- table and figures
@@ -53,51 +110,76 @@ Panels = list[tuple[str, str]]
 """Images of one figure: address and alternative text."""
 
 
-def _table_row(arm: str, runs: Sequence[RunRecord]) -> Row:
-    cells: list[list[str]] = []
-    for measure in MEASURES:
-        if (s := stat(measure, runs)) is None:
-            cells.append(["–"])
-            continue
-        spread = [] if s.sd is None else [f"± {measure.text(s.sd)}"]
-        interval = [f"{measure.text(s.interval[0])}–{measure.text(s.interval[1])}"] if s.interval else []
-        cells.append([measure.text(s.mean), *spread, *interval])
-    return {"arm": arm, "colour": figures.style(arm)[0], "seeds": len(runs), "cells": cells}
+def _cell(measure: Measure, runs: Sequence[RunRecord]) -> list[str]:
+    """The mean with its standard error or its spread over seeds, and small print below it."""
+    if (s := stat(measure, runs)) is None:
+        return ["–"]
+    if measure.error is not None and not measure.interval:
+        return [measure.text(s.mean) + ("" if s.error is None else f" ± {measure.text(s.error)}")]
+    spread = [] if s.sd is None else [f"± {measure.text(s.sd)}"]
+    interval = [f"{measure.text(s.interval[0])}–{measure.text(s.interval[1])}"] if s.interval else []
+    return [measure.text(s.mean), *spread, *interval]
 
 
-def _figures(arms: Arms) -> dict[str, Panels]:
+def _fitted_on(rows: Sequence[Row]) -> str:
+    found = [r["view_information"].get("fitted_on") for r in rows if isinstance(r.get("view_information"), dict)]
+    return " / ".join(dict.fromkeys(text for text in found if text))
+
+
+def _figures(arms: Arms, look: Mapping[str, figures.Style]) -> dict[str, Panels]:
     """The panels of every figure; a figure that nothing was recorded for has none."""
     step, share = "training step", "unique prototypes (%)"
 
     def panels(*given: tuple[str, str] | None) -> Panels:
         return [panel for panel in given if panel is not None]
 
+    def lines(read: Callable[[RunRecord], Curve], *words: str, **options: Any) -> tuple[str, str] | None:
+        return _lines(arms, look, read, *words, **options)
+
     return {
         "training": panels(
-            _lines(arms, lambda run: _sweep(run, 0.025), "Unique at ε = 0.025", step, share, (0, 100), True),
-            _lines(arms, lambda run: _sweep(run, 0.25), "Unique at ε = 0.25", step, share, (0, 100), True),
-            _lines(arms, lambda run: _logged(run, "alive"), "Alive", step, "alive prototypes", (0, None)),
+            lines(lambda run: _sweep(run, 0.025), "Unique at ε = 0.025", step, share, y_range=(0, 100), marker=True),
+            lines(lambda run: _sweep(run, 0.25), "Unique at ε = 0.25", step, share, y_range=(0, 100), marker=True),
+            lines(lambda run: _logged(run, "alive"), "Alive", step, "alive prototypes", y_range=(0, None)),
         ),
         "epsilon": panels(
-            _lines(arms, _epsilons, "Unique against ε", "ε (cosine distance)", share, (0, 100)),
-            _lines(arms, _effective_curve, "Effective against ε", "ε (cosine distance)", "N_eff(ε)",
-                   (0, None), True),
+            lines(_epsilons, "Unique against ε", "ε (cosine distance)", share, y_range=(0, 100)),
+            lines(
+                _effective_curve,
+                "Effective against ε",
+                "ε (cosine distance)",
+                "N_eff(ε)",
+                y_range=(0, None),
+                marker=True,
+            ),
         ),
-        "circle": _circles(arms),
-        "usage": _usage(arms),
+        "circle": _circles(arms, look),
+        "usage": _usage(arms, look),
         "loss": panels(
-            _lines(arms, lambda run: _logged(run, "loss"), "Loss", step, "loss (nats)", ln_k=True),
-            _lines(arms, lambda run: _logged(run, "teacher_entropy"), "Teacher entropy", step,
-                   "entropy of the targets (nats)", ln_k=True),
+            lines(lambda run: _logged(run, "loss"), "Loss", step, "loss (nats)", ln_k=True),
+            lines(
+                lambda run: _logged(run, "teacher_entropy"),
+                "Teacher entropy",
+                step,
+                "entropy of the targets (nats)",
+                ln_k=True,
+            ),
         ),
-        "cost": _cost(arms),
-    }  # fmt: skip
+        "cost": _cost(arms, look),
+    }
 
 
 def _lines(
-    arms: Arms, read: Callable[[RunRecord], Curve], title: str, x_label: str, y_label: str,
-    y_range: tuple[float, float | None] | None = None, marker: bool = False, ln_k: bool = False,
-) -> tuple[str, str] | None:  # fmt: skip
+    arms: Arms,
+    look: Mapping[str, figures.Style],
+    read: Callable[[RunRecord], Curve],
+    title: str,
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float, float | None] | None = None,
+    marker: bool = False,
+    ln_k: bool = False,
+) -> tuple[str, str] | None:
     """A panel of one curve per run, with the last values as alternative text; None without any curve."""
     curves = {arm: [c for run in runs if len((c := read(run))[0])] for arm, runs in arms.items()}
     curves = {arm: found for arm, found in curves.items() if found}
@@ -106,7 +188,7 @@ def _lines(
     totals = {k for runs in arms.values() for run in runs if (k := number(run.summary.get("prototypes")))}
     reference = (math.log(totals.pop()), "ln K") if ln_k and len(totals) == 1 else None
     ends = "; ".join(f"{arm} {np.mean([y[-1] for _, y in found]):.3g}" for arm, found in curves.items())
-    image = figures.line_panel(curves, title, x_label, y_label, y_range, reference, marker)
+    image = figures.line_panel(curves, title, x_label, y_label, y_range, reference, marker, look)
     return image, f"{title}: {y_label} against {x_label}. At the right end: {ends}."
 
 
@@ -117,15 +199,19 @@ def _curve(points: dict[float, float]) -> Curve:
 
 def _logged(run: RunRecord, name: str) -> Curve:
     # a resumed run logs some steps twice: the later row is the one that training went on from
-    points = {row["step"]: v for row in run.metrics
-              if row.get("kind") == "step" and (v := number(row.get(name))) is not None}  # fmt: skip
+    points = {
+        row["step"]: v for row in run.metrics if row.get("kind") == "step" and (v := number(row.get(name))) is not None
+    }
     return figures.smooth(*_curve(points))
 
 
 def _sweep(run: RunRecord, eps: float) -> Curve:
     total = number(run.summary.get("prototypes"))
-    points = {row["step"]: v for row in run.metrics if row.get("kind") == "sweep"
-              and (v := percent(at_epsilon(row.get("unique"), eps), total)) is not None}  # fmt: skip
+    points = {
+        row["step"]: v
+        for row in run.metrics
+        if row.get("kind") == "sweep" and (v := percent(at_epsilon(row.get("unique"), eps), total)) is not None
+    }
     return _curve(points)
 
 
@@ -141,7 +227,7 @@ def _effective_curve(run: RunRecord) -> Curve:
     return _curve({eps: n for eps in EPSILONS if (n := at_epsilon(given, eps)) is not None})
 
 
-def _circles(arms: Arms) -> Panels:
+def _circles(arms: Arms, look: Mapping[str, figures.Style]) -> Panels:
     given = {arm: [run for run in runs if len(run.arrays.get("circle", ()))] for arm, runs in arms.items()}
     first = {arm: runs[0] for arm, runs in given.items() if runs}
     points = {arm: run.arrays["circle"] for arm, run in first.items()}
@@ -149,14 +235,14 @@ def _circles(arms: Arms) -> Panels:
     panels = []
     for arm, run in first.items():
         usage = run.arrays.get("usage")
-        image = figures.circle(arm, points[arm], None if usage is None else usage > 0, top)
+        image = figures.circle(arm, points[arm], None if usage is None else usage > 0, top, look[arm][0])
         peak = figures.circle_density(points[arm]).max()
         alt = f"{arm}: prototypes on a circle; the densest angle has {peak:.1f} × the uniform density."
         panels.append((image, alt))
     return panels
 
 
-def _usage(arms: Arms) -> Panels:
+def _usage(arms: Arms, look: Mapping[str, figures.Style]) -> Panels:
     given = {arm: [r.arrays["usage"] for r in runs if "usage" in r.arrays] for arm, runs in arms.items()}
     counts = {arm: found for arm, found in given.items() if found}
     if not counts:
@@ -167,10 +253,10 @@ def _usage(arms: Arms) -> Panels:
         effective = [f"{m.name} {s.mean:.1f}" for m in EFFECTIVE.values() if (s := stat(m, arms[arm]))]
         labels[arm] = "\n".join([f"{arm}: {used:,.0f} used", *effective])
     alt = "Held-out images per prototype by rank. " + "; ".join(labels.values()).replace("\n", ", ")
-    return [(figures.usage_spectrum(counts, labels), alt)]
+    return [(figures.usage_spectrum(counts, labels, look), alt)]
 
 
-def _cost(arms: Arms) -> Panels:
+def _cost(arms: Arms, look: Mapping[str, figures.Style]) -> Panels:
     parts: dict[str, dict[str, float]] = {}
     for arm, runs in arms.items():
         given = [found for run in runs if (found := run.summary.get("step_parts"))]
@@ -179,9 +265,10 @@ def _cost(arms: Arms) -> Panels:
             parts[arm] = {name: float(np.mean([found.get(name) or 0.0 for found in given])) for name in names}
     if not parts:
         return []
-    alt = "; ".join(f"{arm}: " + ", ".join(f"{part} {1e3 * s:.3g} ms" for part, s in found.items())
-                    for arm, found in parts.items())  # fmt: skip
-    return [(figures.step_parts(parts), alt)]
+    alt = "; ".join(
+        f"{arm}: " + ", ".join(f"{part} {1e3 * s:.3g} ms" for part, s in found.items()) for arm, found in parts.items()
+    )
+    return [(figures.step_parts(parts, look), alt)]
 
 
 def _diagnosis_share(arms: Arms) -> str:
@@ -190,7 +277,7 @@ def _diagnosis_share(arms: Arms) -> str:
     return ", ".join(f"{arm} {percent:.1f} %" for arm, percent in found.items())
 
 
-def _examples(arm: str, runs: Sequence[RunRecord]) -> Row:
+def _examples(arm: str, runs: Sequence[RunRecord], colour: str) -> Row:
     """Strips of nearest images: one duplicate group, and used prototypes that are unique."""
     run = next((run for run in runs if {"duplicate_images", "unique_images"} & set(run.arrays)), runs[0])
     groups = []
@@ -205,25 +292,37 @@ def _examples(arm: str, runs: Sequence[RunRecord]) -> Row:
         groups.append(strips)
     all_distinct = UNIQUE[0.025].read(run.summary) == 100
     none = "no two prototypes lie within ε = 0.025 of each other" if all_distinct else "none was recorded"
-    return {"arm": arm, "colour": figures.style(arm)[0], "none": f"No duplicate group: {none}.",
-            "duplicate": groups[0], "unique": groups[1]}  # fmt: skip
+    return {
+        "arm": arm,
+        "colour": colour,
+        "none": f"No duplicate group: {none}.",
+        "duplicate": groups[0],
+        "unique": groups[1],
+    }
 
 
-def _untrained(runs: Sequence[RunRecord]) -> str:
-    found = stat(Measure("", "", entry("knn_untrained", 100)), runs)
-    return "" if found is None else f"{found.mean:.1f}"
+def _untrained(arms: Arms) -> list[str]:
+    """kNN of each arm's encoder at its random start; empty where no run has it."""
+    found = [stat(Measure("", "", entry("knn_untrained", 100)), runs) for runs in arms.values()]
+    return ["–" if s is None else f"{s.mean:.1f}" for s in found] if any(found) else []
 
 
 def _tight(text: str) -> str:
     """Keep a sign and its number on one line."""
-    for sign in ("ε = ", " ± ", " %", "K = ", " × ", " ms", " bits"):
+    for sign in ("ε ", "ε = ", " ± ", " %", "K = ", " × ", " ms", " bits"):
         text = text.replace(sign, sign.replace(" ", "\N{NO-BREAK SPACE}"))
     return text
 
 
 def _setting(runs: Sequence[RunRecord]) -> str:
-    words = (("data", "data: {}"), ("n_train", "{} training images"), ("prototypes", "K = {} prototypes"),
-             ("dim", "{} dimensions"), ("steps", "{} steps"), ("device", "on {}"))  # fmt: skip
+    words = (
+        ("data", "data: {}"),
+        ("n_train", "{} training images"),
+        ("prototypes", "K = {} prototypes"),
+        ("dim", "{} dimensions"),
+        ("steps", "{} steps"),
+        ("device", "on {}"),
+    )
     parts = [form.format(value) for name, form in words if (value := common(runs, name))]
     seeds = sorted({run.seed for run in runs})
     last = "no runs" if not seeds else f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"

@@ -1,20 +1,24 @@
-"""Run folders read back, and numbers read out of their summaries; a missing piece is never an error."""
+"""Run folders read back; a missing piece is never an error, and a damaged one is named and left out."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
-from uncollapse.config import ARMS
-from uncollapse.runlog import read_rows
+from uncollapse.judging import RandomLikeness
+from uncollapse.measures import Row
+from uncollapse.shown import shown
 
-Row = dict[str, Any]
+MOST_ARRAY = 1 << 28
+"""Bytes of the largest array of a ``diagnosis.npz`` that is read: ours stay far below."""
 
 
 @dataclass
@@ -22,7 +26,7 @@ class RunRecord:
     """What one training run left behind; a missing piece is empty and the report goes without it."""
 
     name: str
-    """The arm: how the prototypes were learned."""
+    """How the prototypes were learned, such as ``joint``."""
     seed: int = 0
     metrics: list[Row] = field(default_factory=list)
     """Rows of ``metrics.jsonl``: kinds ``step``, ``sweep`` and ``warning``."""
@@ -31,6 +35,11 @@ class RunRecord:
     """The arrays of ``diagnosis.npz``."""
     evaluation: Row = field(default_factory=dict)
     """What `uncollapse evaluate` measured: the ``data`` of ``evaluation.json``."""
+    config: Row = field(default_factory=dict)
+    """``config.yaml`` with dotted keys and every default; empty where there is none."""
+    folder: str = ""
+    problems: list[str] = field(default_factory=list)
+    """A line for each damaged piece, which was left out."""
 
 
 Arms = dict[str, list[RunRecord]]
@@ -38,58 +47,214 @@ Arms = dict[str, list[RunRecord]]
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read ``metrics.jsonl``, ``summary.json``, ``diagnosis.npz`` and ``evaluation.json``, whichever exist."""
-    summary: Row = {}
-    if (folder / "summary.json").exists():
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    arrays: dict[str, np.ndarray] = {}
-    if (folder / "diagnosis.npz").exists():
-        with np.load(folder / "diagnosis.npz", allow_pickle=False) as stored:
-            arrays = dict(stored)
-    rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    evaluation: Row = {}
-    if (folder / "evaluation.json").exists():
-        from uncollapse.evaluate.record import embed_pictures, read_evaluation
+    """Reads ``summary.json``, ``config.yaml``, ``metrics.jsonl``, ``diagnosis.npz`` and ``evaluation.json``.
 
-        evaluation = (read_evaluation(folder) or {}).get("data", {})
-        embed_pictures(folder, evaluation)
-    name = summary.get("name") or folder.name
-    return RunRecord(name, summary.get("seed") or 0, rows, summary, arrays, evaluation)
-
-
-def group_runs(runs: Iterable[RunRecord]) -> Arms:
-    """Runs by arm, in the order of :data:`~uncollapse.config.ARMS` (others after), seeds ascending."""
-    arms: Arms = {}
-    for run in sorted(runs, key=lambda run: run.seed):
-        arms.setdefault(run.name, []).append(run)
-    order: dict[str, int] = {name: place for place, name in enumerate(ARMS)}
-    return dict(sorted(arms.items(), key=lambda item: order.get(item[0], len(order))))
+    Whichever exist: what cannot be read, or holds other types than a run writes, is left out and named in `problems`.
+    """
+    record = RunRecord(shown(folder.name)[:80], folder=shown(folder))
+    for name, read in (
+        ("summary.json", _summary),
+        ("config.yaml", _config),
+        ("metrics.jsonl", _metrics),
+        ("diagnosis.npz", _arrays),
+        ("evaluation.json", _evaluation),
+    ):
+        path = folder / name
+        try:
+            if path.is_file():
+                read(path, record)
+        # Whatever a file's bytes make a parser raise, the other files and the other runs are still worth reading.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            record.problems.append(f"{shown(path)}: damaged and left out ({shown(reason)})")
+    return record
 
 
-def number(value: Any) -> float | None:
-    """A finite number of a summary as a float; None for anything else."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+# ------------------------------------------------------------------------------------------------ summary
+
+Whole = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
+Above0 = Annotated[int, Field(strict=True, ge=1, lt=2**53)]
+Real = Annotated[float, Field(strict=True)]
 
 
-def at_epsilon(counts: Any, eps: float) -> float | None:
-    """The value at ``eps`` of a mapping whose keys are ε as text, as JSON has them."""
-    found = [value for key, value in (counts or {}).items() if math.isclose(float(key), eps)]
-    return number(found[0]) if found else None
+@dataclass
+class _Information:
+    bits: Real
+    standard_error: Real | None = None
+    fitted_on: str = ""
+    n_fit: Whole | None = None
+    n: Whole | None = None
+    views: Whole | None = None
 
 
-def percent(part: float | None, whole: float | None) -> float | None:
-    """``part`` in per cent of ``whole``; None where either is missing or ``whole`` is zero."""
-    return 100 * part / whole if part is not None and whole else None
+_Ends = tuple[Real | None, Real | None]
+_ENTRIES: dict[Any, str] = {
+    str: "name data device encoder data_digest held_out_digest",
+    Above0: "prototypes dim",
+    Whole: "seed steps n_train n_held_out used used_by_logits used_by_target alive alive_window knn_k n_bank views",
+    Real: "knn linear knn_balanced linear_balanced knn_untrained target_agreement seconds_per_step diagnosis_share "
+    "loss effective_rank uniformity view_epsilon",
+    dict[str, Whole]: "unique unique_means unique_used",
+    dict[str, Real]: "effective step_parts",
+    _Ends: "knn_ci95 linear_ci95 knn_balanced_ci95 linear_balanced_ci95",
+    Real | _Information: "view_information",
+    RandomLikeness: "random_start",
+    list[str]: "notes",
+}
+_ADAPTERS = {
+    name: adapter for kind, names in _ENTRIES.items() for adapter in [TypeAdapter(kind)] for name in names.split()
+}
 
 
-def entry(name: str, factor: float = 1.0) -> Callable[[Row], float | None]:
-    """A function that reads the number ``name`` of a summary, times ``factor``."""
+def _summary(path: Path, record: RunRecord) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"expected an object, found a {type(content).__name__}")
+    record.summary, wrong = checked_summary(content)
+    if wrong:
+        record.problems.append(f"{shown(path)}: of another type than a run writes, and left out: {', '.join(wrong)}")
+    record.name = record.summary.get("name") or record.name
+    record.seed = record.summary.get("seed") or 0
 
-    def read(summary: Row) -> float | None:
-        value = number(summary.get(name))
-        return None if value is None else factor * value
 
-    return read
+def checked_summary(content: Row) -> tuple[Row, list[str]]:
+    """The known entries of a summary that have the right type, text safe to print; and the names of the others."""
+    good: Row = {}
+    wrong = []
+    for name, adapter in _ADAPTERS.items():
+        value = content.get(name)
+        if value is None:
+            continue
+        try:
+            checked = adapter.validate_python(value)
+        except ValidationError:
+            wrong.append(name)
+            continue
+        good[name] = shown(checked)[:80] if isinstance(checked, str) else checked
+        if dataclasses.is_dataclass(checked) and not isinstance(checked, type):
+            good[name] = dataclasses.asdict(checked)
+    if (good.get("unique") or {}) and any(n > good.get("prototypes", 0) for n in good["unique"].values()):
+        del good["unique"]
+        wrong.append("unique (more than there are prototypes)")
+    for name in ("unique", "unique_means", "unique_used", "effective"):
+        if any(not _is_epsilon(key) for key in good.get(name, ())):
+            del good[name]
+            wrong.append(name)
+    return good, wrong
+
+
+def _is_epsilon(text: str) -> bool:
+    try:
+        return 0 < float(text) <= 2
+    except ValueError:
+        return False
+
+
+# ------------------------------------------------------------------------------------- the other files
+
+
+def _config(path: Path, record: RunRecord) -> None:
+    from uncollapse.config import build_config, read_recipe
+
+    content = read_recipe(path)
+    # Options that no longer exist still tell runs of before apart.
+    record.config = flat(content) | flat(dataclasses.asdict(build_config(content, str(path), retired=True)))
+
+
+def flat(content: Row, prefix: str = "") -> Row:
+    """Nested mappings with dotted keys."""
+    out: Row = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def _metrics(path: Path, record: RunRecord) -> None:
+    from uncollapse.runlog import read_rows
+
+    rows = read_rows(path)
+    good = [r for r in rows if isinstance(r.get("step", 0), int) and abs(r.get("step", 0)) < 2**53]
+    for row in good:
+        if row.get("kind") == "sweep" and not isinstance(row.get("unique"), dict):
+            row["unique"] = {}
+    record.metrics = good
+    if len(good) < len(rows):
+        record.problems.append(f"{shown(path)}: {len(rows) - len(good)} rows without a step are left out")
+
+
+_SHAPES = {
+    "circle": ("f", 2),
+    "usage": ("iu", 1),
+    "movement": ("f", 1),
+    "sweep_eps": ("f", 1),
+    "sweep_unique": ("iuf", 1),
+    "duplicate_ids": ("iu", 1),
+    "unique_ids": ("iu", 1),
+    "duplicate_images": ("u", 5),
+    "unique_images": ("u", 5),
+    "view_information_of_image": ("f", 1),
+    "knn_correct": ("b", 1),
+    "linear_correct": ("b", 1),
+}
+"""Kind of the numbers and dimensions of each array that is read."""
+
+
+def _arrays(path: Path, record: RunRecord) -> None:
+    with zipfile.ZipFile(path) as archive:
+        sizes = {i.filename.removesuffix(".npy"): i.file_size for i in archive.infolist()}
+        found, bad = {}, []
+        for name in _SHAPES:
+            if name not in sizes:
+                continue
+            try:
+                found[name] = _array(archive, name, sizes[name])
+            except Exception as error:  # of one array; the others may still be whole
+                bad.append(f"{name} ({shown(' '.join(str(error).split()))[:80] or type(error).__name__})")
+    for one, other in (("circle", "usage"), ("movement", "usage"), ("sweep_eps", "sweep_unique")):
+        if one in found and other in found and len(found[one]) != len(found[other]):
+            bad.append(f"{one} (its length is not that of {other})")
+            del found[one]
+    record.arrays = found
+    if bad:
+        record.problems.append(f"{shown(path)}: arrays damaged and left out: {', '.join(bad)}")
+
+
+def _array(archive: zipfile.ZipFile, name: str, size: int) -> np.ndarray:
+    if size > MOST_ARRAY:
+        raise ValueError(f"{size:,} bytes, more than any run writes")
+    with archive.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        count = 1
+        for side in shape:
+            count *= int(side)
+        kinds, dimensions = _SHAPES[name]
+        if dtype.kind not in kinds or len(shape) != dimensions:
+            raise ValueError(f"is {dtype} of {len(shape)} dimensions")
+        data = file.read(count * dtype.itemsize + 1 if count * dtype.itemsize <= size else 0)
+        if len(data) != count * dtype.itemsize:
+            raise ValueError("is cut short")
+    array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy()
+    if dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError("holds NaN or infinite values")
+    if dtype.kind == "i" and array.size and int(array.min()) < 0:
+        raise ValueError("holds negative counts")
+    if dimensions == 5 and (dtype != np.uint8 or (array.size and array.shape[-1] != 3)):
+        raise ValueError("holds no images")
+    if name == "circle" and array.shape[1] != 2:
+        raise ValueError("is not in the plane")
+    return array
+
+
+def _evaluation(path: Path, record: RunRecord) -> None:
+    from uncollapse.evaluate.record import embed_pictures, understood
+
+    record.evaluation = understood(path)["data"]
+    embed_pictures(path.parent, record.evaluation)
 
 
 def common(runs: Sequence[RunRecord], name: str) -> str:

@@ -18,6 +18,7 @@ from uncollapse.checkpoint import write_atomically
 from uncollapse.config import Config, arm_name
 from uncollapse.fingerprint import image_digests
 from uncollapse.images import ImageSet, MemoryImages, subset
+from uncollapse.judging import random_likeness
 from uncollapse.loading import eval_batches, view_loader
 from uncollapse.metrics import PrototypeReport, prototype_report, usage_counts
 from uncollapse.monitor import PrototypeMonitor
@@ -95,6 +96,7 @@ def finish_run(
         "n_held_out": len(held_out),
         **image_digests(train_images, held_out),
         **_jsonable(report),
+        "random_start": dataclasses.asdict(random_likeness(vectors, EPSILONS[0])),
         "alive": monitor.alive(),
         "alive_window": min(monitor.window, monitor.calls),
         "loss": loss,

@@ -1,72 +1,62 @@
-"""The table that ends a run or a demo: no share of unique prototypes without what it hides."""
+"""The table that ends a run or a demo: the figures of merit first, and no share of unique prototypes without them."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-Row = dict[str, Any]
-Measure = Callable[[Row], float | None]
+from uncollapse.arms import CONTROL
+from uncollapse.comparing import stat
+from uncollapse.judging import judge_row
+from uncollapse.measures import Measure, Row, measured
+from uncollapse.runs import RunRecord
+from uncollapse.shown import shown
 
 
-def _unique(eps: str) -> Measure:
-    return lambda s: 100 * s["unique"][eps] / s["prototypes"]
-
-
-def _percent(name: str) -> Measure:
-    return lambda s: None if s.get(name) is None else 100 * s[name]
-
-
-MEASURES: list[tuple[str, Measure, int]] = [
-    ("unique %, ε .025", _unique("0.025"), 1),
-    ("unique %, ε .1", _unique("0.1"), 1),
-    ("unique %, ε .25", _unique("0.25"), 1),
-    ("unique %, ε .5", _unique("0.5"), 1),
-    ("used", lambda s: s["used"], 0),
-    ("alive", lambda s: s["alive"], 0),
-    ("unique of used", lambda s: s["unique_used"]["0.025"], 0),
-    ("N_eff, ε .025", lambda s: s["effective"]["0.025"], 1),
-    ("N_eff, ε .25", lambda s: s["effective"]["0.25"], 1),
-    ("view bits", lambda s: s["view_information"], 2),
-    ("kNN %", _percent("knn"), 1),
-    ("linear %", _percent("linear"), 1),
-    ("ms per step", lambda s: 1000 * s["seconds_per_step"], 1),
-]
-"""Label, value and decimals of each line."""
-
-
-def cell(values: list[float | None], decimals: int) -> str:
-    """One arm's value; mean ± standard deviation over several seeds; – where there is none."""
-    known = [v for v in values if v is not None]
-    if not known:
+def cell(measure: Measure, rows: Sequence[Row]) -> str:
+    """One arm's value; ± its standard error where it has one of its own, else its deviation over seeds; – for none."""
+    s = stat(measure, [RunRecord("", row.get("seed") or 0, summary=row) for row in rows])
+    if s is None:
         return "–"
-    mean = f"{statistics.fmean(known):.{decimals}f}"
-    return mean if len(known) == 1 else f"{mean}±{statistics.stdev(known):.{decimals}f}"
+    spread = s.error if measure.error is not None and not measure.interval else s.sd
+    return measure.text(s.mean) + ("" if spread is None else f"±{measure.text(spread)}")
 
 
 def print_table(summaries: list[Row], console: Console | None = None) -> None:
-    """Prints a column per arm: what became of its prototypes, then what each part of a step costs."""
+    """Prints a column per arm: the figures of merit, what became of its prototypes, the verdict, the cost of a step."""
     console = console or Console()
     arms: dict[str, list[Row]] = {}
     for summary in summaries:
-        arms.setdefault(summary["name"], []).append(summary)
+        arms.setdefault(shown(summary["name"]), []).append(summary)
     first = summaries[0]
     seeds = len({s["seed"] for s in summaries})
     title = f"{first['prototypes']} prototypes, {first['steps']} steps, n = {first['n_held_out']} held-out images"
     title += f", mean ± sd over {seeds} seeds" if seeds > 1 else ""
-    lines = [
-        (label, [cell([measure(s) for s in rows], decimals) for rows in arms.values()])
-        for label, measure, decimals in MEASURES
-    ]
+    lines = [(m.label, [cell(m, rows) for rows in arms.values()]) for m in measured(summaries)]
     _print(console, title, list(arms), lines)
-    console.print(_legend(summaries), highlight=False)
+    console.print(_legend(summaries), highlight=False, markup=False)
+    console.print()
+    for arm, rows in arms.items():
+        for line in verdict_lines(arm, rows):
+            console.print(line, highlight=False, markup=False)
     console.print()
     _print(console, "what a step costs, ms", list(arms), _parts(arms))
+
+
+def verdict_lines(arm: str, rows: Sequence[Row]) -> list[str]:
+    """The verdict on each arm and what to do next; a line for each label where seeds disagree."""
+    found = [v for row in rows if (v := judge_row(row, row["name"])) is not None]
+    labels = [v.label for v in found]
+    lines = []
+    for label, v in {v.label: v for v in found}.items():
+        some = "" if len(set(labels)) == 1 else f" ({labels.count(label)} of {len(labels)} seeds)"
+        control = " (the control)" if rows[0]["name"] == CONTROL else ""
+        lines.append(f"{arm}{control}: {label}{some}. Next: {v.advice}")
+    return lines
 
 
 Line = tuple[str, list[str]]
@@ -75,7 +65,7 @@ Line = tuple[str, list[str]]
 
 def _print(console: Console, title: str, arms: list[str], lines: list[Line]) -> None:
     """A line per measure and a column per arm: the arms are few, so this fits where the reverse would not."""
-    console.print(title, style="italic", highlight=False)
+    console.print(title, style="italic", highlight=False, markup=False)
     unbounded = console.options.update(width=100_000)
     # What does not fit side by side is broken, first names at hyphens, then cells before ±, then the row of arms.
     for breaks, most in [("", len(arms)), ("-", len(arms)), *(("-±", n) for n in range(len(arms), 0, -1))]:
@@ -87,23 +77,33 @@ def _print(console: Console, title: str, arms: list[str], lines: list[Line]) -> 
         console.print()
 
 
-def _table(arms: list[str], lines: list[Line], shown: slice, breaks: str) -> Table:
+def _table(arms: list[str], lines: list[Line], columns: slice, breaks: str) -> Table:
+    from rich.text import Text
+
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column(overflow="fold")  # never an ellipsis, however narrow the console
-    for arm in arms[shown]:
-        table.add_column(arm.replace("-", "-\n") if "-" in breaks else arm, justify="right", overflow="fold")
+    for arm in arms[columns]:
+        name = arm.replace("-", "-\n") if "-" in breaks else arm
+        table.add_column(Text(name), justify="right", overflow="fold")
     for label, cells in lines:
-        table.add_row(label, *(c.replace("±", "\n±") if "±" in breaks else c for c in cells[shown]))
+        table.add_row(label, *(c.replace("±", "\n±") if "±" in breaks else c for c in cells[columns]))
     return table
 
 
 def _legend(summaries: list[Row]) -> str:
     first = summaries[0]
-    lines = [
+    lines = []
+    information = next((s["view_information"] for s in summaries if isinstance(s.get("view_information"), dict)), None)
+    if information is not None:
+        fitted = f", fitted on {information['fitted_on']}" if information.get("fitted_on") else ""
+        lines.append(
+            "view information: the figure of merit, with kNN; ± its standard error over images and seeds (lower "
+            f"bound{fitted})."
+        )
+    lines.append(
         "unique: kept by the greedy ε-cover; used: nearest to at least one held-out image; alive: nearest to a "
-        f"training view in the last {first['alive_window']} steps. Dead prototypes count as unique: "
-        "read that line only with used, N_eff and the fixed control."
-    ]
+        f"training view in the last {first['alive_window']} steps. These describe: dead and random ones are unique too."
+    )
     if first.get("knn") is not None:
         low, high = first["knn_ci95"]
         untrained = statistics.fmean(s["knn_untrained"] for s in summaries)
@@ -111,14 +111,19 @@ def _legend(summaries: list[Row]) -> str:
             f"kNN: k = {first['knn_k']}, 95 % interval of one run ± {50 * (high - low):.1f}; "
             f"untrained encoder {100 * untrained:.1f} %."
         )
-    return "\n".join(lines)
+    if all(s["name"] != CONTROL for s in summaries):
+        lines.append(
+            "No control here: the same command with --prototypes fixed trains it, and uncollapse report RUN CONTROL "
+            "compares the two."
+        )
+    return "\n".join([*lines, *dict.fromkeys(note for s in summaries for note in s.get("notes") or [])])
 
 
 def _parts(arms: dict[str, list[Row]]) -> list[Line]:
     parts = dict.fromkeys(p for rows in arms.values() for s in rows for p in s["step_parts"])
-    lines = [
-        (part, [cell([1000 * s["step_parts"].get(part, 0.0) for s in rows], 2) for rows in arms.values()])
-        for part in parts
-    ]
+    lines = []
+    for part in parts:
+        ms = Measure(part, "", lambda s, p=part: 1000 * s["step_parts"].get(p, 0.0), 2)  # type: ignore[misc]
+        lines.append((part, [cell(ms, rows) for rows in arms.values()]))
     shares = [statistics.fmean(s["diagnosis_share"] for s in rows) for rows in arms.values()]
     return [*lines, ("diagnosis, share", [f"{100 * share:.2f} %" for share in shares])]

@@ -293,8 +293,23 @@ def draw_owners(o: Ownership) -> tuple[str, str]:
         x, every = figures.smooth(rank, owned, figures.MAX_POINTS)
         _, merged = figures.smooth(rank, distinct, figures.MAX_POINTS)
         axes.vlines(x, merged, every, color=figures.FAINT, linewidth=1.2)
-        axes.plot(x, every, "o", color=figures.style("joint")[0], markersize=5.5, fillstyle="none", label="prototypes")
-        axes.plot(x, merged, "o", color=figures.style("decoupled")[0], markersize=2.6, label="duplicates merged")
+        axes.plot(
+            x,
+            every,
+            "o",
+            color=figures.styles(["joint"])["joint"][0],
+            markersize=5.5,
+            fillstyle="none",
+            label="prototypes",
+        )
+        axes.plot(
+            x,
+            merged,
+            "o",
+            color=figures.styles(["decoupled"])["decoupled"][0],
+            markersize=2.6,
+            label="duplicates merged",
+        )
         axes.set(xlabel="classes, most training images first", ylabel="owned by the class")
         axes.set_ylim(-0.03 * max(1, every.max()), 1.12 * max(1, every.max()))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,0 +1,173 @@
+"""Which runs are seeds of one arm, what each arm is called, and which arms saw the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from uncollapse.config import ARMS
+from uncollapse.measures import Row
+from uncollapse.runs import Arms, RunRecord
+
+BASELINE, CONTROL = "joint", "fixed"
+_PLACES = ("seed", "data.path", "data.val_path", "data.workers", "data.memory_gb")
+"""Keys of a configuration that may differ between the seeds of an arm, as those of ``log`` may."""
+_KIND = ("prototypes.kind", "prototypes.targets")
+"""What an arm's own name says already."""
+_WORDS = {
+    "prototypes.count": "K",
+    "prototypes": "K",
+    "steps": "steps",
+    "optim.lr": "learning rate",
+    "run.batch": "batch",
+}
+MOST_NAMED = 3
+"""Most differences that a name lists."""
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Runs by arm, and what has to be said about them."""
+
+    arms: Arms
+    """In the order of the kinds; the seeds of each ascending."""
+    data: dict[str, int]
+    """Of each arm, which of the sets of images it saw: only arms of one set are compared."""
+    notes: list[str]
+
+
+def group(runs: Sequence[RunRecord]) -> Grouping:
+    """Runs are seeds of one arm only where nothing but the seed differs: configuration, steps and images are alike.
+
+    The same run twice, and a seed twice, count once. Names say what differs.
+    """
+    notes: list[str] = []
+    sets = _data_sets(runs)
+    by_arm: dict[tuple[object, ...], list[tuple[int, RunRecord]]] = {}
+    for run, of in sorted(zip(runs, sets, strict=True), key=lambda pair: pair[0].seed):
+        settings = tuple(sorted((key, repr(value)) for key, value in _settings(run).items()))
+        mates = by_arm.setdefault((run.name, of, settings), [])
+        twin = next((other for _, other in mates if other.seed == run.seed), None)
+        if twin is None:
+            mates.append((of, run))
+            continue
+        same = run.folder == twin.folder or run.summary == twin.summary
+        notes.append(
+            f"{run.folder or run.name} is {'the same run as' if same else 'of the same arm and seed as'} "
+            f"{twin.folder or twin.name}, and counted once"
+        )
+    order: dict[str, int] = {name: place for place, name in enumerate(ARMS)}
+    groups = sorted(by_arm.values(), key=lambda found: order.get(found[0][1].name, len(order)))
+    names, said = _names([[run for _, run in found] for found in groups], [found[0][0] for found in groups])
+    notes += said
+    arms = {name: [run for _, run in found] for name, found in zip(names, groups, strict=True)}
+    data = {name: found[0][0] for name, found in zip(names, groups, strict=True)}
+    if len(set(data.values())) > 1:
+        seen = []
+        for of in dict.fromkeys(data.values()):
+            mates = [arm for arm in arms if data[arm] == of]
+            seen.append(f"{_data_name(arms[mates[0]][0])}: {', '.join(mates)}")
+        notes.append(f"These runs saw different images; only runs on the same ones are compared ({'; '.join(seen)})")
+    return Grouping(arms, data, notes)
+
+
+def rival(arm: str, grouping: Grouping, kind: str) -> str | None:
+    """The arm of that kind, on the same images, whose configuration is most like that of ``arm``; None without one."""
+    arms = grouping.arms
+    found = [
+        other
+        for other, runs in arms.items()
+        if other != arm and runs[0].name == kind and grouping.data[other] == grouping.data[arm]
+    ]
+    return min(found, key=lambda other: len(_differing([arms[arm][0], arms[other][0]])), default=None)
+
+
+def _settings(run: RunRecord) -> Row:
+    """What decides the numbers of a run, its seed aside; of a folder without config.yaml what the summary tells."""
+    found = {k: v for k, v in run.config.items() if k not in _PLACES and not k.startswith("log.")}
+    names = ("steps",) if found else ("prototypes", "dim", "steps", "encoder")
+    return found | {name: value for name in names if (value := run.summary.get(name)) is not None}
+
+
+def _differing(runs: Sequence[RunRecord]) -> list[str]:
+    """Keys with different values; one that a run does not record says nothing."""
+    settings = [_settings(run) for run in runs]
+    keys = dict.fromkeys(key for found in settings for key in found)
+    return [k for k in keys if k not in _KIND and len({repr(found[k]) for found in settings if k in found}) > 1]
+
+
+def _names(groups: Sequence[Sequence[RunRecord]], sets: Sequence[int]) -> tuple[list[str], list[str]]:
+    """A name for each arm: how its prototypes are learned and what else tells it from the others."""
+    firsts = [found[0] for found in groups]
+    everywhere, notes = _differing(firsts), []
+    if len(everywhere) > MOST_NAMED:
+        more = f" and {len(everywhere) - 12} more" if len(everywhere) > 12 else ""
+        notes.append(f"The arms also differ in {', '.join(everywhere[:12])}{more}")
+    names = []
+    for run in firsts:
+        alike = [other for other in firsts if other.name == run.name]
+        keys = everywhere if len(everywhere) <= MOST_NAMED else _differing(alike)
+        parts = [run.name]
+        if len(keys) <= MOST_NAMED:
+            parts += [_setting(key, value) for key in keys if (value := _settings(run).get(key)) is not None]
+        if len(set(sets)) > 1:
+            parts.append(f"on {_data_name(run)}")
+        names.append(", ".join(parts))
+    repeated = {name for name in names if names.count(name) > 1}
+    for i, run in enumerate(firsts):
+        if names[i] in repeated:  # too much differs to list it: the folder tells which is which
+            names[i] = f"{names[i]} ({run.folder or i + 1})"
+    return names, notes
+
+
+def _setting(key: str, value: object) -> str:
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{_WORDS.get(key, key)} = {text[:40]}"
+
+
+# -------------------------------------------------------------------------------------------- same images
+
+
+def _data_name(run: RunRecord) -> str:
+    name = str(run.summary.get("data") or "unnamed images")
+    n = run.summary.get("n_train")
+    return f"{name}, {n:,} training images" if isinstance(n, int) else name
+
+
+def _data_sets(runs: Sequence[RunRecord]) -> list[int]:
+    """A number for each run: equal where the images are the same.
+
+    Digests decide. Where a part is held out by the seed, each seed has digests of its own: then name and numbers of
+    images must agree, and no seed may have two different digests. A run without any of these goes with the first.
+    """
+    coarse = [tuple(run.summary.get(key) for key in ("data", "n_train", "n_held_out")) for run in runs]
+    digests = [(run.summary.get("data_digest"), run.summary.get("held_out_digest")) for run in runs]
+
+    def same(i: int, j: int, by_name: bool) -> bool:
+        equal, known = digests[i] == digests[j], None not in digests[i] + digests[j]
+        if known and (equal or not by_name or runs[i].seed == runs[j].seed):
+            return equal
+        return coarse[i] == coarse[j]
+
+    def joined(by_name: Sequence[bool]) -> list[int]:
+        label = list(range(len(runs)))
+        for i in range(len(runs)):
+            for j in range(i):
+                if label[i] != label[j] and same(i, j, by_name[i] and by_name[j]):
+                    old, new = max(label[i], label[j]), min(label[i], label[j])
+                    label = [new if one == old else one for one in label]
+        return label
+
+    label = joined([True] * len(runs))
+    torn = {
+        label[i]
+        for i in range(len(runs))
+        for j in range(i)
+        if label[i] == label[j] and runs[i].seed == runs[j].seed and digests[i] != digests[j]
+        if None not in digests[i] + digests[j]
+    }
+    if torn:
+        label = joined([one not in torn for one in label])
+    silent = [set(coarse[i] + digests[i]) == {None} for i in range(len(runs))]
+    first = next((one for one, nothing in zip(label, silent, strict=True) if not nothing), 0)
+    return [first if nothing else one for one, nothing in zip(label, silent, strict=True)]
