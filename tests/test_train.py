@@ -385,9 +385,10 @@ def test_report_and_recipe_commands(tmp_path, capsys):
     page = (tmp_path / "both.html").read_text()
     assert "joint" in page
     assert "fixed" in page
-    code, err = call(capsys, "report", tmp_path / "joint", tmp_path / "nothing")
+    code, err = call(capsys, "report", tmp_path / "joint", tmp_path / "nothing", "--out", tmp_path / "one.html")
     assert code == 2
     assert "nothing" in err
+    assert (tmp_path / "one.html").is_file(), "one bad folder does not cost the others"
     capsys.readouterr()
     main(["recipe", "dino-vits16", "--optim.lr", "1e-3"])
     shown = tmp_path / "shown.yaml"

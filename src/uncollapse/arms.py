@@ -65,8 +65,8 @@ def group(runs: Sequence[RunRecord]) -> Grouping:
     if len(set(data.values())) > 1:
         seen = []
         for of in dict.fromkeys(data.values()):
-            mates = [arm for arm in arms if data[arm] == of]
-            seen.append(f"{_data_name(arms[mates[0]][0])}: {', '.join(mates)}")
+            alike = [arm for arm in arms if data[arm] == of]
+            seen.append(f"{_data_name(arms[alike[0]][0])}: {', '.join(alike)}")
         notes.append(f"These runs saw different images; only runs on the same ones are compared ({'; '.join(seen)})")
     return Grouping(arms, data, notes)
 

@@ -18,12 +18,14 @@ from uncollapse import __version__
 from uncollapse.config import ConfigError
 from uncollapse.evaluate_cli import add_parser as add_evaluate
 from uncollapse.shown import shown
+from uncollapse.terminal import tolerate_any_encoding
 from uncollapse.train_cli import add_parsers as add_train
 from uncollapse.train_cli import take_keys, unknown
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits 0, 1 (the run failed) or 2 (bad input), with one clear line on stderr."""
+    tolerate_any_encoding()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     words = list(sys.argv[1:] if argv is None else argv)
     try:

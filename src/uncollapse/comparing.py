@@ -37,7 +37,7 @@ def stat(measure: Measure, runs: Sequence[RunRecord]) -> Stat | None:
     errors = [e for run in runs if measure.error is not None and (e := measure.error(run.summary)) is not None]
     # The seeds share their held-out images, so averaging over seeds does not shrink that part.
     error = math.hypot(float(np.mean(errors)), (sd or 0.0) / math.sqrt(len(values))) if errors else None
-    ends = [e for run in runs if measure.interval and (e := _ends(run, measure.interval)) is not None]
+    ends = [pair for run in runs if measure.interval and (pair := _ends(run, measure.interval)) is not None]
     interval = (float(np.mean([e[0] for e in ends])), float(np.mean([e[1] for e in ends]))) if ends else None
     return Stat(float(np.mean(values)), sd, error, interval)
 

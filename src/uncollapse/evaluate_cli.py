@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uncollapse.config import ConfigError
-from uncollapse.shown import markup, shown
+from uncollapse.shown import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,6 +153,8 @@ def _rewrite_report(folder: Path) -> None:
 
     record = read_run(folder)
     write_report([record], folder / "report.html", f"{record.name} on {record.summary.get('data', 'images')}", [])
+    for problem in record.problems:
+        print(f"note: {problem}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------- progress
@@ -160,7 +163,7 @@ def _rewrite_report(folder: Path) -> None:
 @contextmanager
 def _bars(console: Console) -> Iterator[tuple[Callable[[str], None], Callable[[str], Callable[[int, int], None]]]]:
     """Yields ``say(line)`` and ``bar(description)``, which gives ``progress(done, total)``; all on stderr."""
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:  # TERM=dumb cannot redraw a line
         yield lambda line: print(line, file=sys.stderr, flush=True), _lines
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -216,40 +219,55 @@ def to_json(found: Sequence[Evaluated]) -> dict[str, Any]:
 
 
 def print_results(found: Sequence[Evaluated], key: str) -> None:
-    """A table on stdout: task, headline with its interval, the other metrics, n, protocol and source."""
+    """On stdout, task by task: headline with its interval, protocol, other metrics, and the control's below them."""
     from rich.console import Console
-    from rich.table import Table
 
     from uncollapse.evaluation_section import interval, number
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # in a file, 80 columns would only fold the protocols
     counts = f": {found[0].n_train:,} training and {found[0].n_test:,} test images" if found[0].n_train else ""
-    table = Table(title=markup(key + counts), title_justify="left")
-    columns = ["task", "headline", "95 %", "other metrics", "n", "protocol"]
-    for column in columns:
-        table.add_column(column, justify="right" if column in ("headline", "n") else "left", overflow="fold")
-    # A control stands below the task that it is the control of.
-    order = {name: i for i, name in enumerate(dict.fromkeys(r.task for one in found for r in one.results))}
-    rows = [(one, result) for one in found for result in one.results]
-    for one, result in sorted(rows, key=lambda row: order[row[1].task]):
-        (headline, value), *others = result.metrics.items()
-        name = result.task if one is found[0] else f"{result.task}, {one.encoder.side}"
-        table.add_row(
-            name, f"{headline} {number(headline, value)}", interval(result.ci95),
-            "\n".join(_with_interval(n, number(n, v), interval(result.ci95_of.get(n))) for n, v in others),
-            f"{result.n:,}",
-            f"{result.protocol}\n{result.source}",
-        )  # fmt: skip
-    console.print(table)
+    width = max(40, min(console.width, 120))
+    print("\n".join(_wrapped(shown(key + counts), width, "")))
+    for task in dict.fromkeys(r.task for one in found for r in one.results):
+        for one in found:
+            for result in (r for r in one.results if r.task == task):
+                metrics = [
+                    f"{shown(name)} {number(name, value)}"
+                    + (f" ({ends})" if (ends := _ends(result, i, interval)) else "")
+                    for i, (name, value) in enumerate(result.metrics.items())
+                ]
+                first = one is found[0]
+                name = task if first else f"{task}, {one.encoder.side}"
+                print(f"\n{name}: {metrics[0]}, n = {result.n:,}" if first else f"  {name}: {metrics[0]}")
+                if first:
+                    print("\n".join(_wrapped(result.protocol, width)))
+                if metrics[1:]:
+                    print("\n".join(_wrapped(" · ".join(m.replace(" ", _KEPT) for m in metrics[1:]), width)))
+    print("\nIn brackets: 95 % intervals. docs/evaluate.md says what each name means, and so does the report.")
     for note in _notes(found):
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        print("\n".join(_wrapped(f"note: {shown(note)}", width, "")))
+
+
+_KEPT = "\N{NO-BREAK SPACE}"
+
+
+def _wrapped(text: str, width: int, indent: str = "  ") -> list[str]:
+    """Lines that end between words, and never inside one or at a kept space."""
+    lines = textwrap.wrap(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent or "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace(_KEPT, " ") for line in lines]
+
+
+def _ends(result: Any, place: int, text: Callable[[Any], str]) -> str:
+    """The interval of a metric: the first has one of its own, others may."""
+    return text(result.ci95 if place == 0 else result.ci95_of.get(list(result.metrics)[place]))
 
 
 def _notes(found: Sequence[Evaluated]) -> list[str]:
     return list(dict.fromkeys(shown(note) for one in found for note in one.notes))
-
-
-def _with_interval(name: str, value: str, ends: str) -> str:
-    return f"{name} {value} ({ends})" if ends else f"{name} {value}"

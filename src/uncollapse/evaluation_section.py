@@ -110,14 +110,15 @@ OWNERS = (
 
 def _owned(classes: Any) -> Any:
     """The counts of a ``prototypes`` result as `draw_owners` asks for them; None where they are not such counts."""
-    lists = (
-        [classes.get(name) for name in ("train_images", "prototypes", "distinct")] if isinstance(classes, dict) else []
-    )
-    if not lists or not all(isinstance(found, list) and len(found) == len(lists[0] or ()) for found in lists):
-        return None
-    if not any(lists[0]) or not all(isinstance(n, int) and 0 <= n < 2**53 for found in lists for n in found):
-        return None
-    return _Owned(*(np.array(found, dtype=np.int64) for found in lists))
+    names = ("train_images", "prototypes", "distinct")
+    lists = [classes.get(name) for name in names] if isinstance(classes, dict) else [None]
+    arrays = []
+    for found in lists:
+        if not isinstance(found, list) or not all(isinstance(n, int) and 0 <= n < 2**53 for n in found):
+            return None
+        arrays.append(np.array(found, dtype=np.int64))
+    alike = len({len(found) for found in arrays}) == 1
+    return _Owned(*arrays) if alike and arrays[0].any() else None
 
 
 class _Owned:

@@ -18,7 +18,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from uncollapse.checkpoint import newest_step, save_checkpoint
-from uncollapse.config import Config, dump_config
+from uncollapse.config import Config, arm_name, dump_config
 from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.distributed import gather_rows, world
 from uncollapse.images import ImageSet, MemoryImages
@@ -68,7 +68,7 @@ class Loop:
         self.specs: list[ViewSpec] = view_specs(config.views)
         self.watch = Stopwatch(fabric.device)
         self.watch_seconds: dict[str, float] = {}
-        self.alarms = LossWatch(config.prototypes.count, arm=config.prototypes.kind)
+        self.alarms = LossWatch(config.prototypes.count, arm=arm_name(config.prototypes))
         self.last_loss = math.nan
         self.digests: dict[str, str] = {}
         self.folder = identity(out)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncollapse.backbones import Encoder
-from uncollapse.config import Config, DataConfig, ViewConfig
+from uncollapse.config import Config, DataConfig, ViewConfig, arm_name
 from uncollapse.data import load_images
 from uncollapse.diagnosis import Diagnosis, wide_of
 from uncollapse.formats import PrototypeSet
@@ -196,7 +196,7 @@ def look(
     d.verdict = judge(
         d.prototypes, d.zero_rows + d.non_finite_rows, d.dim, d.unique, d.random, report.used,
         report.effective[d.epsilon], len(z), unit, wide_of(d.sweep),
-        rebuilt.config.prototypes.kind if rebuilt.config is not None else "",
+        arm_name(rebuilt.config.prototypes) if rebuilt.config is not None else "",
     )  # fmt: skip
 
 

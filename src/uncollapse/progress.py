@@ -21,7 +21,7 @@ Report = Callable[[str, int, int, float], None]
 @contextmanager
 def run_bars(console: Console, names: list[str]) -> Iterator[Report]:
     """Shows each named run's steps, loss, time taken and time left."""
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:  # TERM=dumb cannot redraw a line
         yield _lines(console)
         return
     columns = (

@@ -133,8 +133,10 @@ def _figures(arms: Arms, look: Mapping[str, figures.Style]) -> dict[str, Panels]
     def panels(*given: tuple[str, str] | None) -> Panels:
         return [panel for panel in given if panel is not None]
 
-    def lines(read: Callable[[RunRecord], Curve], *words: str, **options: Any) -> tuple[str, str] | None:
-        return _lines(arms, look, read, *words, **options)
+    def lines(
+        read: Callable[[RunRecord], Curve], title: str, x_label: str, y_label: str, **options: Any
+    ) -> tuple[str, str] | None:
+        return _lines(arms, look, read, title, x_label, y_label, **options)
 
     return {
         "training": panels(

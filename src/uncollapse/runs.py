@@ -157,8 +157,10 @@ def _config(path: Path, record: RunRecord) -> None:
     from uncollapse.config import build_config, read_recipe
 
     content = read_recipe(path)
-    # Options that no longer exist still tell runs of before apart.
-    record.config = flat(content) | flat(dataclasses.asdict(build_config(content, str(path), retired=True)))
+    built = flat(dataclasses.asdict(build_config(content, str(path), retired=True)))
+    # An option that no longer exists still tells runs of before apart; the target only has another name now.
+    gone = {k: v for k, v in flat(content).items() if v and k not in built and k != "prototypes.mixture.target"}
+    record.config = gone | built
 
 
 def flat(content: Row, prefix: str = "") -> Row:

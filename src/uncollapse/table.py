@@ -106,11 +106,10 @@ def _legend(summaries: list[Row]) -> str:
     )
     if first.get("knn") is not None:
         low, high = first["knn_ci95"]
-        untrained = statistics.fmean(s["knn_untrained"] for s in summaries)
-        lines.append(
-            f"kNN: k = {first['knn_k']}, 95 % interval of one run ± {50 * (high - low):.1f}; "
-            f"untrained encoder {100 * untrained:.1f} %."
-        )
+        text = f"kNN: k = {first['knn_k']}, 95 % interval of one run ± {50 * (high - low):.1f}"
+        if floor := [100 * s["knn_untrained"] for s in summaries if s.get("knn_untrained") is not None]:
+            text += f"; untrained encoder {statistics.fmean(floor):.1f} %"
+        lines.append(f"{text}.")
     if all(s["name"] != CONTROL for s in summaries):
         lines.append(
             "No control here: the same command with --prototypes fixed trains it, and uncollapse report RUN CONTROL "

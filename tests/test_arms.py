@@ -1,0 +1,251 @@
+"""Which runs are seeds of one arm, what arms are called, and when one is called better than another."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from made_runs import ARMS, HELD_OUT, make_run, make_summary
+from uncollapse import figures
+from uncollapse.arms import group, rival
+from uncollapse.comparing import difference, stat
+from uncollapse.diagnosis import measure
+from uncollapse.formats import PrototypeSet
+from uncollapse.judging import RandomLikeness, judge, judge_row
+from uncollapse.measures import KNN, MEASURES, OLD_VIEW_INFORMATION, USED, VIEW_INFORMATION
+from uncollapse.runs import RunRecord, read_run
+from uncollapse.verdict import compare, takeaways, verdict
+
+# --------------------------------------------------------------------------------------------- grouping
+
+
+def test_the_same_run_twice_counts_once_and_is_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "joint")
+    grouping = group([read_run(folder), read_run(folder)])
+    assert [len(runs) for runs in grouping.arms.values()] == [1]
+    assert any("the same run" in note and "counted once" in note for note in grouping.notes)
+    again = make_run(tmp_path, "joint", name="again", loss=1.0)
+    grouping = group([read_run(folder), read_run(again)])
+    assert [len(runs) for runs in grouping.arms.values()] == [1]
+    assert any("same arm and seed" in note for note in grouping.notes)
+
+
+def test_seeds_are_of_one_arm_only_where_nothing_else_differs(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path, "decoupled", seed)) for seed in (0, 1)]
+    assert {arm: len(found) for arm, found in group(runs).arms.items()} == {"decoupled": 2}
+    more = read_run(make_run(tmp_path, "decoupled", 2, prototypes=5000))
+    assert {arm: len(found) for arm, found in group([*runs, more]).arms.items()} == {
+        "decoupled, K = 256": 2, "decoupled, K = 5,000": 1,
+    }  # fmt: skip
+    slow = read_run(make_run(tmp_path, "decoupled", 3, config={"optim.lr": 0.001}))
+    assert "decoupled, learning rate = 0.001" in group([*runs, slow]).arms
+    short = read_run(make_run(tmp_path, "decoupled", 4, steps=600))
+    assert "decoupled, steps = 600" in group([*runs, short]).arms
+    elsewhere = read_run(make_run(tmp_path, "decoupled", 5, config={"data.path": "/moved", "log.every_steps": 3}))
+    assert {arm: len(found) for arm, found in group([*runs, elsewhere]).arms.items()} == {"decoupled": 3}
+
+
+def test_where_too_much_differs_the_folder_names_the_arm(tmp_path: Path) -> None:
+    keys = {"optim.lr": 0.001, "optim.weight_decay": 0.1, "head.hidden": 96, "run.epochs": 7.0}
+    runs = [read_run(make_run(tmp_path, "joint")), read_run(make_run(tmp_path, "joint", name="other", config=keys))]
+    grouping = group(runs)
+    assert len(grouping.arms) == 2
+    assert any("other" in arm for arm in grouping.arms)
+    assert any("optim.weight_decay" in note for note in grouping.notes)
+
+
+def test_unlike_images_are_said_and_not_compared(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path, arm)) for arm in ("joint", "decoupled", "fixed")]
+    runs += [
+        read_run(make_run(tmp_path, arm, name=f"{arm}-c", data="caltech", data_digest="c", held_out_digest="d"))
+        for arm in ("decoupled", "fixed")
+    ]
+    grouping = group(runs)
+    assert len(grouping.arms) == 5
+    assert any("different images" in note for note in grouping.notes)
+    caltech = next(a for a in grouping.arms if a.startswith("decoupled") and "caltech" in a)
+    assert rival(caltech, grouping, "joint") is None
+    assert [c.against for c in verdict(caltech, grouping).comparisons] == [
+        next(a for a in grouping.arms if a.startswith("fixed") and "caltech" in a)
+    ]
+
+
+def test_digests_decide_whether_images_are_the_same(tmp_path: Path) -> None:
+    one = read_run(make_run(tmp_path, "joint", data_digest="x", held_out_digest="y"))
+    renamed = make_run(tmp_path, "decoupled", data="renamed", data_digest="x", held_out_digest="y")
+    changed = make_run(tmp_path, "koleo", data_digest="z", held_out_digest="y")
+    assert len(set(group([one, read_run(renamed)]).data.values())) == 1
+    assert len(set(group([one, read_run(changed)]).data.values())) == 2
+    # a part that is held out by the seed makes each seed's digests its own
+    later = read_run(make_run(tmp_path, "joint", 1, data_digest="other", held_out_digest="split"))
+    assert [len(found) for found in group([one, later]).arms.values()] == [2]
+
+
+def test_each_arm_is_compared_with_the_most_like_it(tmp_path: Path) -> None:
+    runs = [
+        read_run(make_run(tmp_path, arm, name=f"{arm}{total}", prototypes=total))
+        for arm in ("joint", "decoupled", "fixed")
+        for total in (256, 5000)
+    ]
+    grouping = group(runs)
+    assert rival("decoupled, K = 5,000", grouping, "joint") == "joint, K = 5,000"
+    assert rival("decoupled, K = 256", grouping, "fixed") == "fixed, K = 256"
+
+
+def test_no_two_arms_share_a_colour() -> None:
+    kinds = ["joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fixed"]
+    names = [f"{kind}, K = {total}" for kind in kinds for total in (256, 5000)]
+    found = figures.styles(names)
+    assert len({colour for colour, _ in found.values()}) == len(names)
+    assert figures.styles(kinds)["joint"] == figures.styles(["joint"])["joint"]
+    many = figures.styles([f"arm {i}" for i in range(40)])
+    assert len(set(many.values())) == 40
+
+
+# -------------------------------------------------------------------------------------------- comparing
+
+
+def record(name: str, seed: int, values: np.ndarray, digest: str | None = "d", **summary: Any) -> RunRecord:
+    bits = {"bits": float(values.mean()), "standard_error": float(values.std(ddof=1) / len(values) ** 0.5)}
+    row = {"name": name, "seed": seed, "view_information": bits, "held_out_digest": digest} | summary
+    return RunRecord(name, seed, summary=row, arrays={"view_information_of_image": values.astype(np.float32)})
+
+
+def test_differences_are_paired_over_the_same_images() -> None:
+    rng = np.random.default_rng(0)
+    hard = 3 * rng.normal(size=400)  # images differ far more than arms
+    gaps = [0.2 + 0.3 * rng.normal(size=400) for _ in range(3)]
+    ours = [record("decoupled", seed, hard + gap) for seed, gap in enumerate(gaps)]
+    theirs = [record("joint", seed, hard) for seed in range(3)]
+    found = difference(VIEW_INFORMATION, ours, theirs)
+    assert found is not None
+    assert found.paired
+    assert found.sign == 1
+    means = [gap.mean() for gap in gaps]
+    within = np.mean([gap.std(ddof=1) / 20 for gap in gaps])
+    assert found.mean == pytest.approx(np.mean(means), abs=1e-5)
+    assert found.error == pytest.approx(math.hypot(np.std(means, ddof=1) / 3**0.5, within), rel=1e-4)
+    # the same numbers of other images, or of unknown ones, cannot be told apart
+    for digest in ("e", None):
+        others = [record("joint", run.seed, hard, digest) for run in theirs]
+        unpaired = difference(VIEW_INFORMATION, ours, others)
+        assert unpaired is not None
+        assert not unpaired.paired
+        assert unpaired.sign == 0
+    crossed = difference(VIEW_INFORMATION, ours[:1], theirs[1:])
+    assert crossed is not None
+    assert not crossed.paired, "pairs are within a seed"
+
+
+def test_better_and_worse_take_more_than_1_96_standard_errors() -> None:
+    theirs = [record("joint", 0, np.zeros(100))]
+    spread = np.where(np.arange(100) % 2, 1.0, -1.0)
+    error = spread.std(ddof=1) / 10
+    for share, sign in ((1.95, 0), (1.97, 1), (-1.97, -1)):
+        found = difference(VIEW_INFORMATION, [record("koleo", 0, spread + share * error)], theirs)
+        assert found is not None
+        assert found.sign == sign
+
+
+def test_counts_of_one_seed_are_described_and_never_called_better(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path, arm)) for arm in ("joint", "decoupled")]
+    gap = difference(USED, runs[1:], runs[:1])
+    assert gap is not None
+    assert gap.error is None
+    found = compare("decoupled", "joint", group(runs))
+    assert any(text.startswith("used 133 vs 64") for text in found.more)
+    merit = {"view information", "kNN", "kNN, balanced", "linear", "linear, balanced"}
+    said = [*found.better, *found.worse]
+    assert said
+    assert all(any(text.startswith(f"{name} ") for name in merit) for text in said)
+    several = [read_run(make_run(tmp_path / "s", "joint", seed)) for seed in range(3)]
+    noisy = [RunRecord("koleo", s, summary=make_summary("koleo", s, used=used)) for s, used in enumerate((20, 110, 70))]
+    gap = difference(USED, noisy, several)
+    assert gap is not None
+    assert gap.sign == 0
+
+
+def test_without_values_per_image_the_comparison_says_so(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path, arm)) for arm in ("joint", "decoupled")]
+    assert not compare("decoupled", "joint", group(runs)).unpaired or runs[0].arrays
+    for run in runs:
+        run.arrays = {}
+    found = compare("decoupled", "joint", group(runs))
+    assert found.unpaired
+    assert any(text.startswith("view information") for text in found.better), "0.4 bits, with 0.05 standard error each"
+
+
+def test_an_old_estimate_is_shown_apart_and_never_compared(tmp_path: Path) -> None:
+    old = read_run(make_run(tmp_path, "joint", view_information=3.62))
+    new = read_run(make_run(tmp_path, "decoupled"))
+    assert VIEW_INFORMATION.read(old.summary) is None
+    assert OLD_VIEW_INFORMATION.read(old.summary) == 3.62
+    assert OLD_VIEW_INFORMATION.read(new.summary) is None
+    assert difference(VIEW_INFORMATION, [new], [old]) is None
+    mixed = stat(VIEW_INFORMATION, [old, new])
+    assert mixed is not None
+    assert mixed.mean == pytest.approx(4.40)
+    grouping = group([old, new])
+    assert not any("information" in line for line in takeaways(grouping))
+    assert any("old, biased estimator" in line for line in verdict("joint", grouping).sentences)
+    for found in vars(compare("decoupled", "joint", grouping)).values():
+        assert not (isinstance(found, list) and any("information" in text for text in found))
+
+
+# ---------------------------------------------------------------------------------------- one verdict
+
+
+@pytest.mark.parametrize("unique", [1, 100, 200, 250])
+@pytest.mark.parametrize("wide", [60, 200])
+@pytest.mark.parametrize(("used", "effective", "n"), [(5, 4.0, 1000), (20, 19.0, 60), (200, 150.0, 1000)])
+@pytest.mark.parametrize("alike", [False, True])
+def test_report_and_diagnose_give_the_same_numbers_the_same_label(
+    unique: int, wide: int, used: int, effective: float, n: int, alike: bool
+) -> None:
+    start = RandomLikeness(256, 1.0, 1.0, 0.3, 0.3, 1.0, False, alike)
+    counts = {0.025: unique, 0.1: unique, 0.25: min(unique, wide), 0.5: 1}
+    direct = judge(256, 0, 64, counts, start, used, effective, n)
+    changes = {"unique": {f"{e:g}": c for e, c in counts.items()}, "used": used, "n_held_out": n, "alive": 9,
+               "random_start": vars(start), "effective": {"0.025": effective, "0.25": 1.0}}  # fmt: skip
+    summary = make_summary("joint", **changes)
+    shown = verdict("joint", group([RunRecord("joint", summary=summary)]))
+    assert shown.labels == [(direct.tone, direct.label)]
+    assert shown.rules == [direct.rule]
+    assert shown.advice
+    assert "--prototypes decoupled" not in " ".join(verdict("x", group([RunRecord("x", summary=summary)])).advice)
+
+
+def test_the_json_of_a_diagnosis_is_judged_as_the_diagnosis_is() -> None:
+    import torch
+
+    w = torch.randn(200, 24, generator=torch.Generator().manual_seed(0)).repeat(2, 1) + 1.0
+    d = measure(PrototypeSet("", "", "unstated", "", w), "tensor")
+    again = judge_row(d.to_json())
+    assert again is not None
+    assert (again.label, again.rule) == (d.verdict.label, d.verdict.rule)
+
+
+def test_advice_fits_the_arm() -> None:
+    for arm in ("joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fixed", ""):
+        text = judge(256, 0, 64, {0.025: 100}, None, 50, 30.0, 1000, arm=arm).advice
+        assert text
+        assert ("--prototypes decoupled" in text) == (arm not in ("decoupled", "fixed", "")), arm
+
+
+def test_seeds_that_disagree_are_counted(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path, "koleo", seed)) for seed in range(2)]
+    runs.append(read_run(make_run(tmp_path, "koleo", 2, unique={"0.025": 20, "0.1": 20, "0.25": 20, "0.5": 9})))
+    labels = [text for _, text in verdict("koleo", group(runs)).labels]
+    assert any("(1 of 3 seeds)" in text and "collapse" in text for text in labels)
+
+
+def test_every_measure_is_defined_and_named_once() -> None:
+    assert len({m.name for m in MEASURES}) == len(MEASURES)
+    assert all(m.definition.endswith(".") for m in MEASURES)
+    assert MEASURES[:2] == (VIEW_INFORMATION, KNN)
+    assert HELD_OUT
+    assert ARMS
