@@ -39,8 +39,9 @@ def test_seeds_are_of_one_arm_only_where_nothing_else_differs(tmp_path: Path) ->
     assert {arm: len(found) for arm, found in group(runs).arms.items()} == {"decoupled": 2}
     more = read_run(make_run(tmp_path, "decoupled", 2, prototypes=5000))
     assert {arm: len(found) for arm, found in group([*runs, more]).arms.items()} == {
-        "decoupled, K = 256": 2, "decoupled, K = 5,000": 1,
-    }  # fmt: skip
+        "decoupled, K = 256": 2,
+        "decoupled, K = 5,000": 1,
+    }
     slow = read_run(make_run(tmp_path, "decoupled", 3, config={"optim.lr": 0.001}))
     assert "decoupled, learning rate = 0.001" in group([*runs, slow]).arms
     short = read_run(make_run(tmp_path, "decoupled", 4, steps=600))
@@ -209,8 +210,14 @@ def test_report_and_diagnose_give_the_same_numbers_the_same_label(
     start = RandomLikeness(256, 1.0, 1.0, 0.3, 0.3, 1.0, False, alike)
     counts = {0.025: unique, 0.1: unique, 0.25: min(unique, wide), 0.5: 1}
     direct = judge(256, 0, 64, counts, start, used, effective, n)
-    changes = {"unique": {f"{e:g}": c for e, c in counts.items()}, "used": used, "n_held_out": n, "alive": 9,
-               "random_start": vars(start), "effective": {"0.025": effective, "0.25": 1.0}}  # fmt: skip
+    changes = {
+        "unique": {f"{e:g}": c for e, c in counts.items()},
+        "used": used,
+        "n_held_out": n,
+        "alive": 9,
+        "random_start": vars(start),
+        "effective": {"0.025": effective, "0.25": 1.0},
+    }
     summary = make_summary("joint", **changes)
     shown = verdict("joint", group([RunRecord("joint", summary=summary)]))
     assert shown.labels == [(direct.tone, direct.label)]

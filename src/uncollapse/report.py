@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -68,17 +69,9 @@ def write_report(runs: list[RunRecord], path: Path, title: str, notes: list[str]
     grouping = group(runs)
     arms = grouping.arms
     look = figures.styles(arms)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("uncollapse"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["tight"] = _tight
     rows = [run.summary for run in runs]
     measures = measured(rows)
-    page = environment.get_template("report.html.j2").render(
+    page = _template().render(
         title=title,
         notes=[*grouping.notes, *notes, *(problem for run in runs for problem in run.problems)],
         setting=_setting(runs),
@@ -101,6 +94,19 @@ def write_report(runs: list[RunRecord], path: Path, title: str, notes: list[str]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode("utf-8", errors="replace"))
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("uncollapse"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["tight"] = _tight
+    return environment.get_template("report.html.j2")
 
 
 # ------------------------------------------------------------------------------------- table and figures
