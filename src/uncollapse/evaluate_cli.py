@@ -243,7 +243,7 @@ def print_results(found: Sequence[Evaluated], key: str) -> None:
                     print("\n".join(_wrapped(result.protocol, width)))
                 if metrics[1:]:
                     print("\n".join(_wrapped(" · ".join(m.replace(" ", _KEPT) for m in metrics[1:]), width)))
-    print("\nIn brackets: 95 % intervals. docs/evaluate.md says what each name means, and so does the report.")
+    print("\nIn brackets: 95 % intervals. docs/evaluate.md says what each name means.")
     for note in _notes(found):
         print(f"note: {shown(note)}")  # a command or a path in it can be copied whole
 
