@@ -256,3 +256,18 @@ def test_every_measure_is_defined_and_named_once() -> None:
     assert MEASURES[:2] == (VIEW_INFORMATION, KNN)
     assert HELD_OUT
     assert ARMS
+
+
+def test_a_real_run_has_one_verdict_in_report_and_diagnose(tmp_path: Path) -> None:
+    from uncollapse.config import load_config
+    from uncollapse.diagnosis import diagnose_file
+    from uncollapse.tiny import tiny
+    from uncollapse.train import train
+
+    config = tiny(load_config("demo", {"data.path": "builtin:digits"}))
+    train(config, tmp_path / "run", 4, say=lambda line: None, accelerator="cpu")
+    run = read_run(tmp_path / "run")
+    assert run.problems == []
+    d = next(d for d in diagnose_file(tmp_path / "run", data="builtin:digits") if d.source.side == "teacher")
+    assert d.images.used == run.summary["used"]
+    assert verdict("joint", group([run])).labels == [(d.verdict.tone, d.verdict.label)]
