@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from uncollapse.diversity import koleo_proto as koleo_proto
     from uncollapse.diversity import nearest_neighbours as nearest_neighbours
     from uncollapse.logit_loss import fused_dino_loss_on_logits as fused_dino_loss_on_logits
+    from uncollapse.information import ViewInformation as ViewInformation
+    from uncollapse.information import view_information as view_information
     from uncollapse.losses import dino_loss as dino_loss
     from uncollapse.losses import fused_dino_loss as fused_dino_loss
     from uncollapse.losses import fused_patch_loss as fused_patch_loss
@@ -59,6 +61,8 @@ _HOMES = {
     "sinkhorn": "assign",
     "sinkhorn_offsets": "assign",
     "unique_prototypes": "unique",
+    "ViewInformation": "information",
+    "view_information": "information",
     "vmf_bias": "vmf",
 }
 
