@@ -155,7 +155,7 @@ def test_what_cannot_be_measured_is_refused(z, fit, message):
 def test_rows_without_a_direction_are_refused(bad):
     z = torch.randn(2, 9, 8)
     z[1, 3] = bad
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="they have no direction"):
         view_information(z, torch.randn(5, 8), torch.randn(2, 9, 8))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="they have no direction"):
         view_information(torch.randn(2, 9, 8), torch.randn(5, 8), z)

@@ -8,20 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import mutual_info_score
 
+from uncollapse.information import view_information
 from uncollapse.metrics import (
     alignment,
     effective_prototypes,
     effective_rank,
-    merged,
     prototype_argmax,
     prototype_report,
     uniformity,
     unique_among_used,
     usage_counts,
     used,
-    view_information,
 )
 
 
@@ -63,12 +61,11 @@ def test_counts() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.025, 0.1, 0.5]))
-def test_effective_and_merged_are_the_definition(seed: int, eps: float) -> None:
+def test_effective_is_the_definition(seed: int, eps: float) -> None:
     w = prototypes(seed)
     argmax = torch.randint(30, (200,), generator=torch.Generator().manual_seed(seed))
     to = brute_merge(w, eps)
     moved = [to[k] for k in argmax.tolist()]
-    assert merged(argmax, w, eps).tolist() == moved
     shares = [c / 200 for c in Counter(moved).values()]
     expected = math.exp(-sum(p * math.log(p) for p in shares))
     counts = usage_counts(argmax, len(w))
@@ -92,64 +89,6 @@ def test_bad_counts() -> None:
         unique_among_used(torch.eye(4), torch.ones(3, dtype=torch.long))
     with pytest.raises(ValueError, match="not all zero"):
         effective_prototypes(torch.zeros(4, dtype=torch.long), torch.eye(4))
-
-
-def test_identical_views_carry_their_entropy() -> None:
-    view = torch.arange(8).repeat(1000)
-    view = torch.where(view < 4, view, 4)  # four of 1/8, one of 1/2
-    bits = 4 / 8 * 3 + 1 / 2 * 1
-    assert view_information(view.expand(3, -1)) == pytest.approx(bits, abs=0.01)
-
-
-def test_relabelled_views_are_as_informative() -> None:
-    """Two views that never agree, but tell each other exactly."""
-    view = torch.randint(16, (8000,), generator=torch.Generator().manual_seed(0))
-    swapped = view ^ 1
-    assert view_information(torch.stack([view, swapped])) == pytest.approx(4.0, abs=0.02)
-
-
-@pytest.mark.parametrize(("n", "k"), [(200, 64), (2000, 64), (300, 1000)])
-def test_independent_views_carry_nothing(n: int, k: int) -> None:
-    """Where the uncorrected estimate is far from zero."""
-    rng = torch.Generator().manual_seed(n)
-    views = torch.randint(k, (4, n), generator=rng)
-    raw = mutual_info_score(views[0].numpy(), views[1].numpy()) / math.log(2)
-    assert raw > 0.5
-    assert abs(view_information(views)) < 0.08 * raw
-
-
-def test_known_joint_table() -> None:
-    """Each view reports one of two groups of the image, wrong one time in ten, independently."""
-    rng = np.random.default_rng(0)
-    truth = rng.integers(0, 2, 40_000)
-    views = np.stack([truth ^ (rng.random(40_000) < 0.1) for _ in range(3)])
-    agree = 0.9**2 + 0.1**2
-    bits = 1 + agree * math.log2(agree) + (1 - agree) * math.log2(1 - agree)
-    assert view_information(torch.from_numpy(views)) == pytest.approx(bits, abs=0.01)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 5), st.integers(2, 40), st.integers(1, 9))
-def test_information_is_pooled_minus_shuffled(seed: int, views: int, n: int, k: int) -> None:
-    """Against scikit-learn's mutual information on the pairs written out; large indices must not matter."""
-    a = np.random.default_rng(seed).integers(0, k, (views, n))
-
-    def pooled(x: np.ndarray) -> float:
-        pairs = [(x[v], x[u]) for v in range(views) for u in range(views) if u != v]
-        return mutual_info_score(*(np.concatenate(side) for side in zip(*pairs, strict=True))) / math.log(2)
-
-    rng = np.random.default_rng(5)
-    broken = np.mean([pooled(rng.permuted(a, axis=1)) for _ in range(3)])
-    got = view_information(torch.from_numpy(a) * 10**9, shuffles=3, seed=5)
-    assert got == pytest.approx(pooled(a) - broken, abs=1e-9)
-
-
-def test_bad_views() -> None:
-    for bad in (torch.zeros(1, 5), torch.zeros(2, 1), torch.zeros(5)):
-        with pytest.raises(ValueError, match="at least 2 views"):
-            view_information(bad.long())
-    with pytest.raises(ValueError, match="start at 0"):
-        view_information(torch.tensor([[0, -1], [0, 1]]))
 
 
 @pytest.mark.parametrize("shape", [(100, 6), (6, 100)])
@@ -188,16 +127,16 @@ def test_report_puts_the_numbers_together() -> None:
     rng = torch.Generator().manual_seed(0)
     w, z = prototypes(1), torch.randn(300, 12, generator=rng)
     z_views = z + 0.3 * torch.randn(3, 300, 12, generator=rng)
-    report = prototype_report(w, z, z_views, epsilons=(0.1, 0.5), view_epsilon=0.2)
+    z_fit = torch.randn(200, 12, generator=rng) + 0.3 * torch.randn(2, 200, 12, generator=rng)
+    report = prototype_report(w, z, z_views, z_fit, epsilons=(0.1, 0.5))
     counts = torch.from_numpy(np.bincount(cosines(z, w).argmax(1), minlength=60))
-    assert (report.prototypes, report.n, report.views, report.view_epsilon) == (60, 300, 3, 0.2)
+    assert (report.prototypes, report.n) == (60, 300)
     assert report.used == int((counts > 0).sum())
     for eps in (0.1, 0.5):
         assert report.unique[eps] == len(set(brute_merge(w, eps)))
         assert report.unique_used[eps] == len(set(brute_merge(w[counts > 0], eps)))
         assert report.effective[eps] == pytest.approx(effective_prototypes(counts, w, eps))
-    chosen = torch.stack([torch.from_numpy(cosines(v, w).argmax(1)) for v in z_views])
-    assert report.view_information == pytest.approx(view_information(merged(chosen, w, 0.2)))
+    assert report.view_information.bits == view_information(z_views, w, z_fit).bits
     assert report.effective_rank == pytest.approx(effective_rank(z))
     assert report.uniformity == pytest.approx(uniformity(z))
     assert set(report.unique) == {0.1, 0.5}

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from uncollapse.diagnosis import diagnose as diagnose
     from uncollapse.diversity import koleo_proto as koleo_proto
     from uncollapse.diversity import nearest_neighbours as nearest_neighbours
-    from uncollapse.logit_loss import fused_dino_loss_on_logits as fused_dino_loss_on_logits
     from uncollapse.information import ViewInformation as ViewInformation
     from uncollapse.information import view_information as view_information
+    from uncollapse.logit_loss import fused_dino_loss_on_logits as fused_dino_loss_on_logits
     from uncollapse.losses import dino_loss as dino_loss
     from uncollapse.losses import fused_dino_loss as fused_dino_loss
     from uncollapse.losses import fused_patch_loss as fused_patch_loss
     from uncollapse.losses import patch_weights as patch_weights
     from uncollapse.mean_entropy import me_max as me_max
+    from uncollapse.metrics import effective_prototypes as effective_prototypes
     from uncollapse.metrics import prototype_report as prototype_report
     from uncollapse.mixture import OnlineMixture as OnlineMixture
     from uncollapse.mixture_layer import MixtureLayer as MixtureLayer
@@ -44,9 +45,11 @@ _HOMES = {
     "OnlineMixture": "mixture",
     "PrototypeMonitor": "monitor",
     "SoftmaxTargets": "cross_entropy",
+    "ViewInformation": "information",
     "centred_softmax": "assign",
     "diagnose": "diagnosis",
     "dino_loss": "losses",
+    "effective_prototypes": "metrics",
     "epsilon_sweep": "unique",
     "fused_carp_loss": "carp_loss",
     "fused_dino_loss": "losses",
@@ -61,7 +64,6 @@ _HOMES = {
     "sinkhorn": "assign",
     "sinkhorn_offsets": "assign",
     "unique_prototypes": "unique",
-    "ViewInformation": "information",
     "view_information": "information",
     "vmf_bias": "vmf",
 }

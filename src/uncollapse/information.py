@@ -46,12 +46,18 @@ class ViewInformation:
     fitted_on: str
     """``other images``, or ``the other half`` of the same ones."""
     n_fit: int
+    """Images that it was fitted on."""
     n: int
     """Images that were scored."""
     views: int
     of_image: Tensor
     """``(n,)`` float64 on the CPU, with mean ``bits``. Two sets of prototypes are compared by their differences on the
     same images."""
+
+    def to_json(self) -> dict[str, float | int | str]:
+        """All but `of_image`."""
+        names = ("bits", "standard_error", "fitted_on", "n_fit", "n", "views")
+        return {name: getattr(self, name) for name in names}
 
 
 @torch.no_grad()
@@ -220,7 +226,7 @@ def _best_table(mass: Tensor, own_cell: Tensor, own_mass: Tensor, pairs: Tensor,
 
 
 def _hats(density: Tensor) -> Tensor:
-    """Piecewise linear functions ``(cells, J)`` whose knots are quantiles of a density over the cells, and both ends."""
+    """Piecewise linear functions ``(cells, J)`` with knots at quantiles of a density over cells and at both ends."""
     cells = len(density)
     density = density if bool(density.sum() > 0) else torch.ones_like(density)
     share = density.cumsum(0) / density.sum()

@@ -1,8 +1,7 @@
-"""What the prototypes carry: which are used, how many differ among those, and what survives augmentation.
+"""What describes prototypes on held-out images: which are used, how many differ among those, how evenly.
 
-The share of unique prototypes alone can be gamed: prototypes that were never trained are all unique. These
-numbers cannot be, because they look at the hard argmax of the raw cosine (no centring, no balancing) on
-held-out images.
+Each of these can be had without learning anything: fixed random prototypes are all unique, and an untrained encoder
+with its own projections as prototypes uses all of them evenly. What prototypes are worth is `view_information`.
 """
 
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uncollapse.information import ViewInformation, view_information
 from uncollapse.unique import EPSILONS, cosine_argmax, greedy_cover, nearest_kept, unique_prototypes
 
 
@@ -66,20 +66,8 @@ def unique_among_used(w: Tensor, counts: Tensor, eps: float = 0.025) -> int:
     return unique_prototypes(chosen, eps) if len(chosen) else 0
 
 
-def merged(argmax: Tensor, w: Tensor, eps: float = 0.025) -> Tensor:
-    """argmax with every prototype replaced by its nearest kept one (`greedy_cover` of all at eps).
-
-    Args:
-        argmax: int64 of any shape, values in [0, K). w: (K, D) prototypes. eps: cosine distance in (0, 2].
-
-    Returns:
-        int64, the shape and device of ``argmax``.
-    """
-    return nearest_kept(w, greedy_cover(w, eps)).to(argmax.device)[argmax]
-
-
 def effective_prototypes(counts: Tensor, w: Tensor, eps: float = 0.025) -> float:
-    """N_eff(eps): as how many equally used, distinct prototypes these count.
+    """N_eff(eps): as how many equally used, distinct prototypes these count; not yet that this means anything.
 
     The exponential of the entropy of the usage counts after every prototype's count is added to its nearest
     kept one, kept being the greedy cover of all prototypes at eps.
@@ -114,51 +102,6 @@ def _entropy(counts: np.ndarray) -> float:
     p = counts[counts > 0].astype(np.float64)
     p /= p.sum()
     return float(-(p * np.log(p)).sum())
-
-
-def view_information(argmaxes: Tensor, shuffles: int = 8, seed: int = 0) -> float:
-    """Bits that the prototype of one augmented view tells about the prototype of another of the same image.
-
-    The plug-in mutual information of the argmaxes of two views, over all ordered pairs of distinct views
-    pooled into one joint table, minus the mean of the same after each view's images are permuted separately.
-    Permuted views are independent, so what the subtraction takes away is the upward bias of the plug-in
-    estimate on few images. Where the true information is high the bias is smaller than what is subtracted:
-    with n not much larger than the number of prototypes in use, read the result as a lower estimate.
-
-    Args:
-        argmaxes: (V, n) int64, non-negative: V >= 2 views of the same n held-out images. Merge near-copies
-            first (`merged`), or telling copies apart counts as information.
-        shuffles: permutations averaged over, at least 1.
-        seed: of the permutations.
-
-    Returns:
-        Bits; about 0 for independent views (it can be slightly negative), at most the entropy of the argmax.
-
-    Raises:
-        ValueError: fewer than two views or images, negative values, or shuffles < 1.
-    """
-    if argmaxes.ndim != 2 or argmaxes.shape[0] < 2 or argmaxes.shape[1] < 2 or shuffles < 1:
-        raise ValueError(
-            f"need (V, n) argmaxes of at least 2 views and 2 images and shuffles >= 1, "
-            f"got shape {tuple(argmaxes.shape)} and shuffles {shuffles}"
-        )
-    if int(argmaxes.min()) < 0:
-        raise ValueError(f"argmaxes holds {int(argmaxes.min())}; prototype indices start at 0")
-    codes = np.unique(argmaxes.cpu().numpy(), return_inverse=True)[1].reshape(tuple(argmaxes.shape))
-    rng = np.random.default_rng(seed)
-    broken = [_joint_entropy(rng.permuted(codes, axis=1)) for _ in range(shuffles)]
-    # I(X;Y) = H(X) + H(Y) - H(X,Y), and permuting leaves both marginals as they are.
-    return (float(np.mean(broken)) - _joint_entropy(codes)) / float(np.log(2))
-
-
-def _joint_entropy(codes: np.ndarray) -> float:
-    """Entropy in nats of (code in one view, code in another), all ordered pairs of distinct views pooled."""
-    size = int(codes.max()) + 1
-    first, second = np.triu_indices(len(codes), 1)
-    a, b = codes[first].ravel(), codes[second].ravel()
-    # Joint codes instead of a table: a table over K = 65,536 would have 4 billion cells.
-    pairs = np.concatenate([a * size + b, b * size + a])
-    return _entropy(np.unique(pairs, return_counts=True)[1])
 
 
 def effective_rank(z: Tensor) -> float:
@@ -259,10 +202,8 @@ class PrototypeReport:
     used: int
     unique_used: dict[float, int]
     effective: dict[float, float]
-    view_information: float | None
-    """Bits, after merging at `view_epsilon`; None without views."""
-    views: int
-    view_epsilon: float
+    view_information: ViewInformation | None
+    """The figure of merit; None without views."""
     effective_rank: float
     uniformity: float | None
     """Of the projections, like `effective_rank`; None for a single image."""
@@ -272,17 +213,17 @@ def prototype_report(
     w: Tensor,
     z: Tensor,
     z_views: Tensor | None = None,
+    z_fit: Tensor | None = None,
     epsilons: Sequence[float] = EPSILONS,
-    view_epsilon: float = 0.025,
 ) -> PrototypeReport:
-    """All of the above at once.
+    """All of the above and `view_information` at once.
 
     Args:
         w: (K, D) prototypes, floating.
         z: (n, D) projections of held-out images, one view each, on the device of ``w``.
         z_views: (V, n, D) projections of V >= 2 augmented views of the same images, for `view_information`.
+        z_fit: (V', m, D) of other images, as `view_information` takes them.
         epsilons: cosine distances, at least one.
-        view_epsilon: at which near-copies are merged before `view_information`.
 
     Raises:
         ValueError: no epsilons, shapes disagree, or a row is zero or non-finite.
@@ -295,22 +236,15 @@ def prototype_report(
             "views of the same images in the same order"
         )
     counts = usage_counts(prototype_argmax(z, w), len(w))
-    kept = {eps: greedy_cover(w, eps) for eps in {*epsilons, view_epsilon}}
-    nearest = {eps: nearest_kept(w, kept[eps]) for eps in kept}
-    information = None
-    if z_views is not None:
-        chosen = prototype_argmax(z_views.flatten(0, 1), w).view(z_views.shape[:2])
-        information = view_information(nearest[view_epsilon][chosen])
+    kept = {eps: greedy_cover(w, eps) for eps in epsilons}
     return PrototypeReport(
         prototypes=len(w),
         n=len(z),
         unique={eps: len(kept[eps]) for eps in epsilons},
         used=used(counts),
         unique_used={eps: unique_among_used(w, counts, eps) for eps in epsilons},
-        effective={eps: _effective(counts, nearest[eps]) for eps in epsilons},
-        view_information=information,
-        views=0 if z_views is None else len(z_views),
-        view_epsilon=view_epsilon,
+        effective={eps: _effective(counts, nearest_kept(w, kept[eps])) for eps in epsilons},
+        view_information=None if z_views is None else view_information(z_views, w, z_fit),
         effective_rank=effective_rank(z),
         uniformity=uniformity(z) if len(z) > 1 else None,
     )

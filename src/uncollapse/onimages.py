@@ -19,6 +19,7 @@ from uncollapse.data import load_images
 from uncollapse.diagnosis import Diagnosis, wide_of
 from uncollapse.formats import PrototypeSet
 from uncollapse.images import DataError, ImageSet, subset
+from uncollapse.information import ViewInformation
 from uncollapse.judging import judge
 from uncollapse.metrics import alignment, effective_rank, prototype_argmax, prototype_report, uniformity
 from uncollapse.reading import InputError
@@ -76,7 +77,8 @@ class ImageFindings:
     """Neither used nor alive."""
     unique_used: dict[float, int]
     effective: dict[float, float]
-    view_information: float | None
+    view_information: ViewInformation | None
+    """Fitted on the training part of ``data``; None for patches, which two views do not share."""
     marginal: dict[str, Any]
     health: dict[str, float | None]
     shared: list[SharedGroup]
@@ -89,6 +91,7 @@ class ImageFindings:
             for f in dataclasses.fields(self)
             if f.name not in ("shared", "usage", "unique_used", "effective")
         }
+        out["view_information"] = None if self.view_information is None else self.view_information.to_json()
         for name in ("unique_used", "effective"):
             out[name] = {f"{eps:g}": value for eps, value in getattr(self, name).items()}
         pictures = ("pictures",)
@@ -154,8 +157,9 @@ def look(
     each = backbone.each if isinstance(backbone, _SomePatches) else 1
     matching = z_views.shape[1] == len(z)  # not where images turned out to be unreadable
     aligned = matching and not rebuilt.tokens
-    report = prototype_report(w, z, z_views if aligned else None, list(d.unique))
-    of_training = prototype_argmax(project_views(encoder, train, config, device).flatten(0, 1), w).unique()
+    z_train = project_views(encoder, train, config, device)
+    report = prototype_report(w, z, z_views if aligned else None, z_train, list(d.unique))
+    of_training = prototype_argmax(z_train.flatten(0, 1), w).unique()
     argmax = prototype_argmax(z, w)
     usage = torch.bincount(argmax, minlength=len(w))
     both = torch.zeros(len(w), dtype=torch.bool)

@@ -24,19 +24,32 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Accuracy of DINO's weighted k-nearest-neighbour classifier (Caron et al., 2021; Wu et al., 2018).
+    """Accuracy, in [0, 1], of `knn_predictions`. A test class not in train is an error."""
+    elected = knn_predictions(train, train_labels, test, test_labels, k, temperature)
+    return float((elected == test_labels.to(elected.device)).double().mean())
+
+
+def knn_predictions(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Tensor:
+    """Classes that DINO's weighted k-nearest-neighbour classifier gives (Caron et al., 2021; Wu et al., 2018).
 
     Features are L2-normalised; each of the k nearest training features votes for its class with weight
-    exp(cos / temperature); equal votes go to the smaller label. A test class not in train is an error.
+    exp(cos / temperature); equal votes go to the smaller label.
 
     Args:
         train: (N, d) floating. train_labels: (N,) integers.
-        test: (n, d) floating, on the same device. test_labels: (n,) integers.
+        test: (n, d) floating, on the same device. test_labels: (n,) integers, looked at for their number only.
         k: neighbours, 1 <= k <= N.
         temperature: > 0.
 
     Returns:
-        In [0, 1].
+        (n,) labels on the device of ``train``.
 
     Raises:
         ValueError: shapes disagree, a feature is NaN, infinite or all zero, k > N, or temperature <= 0.
@@ -48,8 +61,7 @@ def knn_accuracy(
         raise ValueError(f"temperature must be above 0, got {temperature}")
     bank, queries = unit_rows(train, "train"), unit_rows(test, "test")
     similarity, index = nearest(bank, queries, k)
-    elected = vote(similarity, train_labels.to(train.device)[index], temperature)
-    return float((elected == test_labels.to(train.device)).double().mean())
+    return vote(similarity, train_labels.to(train.device)[index], temperature)
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,8 @@ class LinearResult:
     """Whether the final fit converged within its iterations."""
     unseen: int
     """Test features whose class is not in train; counted as errors."""
+    predicted: Tensor
+    """(n,) int64 classes, on the CPU."""
 
 
 def linear_accuracy(
@@ -111,6 +125,7 @@ def linear_accuracy(
         n_train=len(x),
         converged=converged,
         unseen=int((~np.isin(truth, y)).sum()),
+        predicted=torch.from_numpy(predicted.astype(np.int64)),
     )
 
 

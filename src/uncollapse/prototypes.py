@@ -38,6 +38,10 @@ class Prototypes(nn.Module):
         """``(K, D)`` unit vectors, detached: what diagnosis looks at."""
         return F.normalize(self.affine(side)[0].detach().float(), dim=-1)
 
+    def means(self) -> Tensor:
+        """``(K, D)``, detached: the centres of the clusters, where these are not the vectors in the logits."""
+        return self.vectors("teacher")
+
     def regulariser(self) -> Tensor | None:
         """A term to add to the loss, already weighted."""
         return None
@@ -142,6 +146,9 @@ class MixturePrototypes(Prototypes):
 
     def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
         return self.mixture.directions(), None
+
+    def means(self) -> Tensor:
+        return self.mixture.mean.detach().float()
 
     def observe(self, z: Tensor, progress: float, weight: Tensor | None = None, level: str = "cls") -> None:
         self.mixture.observe(z, weight, self.beta(progress))

@@ -18,15 +18,18 @@ from uncollapse.checkpoint import write_atomically
 from uncollapse.config import Config, arm_name
 from uncollapse.fingerprint import image_digests
 from uncollapse.images import ImageSet, MemoryImages, subset
+from uncollapse.information import ViewInformation, view_information
 from uncollapse.judging import random_likeness
 from uncollapse.loading import eval_batches, view_loader
 from uncollapse.metrics import PrototypeReport, prototype_report, usage_counts
 from uncollapse.monitor import PrototypeMonitor
-from uncollapse.probes import confidence95, knn_accuracy, linear_accuracy
+from uncollapse.probes import confidence95, knn_predictions, linear_accuracy
 from uncollapse.state import TrainState, build_encoder, initial_prototypes
 from uncollapse.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
 from uncollapse.views import ViewSpec, multicrop, view_specs
 
+FIT_VIEWS, FEWEST_FIT, MOST_FIT = 2, 2000, 20_000
+"""Views of each training image that view information is fitted on; 8 images for each prototype, within these bounds."""
 VIEWS = 6
 """Augmented views of every held-out image behind the view information."""
 VIEW_STEP = 2**31
@@ -57,11 +60,13 @@ def extract(
 
 
 @torch.no_grad()
-def project_views(encoder: Encoder, images: ImageSet, config: Config, device: torch.device) -> Tensor:
-    """Projections ``(VIEWS, n, D)`` of global views, keyed by the seed: equal views for every arm."""
+def project_views(
+    encoder: Encoder, images: ImageSet, config: Config, device: torch.device, views: int = VIEWS
+) -> Tensor:
+    """Projections ``(views, n, D)`` of global views, keyed by the seed: equal views for every arm."""
     encoder.eval()
     first = view_specs(config.views)[0]
-    specs: list[ViewSpec] = [first] * VIEWS
+    specs: list[ViewSpec] = [first] * views
     n = len(images)
     chunks = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
     if isinstance(images, MemoryImages):
@@ -70,8 +75,8 @@ def project_views(encoder: Encoder, images: ImageSet, config: Config, device: to
         plan = [(VIEW_STEP, c, c) for c in chunks]
         batches = view_loader(images, plan, specs, config.seed, config.data.workers)
     rows = []
-    for views in batches:
-        rows.append(torch.stack([encoder.head(encoder.backbone(v.to(device))).float().cpu() for v in views]))
+    for batch in batches:
+        rows.append(torch.stack([encoder.head(encoder.backbone(v.to(device))).float().cpu() for v in batch]))
     encoder.train()
     return torch.cat(rows, dim=1)
 
@@ -83,8 +88,9 @@ def finish_run(
     """Evaluates the teacher's side and writes ``summary.json`` and ``diagnosis.npz``; returns the summary."""
     vectors = state.prototypes.vectors("teacher").cpu()
     features, z, labels = extract(state.teacher, held_out, config, device)
-    z_views = project_views(state.teacher, held_out, config, device)
-    report = prototype_report(vectors, z, z_views, EPSILONS)
+    report = prototype_report(vectors, z)
+    information, notes = _information(config, state, vectors, train_images, held_out, device)
+    probes, correct = _probes(config, state, train_images, held_out, features, labels, device)
     total = sum(seconds.values())
     summary: dict[str, Any] = {
         "name": arm_name(config.prototypes),
@@ -97,6 +103,9 @@ def finish_run(
         **image_digests(train_images, held_out),
         **_jsonable(report),
         "random_start": dataclasses.asdict(random_likeness(vectors, EPSILONS[0])),
+        "view_information": None if information is None else information.to_json(),
+        "unique_means": {f"{eps:g}": n for eps, n in epsilon_sweep(state.prototypes.means().cpu(), EPSILONS).items()},
+        **_used_by_target(config, state, z, vectors, device),
         "alive": monitor.alive(),
         "alive_window": min(monitor.window, monitor.calls),
         "loss": loss,
@@ -106,12 +115,46 @@ def finish_run(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "data": Path(config.data.path).name,
         "encoder": config.backbone.name,
-        **_probes(config, state, train_images, held_out, features, labels, device),
+        **probes,
     }
-    arrays: dict[str, Any] = _arrays(config, vectors, z, held_out)
+    summary["notes"] = [*notes, *summary["notes"]]
+    arrays: dict[str, Any] = _arrays(config, vectors, z, held_out) | correct
+    if information is not None:
+        arrays["view_information_of_image"] = information.of_image.float().numpy()
     np.savez_compressed(out / "diagnosis.npz", **arrays)
     write_atomically(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary
+
+
+def _information(
+    config: Config, state: TrainState, vectors: Tensor, train_images: ImageSet, held_out: ImageSet,
+    device: torch.device,
+) -> tuple[ViewInformation | None, list[str]]:  # fmt: skip
+    """View information of the held-out images, fitted on training images; or None, and why."""
+    chosen = np.random.default_rng([config.seed, 2]).permutation(len(train_images))
+    fitting = subset(train_images, np.sort(chosen[: max(FEWEST_FIT, 8 * len(vectors))][:MOST_FIT]))
+    try:
+        z_views = project_views(state.teacher, held_out, config, device)
+        z_fit = project_views(state.teacher, fitting, config, device, FIT_VIEWS)
+        found = view_information(z_views, vectors, z_fit)
+    except Exception as error:  # the training is done, and no measure may cost it
+        return None, [f"no view information: {_in_words(error)}"]
+    return dataclasses.replace(found, fitted_on="training images"), []
+
+
+def _used_by_target(
+    config: Config, state: TrainState, z: Tensor, vectors: Tensor, device: torch.device
+) -> dict[str, Any]:
+    """The same count by the target of training, which centring, Sinkhorn or the mixture's posterior decides."""
+    targets = state.objective.targets(z[None].to(device), state.prototypes, config.teacher.temperature)
+    weight, bias = targets.weight.float(), targets.bias
+    hardest = []
+    for part in targets.z[0].float().split(max(64, (1 << 22) // len(weight))):
+        logits = part @ weight.T / targets.temperature
+        hardest.append((logits if bias is None else logits + bias).argmax(1))
+    by_target = torch.cat(hardest).cpu()
+    agreement = (by_target == cosine_argmax(z, vectors)).double().mean()
+    return {"used_by_target": len(by_target.unique()), "target_agreement": float(agreement)}
 
 
 def _jsonable(report: PrototypeReport) -> dict[str, Any]:
@@ -120,53 +163,63 @@ def _jsonable(report: PrototypeReport) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, dict):
             values[name] = {f"{eps:g}": number for eps, number in value.items()}
-    values.pop("n", None)
+    values.pop("n")
+    values.pop("view_information")
     return values
 
 
 def _probes(
     config: Config, state: TrainState, train_images: ImageSet, held_out: ImageSet, features: Tensor,
     labels: Tensor | None, device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
-    """kNN and linear accuracy of the teacher's features, and kNN of the untrained encoder beside it.
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:  # fmt: skip
+    """kNN and linear accuracy of the teacher's features, and kNN of the untrained encoder beside it; and of which
+    held-out images they are right.
 
-    One that cannot be had is None, and ``notes`` says why: the training is done, and no probe may cost it.
+    Accuracies count images alike; the balanced ones beside them count classes alike. One that cannot be had is None,
+    and ``notes`` says why: the training is done, and no probe may cost it.
     """
-    found: dict[str, Any] = dict.fromkeys(("knn", "knn_ci95", "linear", "linear_ci95", "knn_untrained"))
+    found: dict[str, Any] = dict.fromkeys(
+        ("knn", "knn_ci95", "knn_balanced", "linear", "linear_ci95", "linear_balanced", "knn_untrained")
+    )
     found["notes"] = []
+    correct: dict[str, np.ndarray] = {}
     if labels is None or train_images.labels is None:
-        return found
+        return found, correct
     chosen = np.random.default_rng([config.seed, 2]).permutation(len(train_images))
     bank = subset(train_images, np.sort(chosen[: config.log.evaluate_train]))
     try:
         bank_features, _, bank_labels = extract(state.teacher, bank, config, device)
     except Exception as error:
         found["notes"].append(f"no probes: {_in_words(error)}")
-        return found
+        return found, correct
     assert bank_labels is not None
     k, n = min(K_NEIGHBOURS, len(bank_features)), len(labels)
     found.update(knn_k=k, n_bank=len(bank_features))
 
-    def measure(name: str, accuracy: Callable[[], float], what: str) -> None:
+    def measure(name: str, predict: Callable[[], Tensor], what: str) -> None:
         try:
-            found[name] = accuracy()
+            right = (predict().cpu() == labels).numpy()
         except Exception as error:
             found["notes"].append(f"no {what}: {_in_words(error)}")
-        else:
-            found[f"{name}_ci95"] = list(confidence95(found[name], n))
+            return
+        found[name] = float(right.mean())
+        found[f"{name}_ci95"] = list(confidence95(found[name], n))
+        classes = [right[labels.numpy() == c].mean() for c in labels.unique().tolist()]
+        found[f"{name}_balanced"] = float(np.mean(classes))
+        correct[f"{name}_correct"] = right
 
-    def linear() -> float:
-        return linear_accuracy(bank_features, bank_labels, features, labels, config.seed % 2**32).accuracy
+    def linear() -> Tensor:
+        return linear_accuracy(bank_features, bank_labels, features, labels, config.seed % 2**32).predicted
 
-    def untrained() -> float:
+    def untrained() -> Tensor:
         encoder = build_encoder(config, drop_path=False).to(device)
         raw = [extract(encoder, images, config, device)[0] for images in (bank, held_out)]
-        return knn_accuracy(raw[0], bank_labels, raw[1], labels, k)
+        return knn_predictions(raw[0], bank_labels, raw[1], labels, k)
 
-    measure("knn", lambda: knn_accuracy(bank_features, bank_labels, features, labels, k), "kNN accuracy")
+    measure("knn", lambda: knn_predictions(bank_features, bank_labels, features, labels, k), "kNN accuracy")
     measure("linear", linear, "linear probe")
     measure("knn_untrained", untrained, "kNN accuracy of the untrained encoder")
-    return found
+    return found, correct
 
 
 def _in_words(error: Exception) -> str:
