@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from uncollapse.judging import help_apart
 from uncollapse.unique import EPSILONS, epsilon_sweep
@@ -21,30 +23,54 @@ def _argmax(x: Tensor) -> Tensor:
     return torch.from_numpy(x.numpy().argmax(-1)) if on_cpu else x.argmax(-1)
 
 
-class PrototypeMonitor:
+class PrototypeMonitor(nn.Module):
     """Follows one set of prototypes in any training loop.
+
+    It has buffers and nothing to learn: make it an attribute of your model, and it moves and is checkpointed with it.
 
     Example::
 
         monitor = PrototypeMonitor(prototypes=K, rows=2 * batch)
         for step, batch in enumerate(loader):
             ...
-            monitor.observe(teacher_logits)           # or cosines; (n, K), raw
+            monitor.observe(teacher_logits)  # or cosines; (n, K), raw: not centred, not balanced
             if step % 100 == 0:
-                log(monitor.statistics(), monitor.sweep(prototype_matrix))
+                log({"alive": monitor.alive(), **monitor.sweep(prototype_matrix)})
 
     Args:
         prototypes: K.
         rows: teacher rows per call of :meth:`observe`; sets the window when none is given.
         window: a prototype is *alive* when it was the argmax of a row within this many calls;
             0: ``20 · K / rows``, in which a prototype with a fair share is expected 20 times.
+        device: where it begins.
+
+    Raises:
+        ValueError: fewer than one prototype or row, or a negative window.
     """
 
+    last_used: Tensor
+    called: Tensor
+    in_window: Tensor
+
     def __init__(self, prototypes: int, rows: int, window: int = 0, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        if prototypes < 1 or rows < 1 or window < 0:
+            raise ValueError(f"need prototypes and rows ≥ 1 and window ≥ 0: {prototypes}, {rows}, {window}")
         self.prototypes = prototypes
-        self.window = window or math.ceil(20 * prototypes / rows)
-        self.calls = 0
-        self.last_used = torch.full((prototypes,), -1, dtype=torch.long, device=device)
+        window = window or math.ceil(20 * prototypes / rows)
+        self.register_buffer("last_used", torch.full((prototypes,), -1, dtype=torch.long, device=device))
+        self.register_buffer("called", torch.zeros((), dtype=torch.long, device=device))
+        self.register_buffer("in_window", torch.tensor(window, device=device))
+
+    @property
+    def calls(self) -> int:
+        """Calls of :meth:`observe` so far."""
+        return int(self.called)
+
+    @property
+    def window(self) -> int:
+        """Calls within which a prototype must have been an argmax to be alive."""
+        return int(self.in_window)
 
     def observe(self, cosines: Tensor) -> None:
         """Notes the argmax of every row of raw cosines ``(n, K)``: uncentred, unbalanced."""
@@ -56,14 +82,15 @@ class PrototypeMonitor:
         rows = max(64, _BLOCK // len(vectors))
         self.observe_argmax(torch.cat([_argmax(some @ vectors.T) for some in z.detach().split(rows)]))
 
+    @torch.no_grad()
     def observe_argmax(self, argmax: Tensor) -> None:
         """As :meth:`observe`, from argmaxes ``(n,)``."""
-        self.calls += 1
-        self.last_used[argmax] = self.calls
+        self.called += 1
+        self.last_used[argmax.to(self.last_used.device)] = self.called
 
     def alive(self) -> int:
         """How many prototypes were an argmax within the window."""
-        return int((self.last_used > max(0, self.calls - self.window)).sum())
+        return int((self.last_used > (self.called - self.in_window).clamp_min(0)).sum())
 
     @property
     def window_full(self) -> bool:
@@ -74,13 +101,12 @@ class PrototypeMonitor:
         """Unique prototypes (greedy ε-cover) of a ``(K, D)`` matrix at each ε, keyed by ε as text."""
         return {f"{eps:g}": count for eps, count in epsilon_sweep(vectors, EPSILONS).items()}
 
-    def state_dict(self) -> dict[str, object]:
-        return {"calls": self.calls, "last_used": self.last_used.cpu(), "window": self.window}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        self.calls = int(state["calls"])  # type: ignore[call-overload]
-        self.window = int(state["window"])  # type: ignore[call-overload]
-        self.last_used.copy_(state["last_used"])  # type: ignore[arg-type]
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; takes what earlier versions saved as well."""
+        if "calls" in state_dict:
+            names = {"calls": "called", "window": "in_window", "last_used": "last_used"}
+            state_dict = {names[name]: torch.as_tensor(value) for name, value in state_dict.items()}
+        return super().load_state_dict(state_dict, strict, assign)
 
 
 def assignment_statistics(targets: Tensor) -> dict[str, float]:
