@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class ViewInformation:
     n: int
     """Images that were scored."""
     views: int
-    of_image: Tensor
+    of_image: Tensor = field(compare=False, repr=False)
     """``(n,)`` float64 on the CPU, with mean ``bits``. Two sets of prototypes are compared by their differences on the
     same images."""
 

@@ -1,7 +1,7 @@
 """How good features are, on held-out data: nearest neighbours, a linear classifier, and an interval."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class LinearResult:
     """Whether the final fit converged within its iterations."""
     unseen: int
     """Test features whose class is not in train; counted as errors."""
-    predicted: Tensor
+    predicted: Tensor = field(compare=False, repr=False)
     """(n,) int64 classes, on the CPU."""
 
 
