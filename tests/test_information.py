@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from sklearn.metrics import mutual_info_score
 
 import uncollapse.information
-from uncollapse import view_information
+from uncollapse import effective_prototypes, view_information
+from uncollapse.config import load_config
+from uncollapse.data import load_images
+from uncollapse.metrics import prototype_argmax, usage_counts
+from uncollapse.state import build_encoder
+from uncollapse.summary import extract, project_views
+from uncollapse.train import train
 from uncollapse.unique import cosine_argmax
 
 DIM = 64
@@ -159,3 +165,22 @@ def test_rows_without_a_direction_are_refused(bad):
         view_information(z, torch.randn(5, 8), torch.randn(2, 9, 8))
     with pytest.raises(ValueError, match="they have no direction"):
         view_information(torch.randn(2, 9, 8), torch.randn(5, 8), z)
+
+
+@pytest.mark.slow
+def test_an_untrained_encoder_with_its_own_projections_stays_below_a_trained_one(tmp_path):
+    """The way to a high N_eff without learning anything: prototypes that are projections of images, all in use."""
+    config = load_config("demo", {"log.evaluate_train": 100})
+    trained = train(config, tmp_path, max_steps=200, say=lambda line: None, accelerator="cpu")
+    images, held_out = load_images("builtin:digits", config.data, config.seed)
+    encoder = build_encoder(config, drop_path=False)
+    cpu = torch.device("cpu")
+    projections, unseen = (extract(encoder, part, config, cpu)[1] for part in (images, held_out))
+    w = projections[torch.randperm(len(projections), generator=torch.Generator().manual_seed(0))[:1024]]
+    own = view_information(
+        project_views(encoder, held_out, config, cpu), w, project_views(encoder, images, config, cpu)
+    )
+    counts = usage_counts(prototype_argmax(unseen, w), 1024)
+    assert effective_prototypes(counts, w) > 2 * trained["effective"]["0.025"]
+    error = math.hypot(own.standard_error, trained["view_information"]["standard_error"])
+    assert own.bits < trained["view_information"]["bits"] - 3 * error
