@@ -81,3 +81,25 @@ def test_extreme_settings_run_to_their_end(keys, tmp_path):
     assert summary["steps"] == 2
     assert summary["knn"] is not None
     assert summary["n_bank"] == summary["knn_k"] or summary["knn_k"] == 20
+
+
+def test_a_long_tail_is_reported_by_classes_too_and_image_by_image(tmp_path):
+    """Accuracy beside the mean over classes, and for each held-out image what paired comparisons need."""
+    rng = np.random.default_rng(0)
+    for name, count in (("common", 40), ("rare", 8)):
+        for i in range(count):
+            noise(tmp_path / "images" / "train" / name / f"{i}.png", rng)
+            if i < 3 + 9 * (name == "common"):
+                noise(tmp_path / "images" / "val" / name / f"{i}.png", rng)
+    summary = finished(tmp_path / "run", **{"data.path": str(tmp_path / "images"), "run.batch": 8})
+    with np.load(tmp_path / "run" / "diagnosis.npz") as arrays:
+        right, share = arrays["knn_correct"], arrays["view_information_of_image"]
+        assert arrays["linear_correct"].mean() == pytest.approx(summary["linear"])
+    assert len(right) == len(share) == summary["n_held_out"] == 15
+    assert right.mean() == pytest.approx(summary["knn"])
+    assert (right[:12].mean() + right[12:].mean()) / 2 == pytest.approx(summary["knn_balanced"])
+    assert share.mean() == pytest.approx(summary["view_information"]["bits"], abs=1e-5)
+    assert share.std(ddof=1) / 15**0.5 == pytest.approx(summary["view_information"]["standard_error"], abs=1e-5)
+    assert summary["unique_means"] == summary["unique"]
+    assert summary["used_by_target"] >= 1
+    assert 0 <= summary["target_agreement"] <= 1
