@@ -153,7 +153,7 @@ class Loop:
         watch.lap("teacher")
         self._check_finite(z_all, "the teacher's projections", step)
         state.prototypes.observe(z_all.flatten(0, 1), progress)
-        targets = state.objective.targets(z_teacher, state.prototypes, tau)
+        targets = state.objective.targets(z_teacher, state.prototypes, tau, world())
         watch.lap("prototypes")
         self.monitor.observe_projections(z_all[0], state.prototypes.vectors("teacher"))
         watch.lap("diagnosis")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from uncollapse.assign import sinkhorn_offsets
 from uncollapse.config import TargetKind
 from uncollapse.cross_entropy import SoftmaxTargets
-from uncollapse.distributed import world
+from uncollapse.distributed import Group
 from uncollapse.losses import fused_dino_loss
 from uncollapse.prototypes import Prototypes
 
@@ -30,14 +30,19 @@ class DINO(nn.Module):
         self.target = target
 
     @torch.no_grad()
-    def targets(self, z_teacher: Tensor, prototypes: Prototypes, temperature: float) -> SoftmaxTargets:
-        """A distribution over prototypes for each of the teacher's projections ``(T, n, D)``, made where it is used."""
+    def targets(
+        self, z_teacher: Tensor, prototypes: Prototypes, temperature: float, group: Group = None
+    ) -> SoftmaxTargets:
+        """A distribution over prototypes for each of the teacher's projections ``(T, n, D)``, made where it is used.
+
+        ``group`` has the ranks whose projections are balanced together; each of them must call this.
+        """
         if self.target == "posterior":
             return prototypes.posterior(z_teacher, temperature)
         weight, bias = prototypes.affine("teacher")
         if self.target == "sinkhorn":
             # Over both views and all ranks, as in DINOv2; a larger batch balances better.
-            offsets = sinkhorn_offsets(z_teacher.flatten(0, 1), weight, temperature, bias=bias, group=world())
+            offsets = sinkhorn_offsets(z_teacher.flatten(0, 1), weight, temperature, bias=bias, group=group)
             return SoftmaxTargets(z_teacher, weight, temperature, offsets if bias is None else bias + offsets)
         shift = -self.center if bias is None else bias - self.center
         return SoftmaxTargets(z_teacher, weight, temperature, shift / temperature)
