@@ -54,8 +54,11 @@ def test_what_a_public_function_takes_can_be_imported_beside_it():
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     root = Path(__file__).parent.parent
-    listed = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
-    declared = {re.split(r"[<>=]", line)[0].lower() for line in listed}
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    declared, extra = (
+        {re.split(r"[<>=]", line)[0].lower() for line in lines}
+        for lines in (project["dependencies"], project["optional-dependencies"]["wandb"])
+    )
     imported = set()
     for path in (root / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -65,7 +68,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
                 imported |= {"tensorboard" if node.module == "torch.utils.tensorboard" else node.module.split(".")[0]}
     homes = packages_distributions()
     ours = {name for name in imported if name not in sys.stdlib_module_names and name != "uncollapse"}
-    missing = {name for name in ours if not declared & {home.lower() for home in homes.get(name, [name])}}
+    missing = {name for name in ours if not (declared | extra) & {home.lower() for home in homes.get(name, [name])}}
     assert not missing
     unused = declared - {home.lower() for name in ours for home in homes.get(name, [name])}
     assert not unused

@@ -232,7 +232,7 @@ def test_a_loss_that_stays_at_ln_k_is_explained(tmp_path):
 
 def test_mostly_dead_components_are_pointed_out(tmp_path):
     lines = []
-    config = tiny_demo("fixed", **{"log.alive_window": 40})
+    config = tiny_demo("joint", **{"log.alive_window": 40})
     config = replace(config, prototypes=replace(config.prototypes, count=2048))  # 40 × 64 rows could use them all
     train(config, tmp_path / "run", 40, say=lines.append, accelerator="cpu")
     assert any("were any image's nearest" in line for line in lines)

@@ -90,7 +90,7 @@ def test_data_without_labels_names_the_file_and_the_tasks(run, tasks, tmp_path, 
     assert failing(run, "--data", f"{tmp_path / 'train'},{tmp_path / 'test'}", "--tasks", "knn,linear") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{tmp_path / part}: no labels, which knn, linear need" in line
-    assert "lies beside the class folders (6 such file(s))" in line
+    assert "no image lies in a sub-folder, whose name would be its class" in line
 
 
 def test_one_class_is_nothing_to_tell_apart(run, tasks, tmp_path, capsys):
