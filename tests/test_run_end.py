@@ -95,6 +95,7 @@ def test_a_long_tail_is_reported_by_classes_too_and_image_by_image(tmp_path):
     with np.load(tmp_path / "run" / "diagnosis.npz") as arrays:
         right, share = arrays["knn_correct"], arrays["view_information_of_image"]
         assert arrays["linear_correct"].mean() == pytest.approx(summary["linear"])
+        assert arrays["knn_balanced_of_image"].mean() == pytest.approx(summary["knn_balanced"])
     assert len(right) == len(share) == summary["n_held_out"] == 15
     assert right.mean() == pytest.approx(summary["knn"])
     assert (right[:12].mean() + right[12:].mean()) / 2 == pytest.approx(summary["knn_balanced"])

@@ -169,7 +169,7 @@ KNN_BALANCED = Measure(
     1,
     "%",
     _half_width("knn_balanced_ci95"),
-    "",
+    "knn_balanced_of_image",
     "knn_balanced_ci95",
 )
 LINEAR = Measure(
@@ -189,7 +189,7 @@ LINEAR_BALANCED = Measure(
     1,
     "%",
     _half_width("linear_balanced_ci95"),
-    "",
+    "linear_balanced_of_image",
     "linear_balanced_ci95",
 )
 USED = Measure(

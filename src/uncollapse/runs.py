@@ -198,6 +198,8 @@ _SHAPES = {
     "duplicate_images": ("u", 5),
     "unique_images": ("u", 5),
     "view_information_of_image": ("f", 1),
+    "knn_balanced_of_image": ("f", 1),
+    "linear_balanced_of_image": ("f", 1),
     "knn_correct": ("b", 1),
     "linear_correct": ("b", 1),
 }

@@ -196,6 +196,9 @@ def _probes(
     k, n = min(K_NEIGHBOURS, len(bank_features)), len(labels)
     found.update(knn_k=k, n_bank=len(bank_features))
 
+    counts = torch.bincount(labels)
+    weight = (n / ((counts > 0).sum() * counts[labels])).double().numpy()  # classes count alike
+
     def measure(name: str, predict: Callable[[], Tensor], what: str) -> None:
         try:
             right = (predict().cpu() == labels).numpy()
@@ -204,9 +207,9 @@ def _probes(
             return
         found[name] = float(right.mean())
         found[f"{name}_ci95"] = list(confidence95(found[name], n))
-        classes = [right[labels.numpy() == c].mean() for c in labels.unique().tolist()]
-        found[f"{name}_balanced"] = float(np.mean(classes))
-        correct[f"{name}_correct"] = right
+        balanced = right * weight
+        found[f"{name}_balanced"] = float(balanced.mean())
+        correct.update({f"{name}_correct": right, f"{name}_balanced_of_image": balanced.astype(np.float32)})
 
     def linear() -> Tensor:
         return linear_accuracy(bank_features, bank_labels, features, labels, config.seed % 2**32).predicted
