@@ -184,3 +184,13 @@ def test_an_untrained_encoder_with_its_own_projections_stays_below_a_trained_one
     assert effective_prototypes(counts, w) > 2 * trained["effective"]["0.025"]
     error = math.hypot(own.standard_error, trained["view_information"]["standard_error"])
     assert own.bits < trained["view_information"]["bits"] - 3 * error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_the_same():
+    made = Made(256, 16, "half")
+    z, z_fit = made.views(3, 300, 1), made.views(2, 2048, 2)
+    expected = view_information(z, made.w, z_fit)
+    found = view_information(z.cuda(), made.w.cuda(), z_fit.cuda())
+    torch.testing.assert_close(found.of_image, expected.of_image, rtol=0, atol=0.02)
