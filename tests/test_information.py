@@ -187,7 +187,6 @@ def test_an_untrained_encoder_with_its_own_projections_stays_below_a_trained_one
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_finds_the_same():
     made = Made(256, 16, "half")
     z, z_fit = made.views(3, 300, 1), made.views(2, 2048, 2)
