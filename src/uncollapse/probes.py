@@ -16,19 +16,6 @@ from uncollapse.neighbours import nearest, unit_rows, vote
 _GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
-def knn_accuracy(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> float:
-    """Accuracy, in [0, 1], of `knn_predictions`. A test class not in train is an error."""
-    elected = knn_predictions(train, train_labels, test, test_labels, k, temperature)
-    return float((elected == test_labels.to(elected.device)).double().mean())
-
-
 def knn_predictions(
     train: Tensor,
     train_labels: Tensor,

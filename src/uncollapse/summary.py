@@ -16,7 +16,6 @@ from torch import Tensor
 from uncollapse.backbones import Encoder
 from uncollapse.checkpoint import write_atomically
 from uncollapse.config import Config, arm_name
-from uncollapse.fingerprint import image_digests
 from uncollapse.images import ImageSet, MemoryImages, subset
 from uncollapse.information import ViewInformation, view_information
 from uncollapse.judging import random_likeness
@@ -83,9 +82,12 @@ def project_views(
 
 def finish_run(
     config: Config, state: TrainState, monitor: PrototypeMonitor, train_images: ImageSet, held_out: ImageSet,
-    out: Path, steps: int, loss: float, seconds: dict[str, float], device: torch.device,
+    digests: dict[str, str], out: Path, steps: int, loss: float, seconds: dict[str, float], device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluates the teacher's side and writes ``summary.json`` and ``diagnosis.npz``; returns the summary."""
+    """Evaluates the teacher's side and writes ``summary.json`` and ``diagnosis.npz``; returns the summary.
+
+    ``digests`` are those of `image_digests` for both sets, made when the run began.
+    """
     vectors = state.prototypes.vectors("teacher").cpu()
     features, z, labels = extract(state.teacher, held_out, config, device)
     report = prototype_report(vectors, z)
@@ -100,7 +102,7 @@ def finish_run(
         "steps": steps,
         "n_train": len(train_images),
         "n_held_out": len(held_out),
-        **image_digests(train_images, held_out),
+        **digests,
         **_jsonable(report),
         "random_start": dataclasses.asdict(random_likeness(vectors, EPSILONS[0])),
         "view_information": None if information is None else information.to_json(),

@@ -152,7 +152,7 @@ def _train(
     seconds = loop.all_seconds()
     try:
         return finish_run(
-            config, state, monitor, train_images, held_out, out, stop, loop.last_loss, seconds, fabric.device
+            config, state, monitor, train_images, held_out, digests, out, stop, loop.last_loss, seconds, fabric.device
         )
     except Exception as error:
         raise TrainingError(
