@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from uncollapse import checkpoint
-from uncollapse.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from uncollapse.checkpoint import load_checkpoint, save_checkpoint
+from uncollapse.errors import CheckpointError
 
 
 def save(folder, step, keep=3):

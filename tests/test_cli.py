@@ -7,7 +7,7 @@ import pytest
 
 from uncollapse.cli import main
 from uncollapse.config import load_config
-from uncollapse.plain_yaml import ConfigError
+from uncollapse.errors import ConfigError
 from uncollapse.tiny import tiny
 
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from uncollapse.config import DataConfig
 from uncollapse.data import load_images
-from uncollapse.images import DataError, LazyImages, MemoryImages, subset
+from uncollapse.errors import DataError
+from uncollapse.images import LazyImages, MemoryImages, subset
 
 CONFIG = DataConfig()
 LAZY = DataConfig(memory_gb=0)

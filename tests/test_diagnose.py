@@ -15,8 +15,8 @@ from layouts import EPS, LAYOUTS, S, T, planted
 from uncollapse.cli import main
 from uncollapse.diagnosis import SWEEP, diagnose, diagnose_file, failures, in_order
 from uncollapse.diagnosis_table import names_of, shortened
+from uncollapse.errors import InputError
 from uncollapse.judging import judge, random_likeness
-from uncollapse.reading import InputError
 
 
 def dino_like() -> torch.Tensor:

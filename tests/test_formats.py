@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from layouts import EPS, LAYOUTS, T, norm_old, planted
 from uncollapse.diagnosis import diagnose, diagnose_file
+from uncollapse.errors import InputError
 from uncollapse.formats import clean, find_prototypes
-from uncollapse.reading import InputError, flatten, read_tensors
+from uncollapse.reading import flatten, read_tensors
 from uncollapse.unique import unique_prototypes
 
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save
 
 from layouts import ARGS
+from uncollapse.errors import InputError
 from uncollapse.formats import find_prototypes
-from uncollapse.reading import InputError, flatten, read_tensors
+from uncollapse.reading import flatten, read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

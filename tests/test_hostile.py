@@ -16,7 +16,8 @@ import torch
 
 from layouts import EPS, T
 from uncollapse.diagnosis import diagnose
-from uncollapse.reading import InputError, flatten, read_tensors
+from uncollapse.errors import InputError
+from uncollapse.reading import flatten, read_tensors
 from uncollapse.sharded import INDEX
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -8,7 +8,7 @@ import torch
 from layouts import T
 from uncollapse.config import load_config, set_key
 from uncollapse.diagnosis import diagnose_file
-from uncollapse.reading import InputError
+from uncollapse.errors import InputError
 from uncollapse.state import build_state, state_dicts
 from uncollapse.tiny import tiny
 

@@ -17,8 +17,9 @@ from PIL import Image, ImageFile
 
 from uncollapse.config import DataConfig, ViewConfig
 from uncollapse.data import load_images
+from uncollapse.errors import DataError
 from uncollapse.evaluate.layouts import inat_parts, list_parts
-from uncollapse.images import DataError, LazyImages, decode
+from uncollapse.images import LazyImages, decode
 from uncollapse.loading import eval_batches, view_loader
 from uncollapse.views import view_specs
 

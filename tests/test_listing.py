@@ -13,7 +13,8 @@ from PIL import Image
 
 from uncollapse.config import DataConfig
 from uncollapse.data import described, load_images
-from uncollapse.images import DataError, ImageSet
+from uncollapse.errors import DataError
+from uncollapse.images import ImageSet
 from uncollapse.listing import image_names
 
 LAZY = DataConfig(memory_gb=0)

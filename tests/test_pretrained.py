@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from uncollapse.checkpoint import load_checkpoint
 from uncollapse.cli import main
 from uncollapse.config import ConfigError, load_config
+from uncollapse.errors import InputError
 from uncollapse.pretrained import start_from
-from uncollapse.reading import InputError
 from uncollapse.state import build_encoder
 from uncollapse.tiny import tiny
 

@@ -15,9 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 from layouts import EPS, T, norm_old, planted, prefixed
 from uncollapse.config import load_config
 from uncollapse.diagnosis import diagnose, diagnose_file
+from uncollapse.errors import DataError, InputError
 from uncollapse.formats import find_prototypes
-from uncollapse.images import DataError
-from uncollapse.reading import InputError, flatten
+from uncollapse.reading import flatten
 from uncollapse.rebuild import rebuild_encoder
 from uncollapse.tiny import tiny
 

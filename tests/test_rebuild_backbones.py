@@ -7,8 +7,9 @@ import torch.nn.functional as F
 import encoders
 from layouts import S, T, X, norm_old, prefixed
 from test_rebuild import head, rebuilt_of
+from uncollapse.errors import InputError
 from uncollapse.formats import find_prototypes
-from uncollapse.reading import InputError, flatten
+from uncollapse.reading import flatten
 from uncollapse.rebuild import rebuild_encoder
 from uncollapse.rebuild_backbones import backbone_of
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from uncollapse.cli import main
 from uncollapse.config import load_config
-from uncollapse.images import DataError
+from uncollapse.errors import DataError
 from uncollapse.tiny import tiny
 from uncollapse.train import train
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from uncollapse.checkpoint import CheckpointError, load_checkpoint
+from uncollapse.checkpoint import load_checkpoint
 from uncollapse.cli import main
 from uncollapse.config import ConfigError, dump_config, load_config
-from uncollapse.loop import Loop, TrainingError
+from uncollapse.errors import CheckpointError, TrainingError
+from uncollapse.loop import Loop
 from uncollapse.runfolder import held
 from uncollapse.runlog import RunLog, read_rows
 from uncollapse.tiny import tiny

@@ -12,7 +12,8 @@ import torch
 from layouts import EPS, S, T, X, prefixed
 from test_rebuild import head, vit
 from uncollapse.diagnosis import diagnose, diagnose_file
-from uncollapse.reading import InputError, flatten, read_tensors
+from uncollapse.errors import InputError
+from uncollapse.reading import flatten, read_tensors
 from uncollapse.sharded import INDEX
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -17,7 +17,7 @@ from PIL import Image
 from uncollapse.checkpoint import load_checkpoint
 from uncollapse.cli import main
 from uncollapse.config import ARMS, arm_keys, build_config, load_config
-from uncollapse.loop import TrainingError
+from uncollapse.errors import TrainingError
 from uncollapse.runlog import read_rows
 from uncollapse.state import assert_separate, build_state, clip_each
 from uncollapse.tiny import tiny

@@ -15,7 +15,8 @@ from PIL import Image
 
 from uncollapse.config import DataConfig, ViewConfig
 from uncollapse.data import load_images
-from uncollapse.images import DataError, Files, LazyImages, MemoryImages
+from uncollapse.errors import DataError
+from uncollapse.images import Files, LazyImages, MemoryImages
 from uncollapse.loading import apply_one, eval_batches, eval_view, view_loader
 from uncollapse.views import apply_batch, eval_shorter_side, multicrop, sample_params, uniforms, view_specs
 

@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
+from uncollapse.errors import CheckpointError
+
 FORMAT = 1
-
-
-class CheckpointError(RuntimeError):
-    """No usable checkpoint; the message says where it looked and what it found."""
 
 
 def _digest(path: Path) -> str:

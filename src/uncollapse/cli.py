@@ -145,9 +145,8 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     import torch
 
     from uncollapse.diagnosis import diagnose_file, failures, in_order
-    from uncollapse.images import DataError
+    from uncollapse.errors import DataError, InputError
     from uncollapse.progress import share_bar
-    from uncollapse.reading import InputError
     from uncollapse.shown import shown
     from uncollapse.unique import EPSILONS
 

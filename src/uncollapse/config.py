@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from uncollapse.plain_yaml import ConfigError, parse_yaml, read_yaml, shortened
+from uncollapse.errors import ConfigError
+from uncollapse.plain_yaml import parse_yaml, read_yaml, shortened
 from uncollapse.shown import shown
 
 PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "fixed"]

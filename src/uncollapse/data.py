@@ -23,17 +23,8 @@ import torch
 from PIL import Image
 
 from uncollapse.config import DataConfig
-from uncollapse.images import (
-    DataError,
-    Files,
-    ImageSet,
-    LazyImages,
-    MemoryImages,
-    bad_message,
-    open_image,
-    subset,
-    to_rgb,
-)
+from uncollapse.errors import DataError
+from uncollapse.images import Files, ImageSet, LazyImages, MemoryImages, bad_message, open_image, subset, to_rgb
 from uncollapse.listing import Items, find_items
 from uncollapse.parquet import ParquetRows
 from uncollapse.shown import shown

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uncollapse.errors import InputError
 from uncollapse.formats import PrototypeSet, checked, find_prototypes, may_be_prototypes
 from uncollapse.judging import FAILING, WIDE, RandomLikeness, Verdict, judge, random_likeness
-from uncollapse.reading import InputError, damage_is_said, flatten, newest_of, read_tensors
+from uncollapse.reading import damage_is_said, flatten, newest_of, read_tensors
 from uncollapse.rebuild_own import own_directions
 from uncollapse.rows import product_seconds, tensor_of
 from uncollapse.shown import shown

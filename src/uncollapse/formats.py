@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from uncollapse.reading import InputError
+from uncollapse.errors import InputError
 
 Side = Literal["student", "teacher", "shared", "unstated"]
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
+from uncollapse.errors import DataError
 from uncollapse.shown import shown
 
 if TYPE_CHECKING:
@@ -46,13 +47,6 @@ _TURNS = {
 """What makes an image upright, by its EXIF orientation."""
 
 _ON_ITS_SIDE = [_TURNS[i] for i in (5, 6, 7, 8)]
-
-
-class DataError(ValueError):
-    """Images that cannot be used; the message is one line that says what was found and what was expected."""
-
-    def __init__(self, message: object) -> None:
-        super().__init__(shown(str(message)))  # it quotes names from files
 
 
 # --- decoding -----------------------------------------------------------------------------------------------

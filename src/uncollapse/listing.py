@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from uncollapse.images import DataError, Files
+from uncollapse.errors import DataError
+from uncollapse.images import Files
 from uncollapse.parquet import LABELS, ParquetRows, find_columns, open_parquet, read_labels
 from uncollapse.shown import shown
 
@@ -258,7 +259,7 @@ def _csv_column(heading: Sequence[str], given: str, usual: Sequence[str], key: s
 def find_items(path: Path, image: str = "", label: str = "") -> tuple[Items, Items | None]:
     """Training items of ``path`` and, where it has a held-out split, those; nothing is decoded.
 
-    ``image`` and ``label`` name columns of Parquet and CSV files. Raises :class:`~uncollapse.images.DataError` for
+    ``image`` and ``label`` name columns of Parquet and CSV files. Raises :class:`~uncollapse.errors.DataError` for
     anything that is no data set.
     """
     suffix = path.suffix.lower()

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from uncollapse.images import DataError, ImageSet, LazyImages, MemoryImages
+from uncollapse.errors import DataError
+from uncollapse.images import ImageSet, LazyImages, MemoryImages
 from uncollapse.views import (
     SOLARISE,
     ViewParams,
@@ -104,7 +105,7 @@ def view_loader(images: ImageSet, plan: Plan, specs: Sequence[ViewSpec], seed: i
 
     Like :func:`~uncollapse.views.multicrop`, one float32 (n, 3, size, size) per spec. ``workers`` processes
     (0: this one) change the speed and nothing else. An unreadable image is replaced by the next readable one
-    and listed in ``images.bad``; too many raise :class:`~uncollapse.images.DataError`.
+    and listed in ``images.bad``; too many raise :class:`~uncollapse.errors.DataError`.
     """
     keys = ([(step, int(i), int(p)) for i, p in zip(indices, positions, strict=True)]
             for step, indices, positions in plan)  # fmt: skip

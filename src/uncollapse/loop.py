@@ -21,6 +21,7 @@ from uncollapse.checkpoint import newest_step, save_checkpoint
 from uncollapse.config import Config, arm_name, dump_config
 from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.distributed import gather_rows, world
+from uncollapse.errors import TrainingError
 from uncollapse.images import ImageSet, MemoryImages
 from uncollapse.loading import view_loader
 from uncollapse.monitor import LossWatch, PrototypeMonitor, assignment_statistics, nearest_cosine
@@ -34,10 +35,6 @@ from uncollapse.views import ViewSpec, multicrop, view_specs
 
 Progress = Callable[[int, int, float], None]
 """Called after every step with (steps done, steps to do, loss)."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and what was kept."""
 
 
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:

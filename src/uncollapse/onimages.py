@@ -17,12 +17,12 @@ from uncollapse.backbones import Encoder
 from uncollapse.config import Config, DataConfig, ViewConfig, arm_name
 from uncollapse.data import load_images
 from uncollapse.diagnosis import Diagnosis, wide_of
+from uncollapse.errors import DataError, InputError
 from uncollapse.formats import PrototypeSet
-from uncollapse.images import DataError, ImageSet, subset
+from uncollapse.images import ImageSet, subset
 from uncollapse.information import ViewInformation
 from uncollapse.judging import judge
 from uncollapse.metrics import alignment, effective_rank, prototype_argmax, prototype_report, uniformity
-from uncollapse.reading import InputError
 from uncollapse.rebuild import Rebuilt
 from uncollapse.summary import VIEWS, extract, nearest_images, project_views
 

@@ -1,7 +1,7 @@
 """Images and labels in Parquet files: which columns hold them, and reading them a row group at a time.
 
 A Parquet file states how much it unpacks to; what it states is checked before anything is unpacked. Whatever pyarrow
-raises becomes a :class:`~uncollapse.images.DataError`.
+raises becomes a :class:`~uncollapse.errors.DataError`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from uncollapse.images import MAX_BYTES, DataError
+from uncollapse.errors import DataError
+from uncollapse.images import MAX_BYTES
 from uncollapse.shown import shown
 
 LABELS = (
@@ -309,7 +310,7 @@ class ParquetRows:
             return column
 
     def read(self, i: int) -> bytes:
-        """Encoded bytes of row ``i``, empty where it has none; raises :class:`~uncollapse.images.DataError`."""
+        """Encoded bytes of row ``i``, empty where it has none; raises :class:`~uncollapse.errors.DataError`."""
         g, row = self._find(i)
         column = self._group(g)
         if isinstance(column, DataError):

@@ -8,14 +8,12 @@ from typing import Any
 
 import yaml
 
+from uncollapse.errors import ConfigError
+
 MOST_BYTES = 1 << 20
 """A recipe of a megabyte is none."""
 MOST_VALUES = 10_000
 """Values of one text; what an alias stands for counts every time, so that a few lines cannot fill the memory."""
-
-
-class ConfigError(ValueError):
-    """A recipe or an override that cannot be used; the message is one line and names the key."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -21,16 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uncollapse.errors import InputError
 from uncollapse.pickled import Record, Refused
 from uncollapse.shown import shown
 from uncollapse.torchfile import Unsupported, array_of, read_torch, refuse_encrypted
-
-
-class InputError(ValueError):
-    """A file that cannot be diagnosed; the message is one line: what, where, and what to do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(shown(message))  # names and keys in it are the file's, and may be anything
 
 
 @contextmanager

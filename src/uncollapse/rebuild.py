@@ -15,8 +15,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uncollapse.errors import InputError
 from uncollapse.formats import OWN, PrototypeSet, clean, side_of
-from uncollapse.reading import InputError
 from uncollapse.rebuild_backbones import backbone_of
 from uncollapse.rebuild_own import own_encoder
 

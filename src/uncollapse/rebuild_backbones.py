@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.reading import InputError, line_of
+from uncollapse.errors import InputError
+from uncollapse.reading import line_of
 from uncollapse.within import Within
 
 HEAD_DIM = 64

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncollapse.reading import InputError
+from uncollapse.errors import InputError
 from uncollapse.rebuild_backbones import Backbone, _count, load
 
 EPSILON = 1e-5

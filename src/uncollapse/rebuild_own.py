@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from uncollapse.errors import InputError
 from uncollapse.formats import OWN, PrototypeSet
-from uncollapse.reading import InputError, line_of
+from uncollapse.reading import line_of
 from uncollapse.within import Within
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from uncollapse.plain_yaml import ConfigError
+from uncollapse.errors import ConfigError
 from uncollapse.runlog import read_rows
 
 try:

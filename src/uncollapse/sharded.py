@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uncollapse.errors import InputError
 from uncollapse.pickled import Maker, Record, Refused, load
-from uncollapse.reading import OPTIMIZERS, InputError, damage_is_said, line_of
+from uncollapse.reading import OPTIMIZERS, damage_is_said, line_of
 from uncollapse.torchfile import NAMES, read_torch_bytes, without_values
 
 INDEX = ".metadata"

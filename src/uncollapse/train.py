@@ -18,9 +18,10 @@ from uncollapse import runfolder
 from uncollapse.checkpoint import load_checkpoint, write_atomically
 from uncollapse.config import Config, ConfigError, arm_name, dump_config
 from uncollapse.data import described, load_images
+from uncollapse.errors import TrainingError
 from uncollapse.fingerprint import image_digests
 from uncollapse.images import ImageSet, MemoryImages
-from uncollapse.loop import Loop, Progress, TrainingError
+from uncollapse.loop import Loop, Progress
 from uncollapse.monitor import PrototypeMonitor
 from uncollapse.resume import check_same_run, refuse_foreign
 from uncollapse.runlog import RunLog

@@ -18,8 +18,9 @@ from PIL import Image
 
 from uncollapse.config import DataConfig
 from uncollapse.data import load_images
+from uncollapse.errors import DataError
 from uncollapse.evaluate.datasets import load_pair, long_tail_rows, open_pair, proportional_rows, split_spec
-from uncollapse.images import DataError, LazyImages, MemoryImages
+from uncollapse.images import LazyImages, MemoryImages
 
 LAZY = DataConfig(memory_gb=0)
 

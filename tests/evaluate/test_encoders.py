@@ -12,9 +12,9 @@ from layouts import norm_old, planted, prefixed
 from uncollapse.backbones import Conv3
 from uncollapse.checkpoint import save_checkpoint
 from uncollapse.config import ConfigError, load_config
+from uncollapse.errors import InputError
 from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
 from uncollapse.evaluate.opening import open_encoder
-from uncollapse.reading import InputError
 from uncollapse.state import build_state, state_dicts
 from uncollapse.tiny import tiny
 

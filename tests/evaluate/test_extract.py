@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
+from uncollapse.errors import DataError
 from uncollapse.evaluate import extract as module
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import cache_key, extract, identity
-from uncollapse.images import DataError, Files, LazyImages, MemoryImages, subset
+from uncollapse.images import Files, LazyImages, MemoryImages, subset
 
 N, SIZE = 23, 16
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from uncollapse.errors import DataError
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result, bootstrap95_mean
 from uncollapse.evaluate.transfer import mean_interval, short_names, transfer
-from uncollapse.images import DataError
 
 
 def features(n: int, seed: int, noise: float) -> Features:

@@ -17,6 +17,7 @@ import torch
 
 from uncollapse.config import DataConfig
 from uncollapse.data import load_images, load_items, split_items
+from uncollapse.errors import DataError
 from uncollapse.evaluate.layouts import (
     INAT,
     LIST,
@@ -28,7 +29,7 @@ from uncollapse.evaluate.layouts import (
     list_parts,
     torchvision_parts,
 )
-from uncollapse.images import DataError, Files, ImageSet, LazyImages, MemoryImages, open_image, subset
+from uncollapse.images import Files, ImageSet, LazyImages, MemoryImages, open_image, subset
 from uncollapse.listing import Items, find_items, image_names
 from uncollapse.parquet import ParquetRows
 from uncollapse.shown import shown

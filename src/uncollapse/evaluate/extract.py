@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from uncollapse.checkpoint import write_atomically
+from uncollapse.errors import DataError
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.features import Features
-from uncollapse.images import DataError, ImageSet, LazyImages, MemoryImages, subset
+from uncollapse.images import ImageSet, LazyImages, MemoryImages, subset
 from uncollapse.views import eval_batch, eval_shorter_side
 
 SHARD = 4096

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from uncollapse.images import DataError, Files, MemoryImages
+from uncollapse.errors import DataError
+from uncollapse.images import Files, MemoryImages
 from uncollapse.listing import Items
 from uncollapse.parquet import MAX_CLASSES
 from uncollapse.shown import shown

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncollapse.config import ConfigError
+from uncollapse.errors import InputError
 from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
 from uncollapse.formats import OWN, PrototypeSet, clean, find_prototypes, side_of
-from uncollapse.reading import InputError, damage_is_said, flatten, newest_of, read_tensors
+from uncollapse.reading import damage_is_said, flatten, newest_of, read_tensors
 from uncollapse.rebuild import Rebuilt, backbone_part, one_side
 from uncollapse.rebuild import rebuild_encoder as rebuild
 from uncollapse.rebuild_backbones import Backbone, ClassToken, backbone_of, renamed

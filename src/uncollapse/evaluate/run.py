@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from uncollapse.config import ConfigError, DataConfig
+from uncollapse.errors import DataError
 from uncollapse.evaluate.datasets import open_pair, split_spec
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import Progress, extract, identity
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
 from uncollapse.evaluate.tasks import TASKS, Context, Picture, Task, chosen
-from uncollapse.images import DataError, ImageSet, LazyImages
+from uncollapse.images import ImageSet, LazyImages
 
 Say = Callable[[str], None]
 Bar = Callable[[str], Progress]

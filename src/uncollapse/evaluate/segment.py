@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from uncollapse.errors import DataError
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.finetune import shown
 from uncollapse.evaluate.result import Result, bootstrap95
-from uncollapse.images import DataError, decode, open_image, upright, upright_size
+from uncollapse.images import decode, open_image, upright, upright_size
 from uncollapse.listing import image_names
 from uncollapse.progress import Report
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from uncollapse.errors import DataError
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
-from uncollapse.images import DataError
 
 SOURCE = "kNN and linear as in their own tasks; sets averaged with equal weight (Govindarajan et al. 2024)"
 Extract = Callable[[str], tuple[Features, Features]]

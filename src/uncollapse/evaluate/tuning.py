@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.backbones import Conv3
+from uncollapse.errors import DataError
 from uncollapse.evaluate.encoders import EvalEncoder
-from uncollapse.images import DataError, ImageSet, LazyImages
+from uncollapse.images import ImageSet, LazyImages
 
 
 @dataclass(frozen=True)

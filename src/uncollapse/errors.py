@@ -1,0 +1,31 @@
+"""What can be wrong with what a user gave, free of torch: each message says what, where, and what to do."""
+
+from __future__ import annotations
+
+from uncollapse.shown import shown
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used; the message is one line and names the key."""
+
+
+class DataError(ValueError):
+    """Images that cannot be used; the message is one line that says what was found and what was expected."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(shown(str(message)))  # it quotes names from files
+
+
+class InputError(ValueError):
+    """A file that cannot be diagnosed; the message is one line: what, where, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))  # names and keys in it are the file's, and may be anything
+
+
+class CheckpointError(RuntimeError):
+    """No usable checkpoint; the message says where it looked and what it found."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, why, and what was kept."""
