@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common import Cost, Row, describe, measure, print_rows
-from uncollapse.config import load_config
+from uncollapse.config.load import load_config
 from uncollapse.prototypes import JointPrototypes, Prototypes, build_prototypes
 from uncollapse.state import TrainState, build_state, update_teacher
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from uncollapse.checkpoint import load_checkpoint
-from uncollapse.config import ARMS, arm_keys, load_config
+from uncollapse.config.load import load_config
+from uncollapse.config.schema import ARMS, arm_keys
+from uncollapse.config.tiny import tiny
 from uncollapse.runlog import read_rows
-from uncollapse.tiny import tiny
 from uncollapse.train import train
 
 FILE = Path(__file__).with_suffix(".json")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from uncollapse.config import dump_config, load_config
+from uncollapse.config.load import dump_config, load_config
 from uncollapse.runs import RunRecord, read_run
 
 K, HELD_OUT = 256, 360

@@ -259,9 +259,9 @@ def test_every_measure_is_defined_and_named_once() -> None:
 
 
 def test_a_real_run_has_one_verdict_in_report_and_diagnose(tmp_path: Path) -> None:
-    from uncollapse.config import load_config
+    from uncollapse.config.load import load_config
+    from uncollapse.config.tiny import tiny
     from uncollapse.diagnosis import diagnose_file
-    from uncollapse.tiny import tiny
     from uncollapse.train import train
 
     config = tiny(load_config("demo", {"data.path": "builtin:digits"}))

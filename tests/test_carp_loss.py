@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncollapse.carp_loss import carp_loss, fused_carp_loss, random_blocks
-from uncollapse.losses import SoftmaxTargets
+from uncollapse.cross_entropy import SoftmaxTargets
 
 
 def brute_force(z, weight, z_teacher, weight_teacher, blocks, entropy_weight, temperature=1.0, bias=None, bias_t=None):

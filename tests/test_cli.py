@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from uncollapse.cli import main
-from uncollapse.config import load_config
+from uncollapse.config.load import load_config
+from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError
-from uncollapse.tiny import tiny
 
 
 def refused(capsys, *words):

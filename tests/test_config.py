@@ -6,21 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse.config import (
-    ARMS,
-    KINDS,
-    Config,
-    ConfigError,
-    arm_keys,
-    arm_name,
-    build_config,
-    dump_config,
-    load_config,
-    recipe_names,
-    targets_of,
-)
-from uncollapse.plain_yaml import parse_value
-from uncollapse.tiny import tiny
+from uncollapse.config.load import build_config, dump_config, load_config, recipe_names
+from uncollapse.config.plain_yaml import parse_value
+from uncollapse.config.schema import ARMS, KINDS, Config, arm_keys, arm_name, targets_of
+from uncollapse.config.tiny import tiny
+from uncollapse.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -7,7 +7,8 @@ from contextlib import suppress
 import pytest
 import yaml
 
-from uncollapse.config import ConfigError, dump_config, load_config
+from uncollapse.config.load import dump_config, load_config
+from uncollapse.errors import ConfigError
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)

@@ -16,7 +16,7 @@ import pytest
 from made_runs import make_run, make_summary
 from uncollapse import figures
 from uncollapse.cli import main
-from uncollapse.config import ConfigError
+from uncollapse.errors import ConfigError
 from uncollapse.report import report_folders, write_report
 from uncollapse.runs import read_run
 

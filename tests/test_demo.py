@@ -5,7 +5,7 @@ import json
 import pytest
 
 from uncollapse.cli import main
-from uncollapse.config import ARMS
+from uncollapse.config.schema import ARMS
 
 
 @pytest.mark.slow

@@ -9,10 +9,11 @@ import torch
 
 from ranks import on_ranks
 from uncollapse.checkpoint import load_checkpoint
-from uncollapse.config import arm_keys, load_config
+from uncollapse.config.load import load_config
+from uncollapse.config.schema import arm_keys
+from uncollapse.config.tiny import tiny
 from uncollapse.distributed import shard
 from uncollapse.diversity import koleo_proto, nearest_neighbours
-from uncollapse.tiny import tiny
 
 multiprocessing.set_forkserver_preload(["uncollapse.train", "uncollapse.summary", "timm", "ranks"])
 KINDS = ("joint", "joint-sinkhorn", "koleo", "decoupled")

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from uncollapse import diversity
 from uncollapse.checkpoint import load_checkpoint
-from uncollapse.config import load_config
+from uncollapse.config.load import load_config
+from uncollapse.config.tiny import tiny
 from uncollapse.diversity import koleo_proto, nearest_neighbours
 from uncollapse.prototypes import JointPrototypes
-from uncollapse.tiny import tiny
 from uncollapse.train import train
 
 

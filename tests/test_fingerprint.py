@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from uncollapse.config import DataConfig
+from uncollapse.config.schema import DataConfig
 from uncollapse.data import load_images
 from uncollapse.fingerprint import image_digest, image_digests
 from uncollapse.images import MemoryImages, subset

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from golden import FILE, golden
-from uncollapse.config import ARMS
+from uncollapse.config.schema import ARMS
 
 RECORDED = json.loads(FILE.read_text())
 

@@ -9,9 +9,10 @@ from torch import nn
 
 from ranks import on_ranks
 from uncollapse.carp_loss import fused_carp_loss, random_blocks
+from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.diversity import koleo_proto, nearest_neighbours
 from uncollapse.logit_loss import fused_dino_loss_on_logits
-from uncollapse.losses import SoftmaxTargets, dino_loss, fused_dino_loss
+from uncollapse.losses import dino_loss, fused_dino_loss
 from uncollapse.mean_entropy import me_max
 from uncollapse.mixture import OnlineMixture
 from uncollapse.syncnorm import SyncedNorm, convert

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from layouts import T
-from uncollapse.config import load_config, set_key
+from uncollapse.config.load import load_config, set_key
+from uncollapse.config.tiny import tiny
 from uncollapse.diagnosis import diagnose_file
 from uncollapse.errors import InputError
 from uncollapse.state import build_state, state_dicts
-from uncollapse.tiny import tiny
 
 
 def own_run(changes: dict) -> dict:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from uncollapse.config import DataConfig, ViewConfig
+from uncollapse.config.schema import DataConfig, ViewConfig
 from uncollapse.data import load_images
 from uncollapse.errors import DataError
 from uncollapse.evaluate.layouts import inat_parts, list_parts

@@ -9,7 +9,7 @@ from sklearn.metrics import mutual_info_score
 
 import uncollapse.information
 from uncollapse import effective_prototypes, view_information
-from uncollapse.config import load_config
+from uncollapse.config.load import load_config
 from uncollapse.data import load_images
 from uncollapse.metrics import prototype_argmax, usage_counts
 from uncollapse.state import build_encoder

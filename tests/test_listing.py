@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from uncollapse.config import DataConfig
+from uncollapse.config.schema import DataConfig
 from uncollapse.data import described, load_images
 from uncollapse.errors import DataError
 from uncollapse.images import ImageSet

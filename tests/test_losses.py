@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncollapse.assign import centred_softmax, sinkhorn, sinkhorn_offsets
-from uncollapse.cross_entropy import fused_cross_entropy
+from uncollapse.cross_entropy import SoftmaxTargets, fused_cross_entropy
 from uncollapse.logit_loss import fused_dino_loss_on_logits
-from uncollapse.losses import SoftmaxTargets, dino_loss, fused_dino_loss, fused_patch_loss, patch_weights
+from uncollapse.losses import dino_loss, fused_dino_loss, fused_patch_loss, patch_weights
 from uncollapse.methods.dino import DINO
 from uncollapse.prototypes import FixedPrototypes
 from uncollapse.vmf import vmf_bias

@@ -10,8 +10,9 @@ import torch
 import torch.multiprocessing
 
 from uncollapse.carp_loss import carp_loss, fused_carp_loss, random_blocks
+from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.distributed import shard, world
-from uncollapse.losses import SoftmaxTargets, dino_loss, fused_dino_loss, fused_patch_loss, patch_weights
+from uncollapse.losses import dino_loss, fused_dino_loss, fused_patch_loss, patch_weights
 from uncollapse.vmf import vmf_bias
 
 K, D, N, VIEWS = 21, 6, 3, 4  # K divides by neither 2 nor 4

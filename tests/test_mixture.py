@@ -11,10 +11,11 @@ from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranks import on_ranks
-from uncollapse.config import MixtureConfig, PrototypeConfig
+from uncollapse.config.schema import MixtureConfig, PrototypeConfig
+from uncollapse.em import forget, forgetting_factor
 from uncollapse.losses import dino_loss
 from uncollapse.methods.dino import DINO
-from uncollapse.mixture import OnlineMixture, forget, forgetting_factor, random_directions
+from uncollapse.mixture import OnlineMixture, random_directions
 from uncollapse.prototypes import MixturePrototypes, build_prototypes
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from uncollapse.config import ConfigError, MixtureConfig, PrototypeConfig, build_config
+from uncollapse.config.load import build_config
+from uncollapse.config.schema import MixtureConfig, PrototypeConfig
+from uncollapse.errors import ConfigError
 from uncollapse.mixture import PAPER, RECOMMENDED, OnlineMixture
 from uncollapse.prototypes import MixturePrototypes, build_prototypes
 

@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 
 from uncollapse.checkpoint import load_checkpoint
 from uncollapse.cli import main
-from uncollapse.config import ConfigError, load_config
-from uncollapse.errors import InputError
+from uncollapse.config.load import load_config
+from uncollapse.config.tiny import tiny
+from uncollapse.errors import ConfigError, InputError
 from uncollapse.pretrained import start_from
 from uncollapse.state import build_encoder
-from uncollapse.tiny import tiny
 
 
 def vit(**keys):

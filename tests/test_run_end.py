@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from uncollapse.cli import main
-from uncollapse.config import load_config
+from uncollapse.config.load import load_config
+from uncollapse.config.tiny import tiny
 from uncollapse.errors import DataError
-from uncollapse.tiny import tiny
 from uncollapse.train import train
 
 

@@ -15,12 +15,12 @@ import torch
 
 from uncollapse.checkpoint import load_checkpoint
 from uncollapse.cli import main
-from uncollapse.config import ConfigError, dump_config, load_config
-from uncollapse.errors import CheckpointError, TrainingError
+from uncollapse.config.load import dump_config, load_config
+from uncollapse.config.tiny import tiny
+from uncollapse.errors import CheckpointError, ConfigError, TrainingError
 from uncollapse.loop import Loop
 from uncollapse.runfolder import held
 from uncollapse.runlog import RunLog, read_rows
-from uncollapse.tiny import tiny
 from uncollapse.train import train
 
 

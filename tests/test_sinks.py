@@ -7,9 +7,10 @@ import types
 
 import pytest
 
-from uncollapse.config import ConfigError, load_config
+from uncollapse.config.load import load_config
+from uncollapse.config.tiny import tiny
+from uncollapse.errors import ConfigError
 from uncollapse.runlog import read_rows
-from uncollapse.tiny import tiny
 from uncollapse.train import train
 
 

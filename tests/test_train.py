@@ -16,11 +16,12 @@ from PIL import Image
 
 from uncollapse.checkpoint import load_checkpoint
 from uncollapse.cli import main
-from uncollapse.config import ARMS, arm_keys, build_config, load_config
+from uncollapse.config.load import build_config, load_config
+from uncollapse.config.schema import ARMS, arm_keys
+from uncollapse.config.tiny import tiny
 from uncollapse.errors import TrainingError
 from uncollapse.runlog import read_rows
 from uncollapse.state import assert_separate, build_state, clip_each
-from uncollapse.tiny import tiny
 from uncollapse.train import train
 
 
@@ -354,7 +355,7 @@ def test_images_read_by_workers_give_the_same_run_as_images_in_memory(tmp_path):
 def test_two_ranks_equal_one(tmp_path):
     """torchrun with two CPU processes, each with its half in two parts: the same views, prototypes and weights as one
     process with the batch in one."""
-    from uncollapse.config import dump_config
+    from uncollapse.config.load import dump_config
 
     config = tiny(load_config("dino-vits16", {"data.path": "builtin:digits", "prototypes.kind": "decoupled"}))
     config = replace(config, backbone=replace(config.backbone, drop_path=0.0))

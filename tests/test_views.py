@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from uncollapse.config import DataConfig, ViewConfig
+from uncollapse.config.schema import DataConfig, ViewConfig
 from uncollapse.data import load_images
 from uncollapse.errors import DataError
 from uncollapse.images import Files, LazyImages, MemoryImages

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from uncollapse.config import ARMS
+from uncollapse.config.schema import ARMS
 from uncollapse.measures import Row
 from uncollapse.runs import Arms, RunRecord
 

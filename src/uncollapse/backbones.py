@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.config import BackboneConfig, ConfigError
+from uncollapse.config.schema import BackboneConfig
+from uncollapse.errors import ConfigError
 
 
 class Conv3(nn.Sequential):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from uncollapse import __version__
-from uncollapse.config import ConfigError
+from uncollapse.errors import ConfigError
 from uncollapse.evaluate_cli import add_parser as add_evaluate
 from uncollapse.shown import shown
 from uncollapse.terminal import tolerate_any_encoding

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from uncollapse.config import DataConfig
+from uncollapse.config.schema import DataConfig
 from uncollapse.errors import DataError
 from uncollapse.images import Files, ImageSet, LazyImages, MemoryImages, bad_message, open_image, subset, to_rgb
 from uncollapse.listing import Items, find_items

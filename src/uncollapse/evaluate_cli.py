@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uncollapse.config import ConfigError
+from uncollapse.errors import ConfigError
 from uncollapse.shown import shown
 
 if TYPE_CHECKING:
@@ -222,7 +222,8 @@ def print_results(found: Sequence[Evaluated], key: str) -> None:
     """On stdout, task by task: headline with its interval, protocol, other metrics, and the control's below them."""
     from rich.console import Console
 
-    from uncollapse.evaluation_section import interval, number
+    from uncollapse.evaluation_section import interval
+    from uncollapse.measures import number
 
     console = Console()
     counts = f": {found[0].n_train:,} training and {found[0].n_test:,} test images" if found[0].n_train else ""

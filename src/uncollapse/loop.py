@@ -18,7 +18,8 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from uncollapse.checkpoint import newest_step, save_checkpoint
-from uncollapse.config import Config, arm_name, dump_config
+from uncollapse.config.load import dump_config
+from uncollapse.config.schema import Config, arm_name
 from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.distributed import gather_rows, world
 from uncollapse.errors import TrainingError

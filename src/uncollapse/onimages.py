@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncollapse.backbones import Encoder
-from uncollapse.config import Config, DataConfig, ViewConfig, arm_name
+from uncollapse.config.schema import Config, DataConfig, ViewConfig, arm_name
 from uncollapse.data import load_images
 from uncollapse.diagnosis import Diagnosis, wide_of
 from uncollapse.errors import DataError, InputError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.backbones import Encoder
-from uncollapse.config import ConfigError
+from uncollapse.errors import ConfigError
 from uncollapse.reading import flatten, newest_of, read_tensors
 from uncollapse.shown import shown
 

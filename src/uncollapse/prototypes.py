@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncollapse.config import MixtureConfig, PrototypeConfig
+from uncollapse.config.schema import MixtureConfig, PrototypeConfig
 from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.diversity import koleo_proto, nearest_neighbours
 from uncollapse.mixture import PAPER, RECOMMENDED, OnlineMixture

@@ -19,7 +19,7 @@ from uncollapse.within import Within
 
 if TYPE_CHECKING:
     from uncollapse.backbones import Encoder
-    from uncollapse.config import Config
+    from uncollapse.config.schema import Config
 
 _ENTRIES, _DEEP, _LONG = 2000, 8, 1000
 """Of a configuration: its most entries, levels and letters of a text."""
@@ -33,7 +33,9 @@ def own_config(loaded: Any, where: object) -> Config:
     Raises:
         InputError: none there, or one that no run of ours can have had.
     """
-    from uncollapse.config import ConfigError, DataConfig, build_config
+    from uncollapse.config.load import build_config
+    from uncollapse.config.schema import DataConfig
+    from uncollapse.errors import ConfigError
 
     content = loaded.get("config") if isinstance(loaded, dict) else None
     if not isinstance(content, dict):

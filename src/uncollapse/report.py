@@ -16,7 +16,7 @@ from uncollapse import figures
 from uncollapse.arms import CONTROL, group
 from uncollapse.checkpoint import write_atomically
 from uncollapse.comparing import stat
-from uncollapse.config import ConfigError
+from uncollapse.errors import ConfigError
 from uncollapse.evaluation_section import evaluations, probed_by_evaluate
 from uncollapse.figures import Curve
 from uncollapse.measures import (

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from uncollapse.config import Config, ConfigError, build_config
-from uncollapse.errors import CheckpointError
+from uncollapse.config.load import build_config
+from uncollapse.config.schema import Config
+from uncollapse.errors import CheckpointError, ConfigError
 
 FREE = ("log.", "data.path", "data.val_path", "data.memory_gb", "data.workers", "data.max_bad", "backbone.init")
 """Keys that do not change what is learned from here on; where the images lie is free, which ones they are is not."""

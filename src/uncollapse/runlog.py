@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from uncollapse.checkpoint import write_atomically
-from uncollapse.config import Config
+from uncollapse.config.schema import Config
 from uncollapse.sinks import CsvTable, Sink, TensorBoard, WeightsAndBiases, scalars_of
 
 

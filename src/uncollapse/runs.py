@@ -154,7 +154,7 @@ def _is_epsilon(text: str) -> bool:
 
 
 def _config(path: Path, record: RunRecord) -> None:
-    from uncollapse.config import build_config, read_recipe
+    from uncollapse.config.load import build_config, read_recipe
 
     content = read_recipe(path)
     built = flat(dataclasses.asdict(build_config(content, str(path), retired=True)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from uncollapse.checkpoint import write_atomically
-from uncollapse.config import ConfigError
+from uncollapse.errors import ConfigError
 
 
 class Sink(Protocol):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.backbones import Encoder, build_backbone
-from uncollapse.config import Config, ConfigError, targets_of
+from uncollapse.config.schema import Config, targets_of
+from uncollapse.errors import ConfigError
 from uncollapse.head import ProjectionHead
 from uncollapse.methods.dino import DINO
 from uncollapse.prototypes import Prototypes, build_prototypes

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uncollapse.backbones import Encoder
 from uncollapse.checkpoint import write_atomically
-from uncollapse.config import Config, arm_name
+from uncollapse.config.schema import Config, arm_name
 from uncollapse.images import ImageSet, MemoryImages, subset
 from uncollapse.information import ViewInformation, view_information
 from uncollapse.judging import random_likeness

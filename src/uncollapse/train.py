@@ -16,9 +16,10 @@ from lightning.fabric.plugins import MixedPrecision
 
 from uncollapse import runfolder
 from uncollapse.checkpoint import load_checkpoint, write_atomically
-from uncollapse.config import Config, ConfigError, arm_name, dump_config
+from uncollapse.config.load import dump_config
+from uncollapse.config.schema import Config, arm_name
 from uncollapse.data import described, load_images
-from uncollapse.errors import TrainingError
+from uncollapse.errors import ConfigError, TrainingError
 from uncollapse.fingerprint import image_digests
 from uncollapse.images import ImageSet, MemoryImages
 from uncollapse.loop import Loop, Progress

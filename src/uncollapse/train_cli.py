@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from uncollapse.config import ARMS, Config, ConfigError, all_keys, arm_keys, arm_name, load_config, recipe_names
-from uncollapse.plain_yaml import parse_value
+from uncollapse.config.load import all_keys, load_config, recipe_names
+from uncollapse.config.plain_yaml import parse_value
+from uncollapse.config.schema import ARMS, Config, arm_keys, arm_name
+from uncollapse.errors import ConfigError
 
 
 def add_parsers(commands: Any) -> None:
@@ -125,7 +127,7 @@ def _new_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
         overrides.update(arm_keys(arguments.prototypes))
     config = load_config(arguments.recipe, overrides)
     if arguments.tiny:
-        from uncollapse.tiny import tiny
+        from uncollapse.config.tiny import tiny
 
         config = tiny(config, overrides)
     if not config.data.path:
@@ -162,7 +164,7 @@ def _resumed(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
 
 
 def _recipe(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
-    from uncollapse.config import dump_config
+    from uncollapse.config.load import dump_config
 
     print(dump_config(load_config(arguments.name, overrides)), end="")
 

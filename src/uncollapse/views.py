@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncollapse.config import ViewConfig
+from uncollapse.config.schema import ViewConfig
 from uncollapse.images import MemoryImages
 
 RATIO = (3 / 4, 4 / 3)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from uncollapse.checkpoint import save_checkpoint
-from uncollapse.config import dump_config, load_config
+from uncollapse.config.load import dump_config, load_config
+from uncollapse.config.tiny import tiny
 from uncollapse.evaluate.result import Result
 from uncollapse.evaluate.tasks import TASKS
 from uncollapse.state import build_state, state_dicts
-from uncollapse.tiny import tiny
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from uncollapse.config import DataConfig
+from uncollapse.config.schema import DataConfig
 from uncollapse.data import load_images
 from uncollapse.errors import DataError
 from uncollapse.evaluate.datasets import load_pair, long_tail_rows, open_pair, proportional_rows, split_spec

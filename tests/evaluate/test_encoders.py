@@ -11,12 +11,12 @@ from timm.models.vision_transformer import VisionTransformer
 from layouts import norm_old, planted, prefixed
 from uncollapse.backbones import Conv3
 from uncollapse.checkpoint import save_checkpoint
-from uncollapse.config import ConfigError, load_config
-from uncollapse.errors import InputError
+from uncollapse.config.load import load_config
+from uncollapse.config.tiny import tiny
+from uncollapse.errors import ConfigError, InputError
 from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
 from uncollapse.evaluate.opening import open_encoder
 from uncollapse.state import build_state, state_dicts
-from uncollapse.tiny import tiny
 
 
 def vit(seed=0, depth=5, **options) -> VisionTransformer:
@@ -56,7 +56,7 @@ def own_run(folder, step=7):
         for i, side in enumerate((state.student, state.teacher)):
             for p in side.parameters():
                 p.add_(0.02 * (i + 1) * torch.randn_like(p))
-    from uncollapse.config import dump_config
+    from uncollapse.config.load import dump_config
 
     folder.mkdir()
     (folder / "config.yaml").write_text(dump_config(config))

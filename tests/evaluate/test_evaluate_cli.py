@@ -9,12 +9,13 @@ from command import failing, images
 
 from uncollapse.checkpoint import save_checkpoint
 from uncollapse.cli import main
-from uncollapse.config import load_config
+from uncollapse.config.load import load_config
+from uncollapse.config.tiny import tiny
 from uncollapse.evaluate import extract as extraction
 from uncollapse.evaluate.tasks import TASKS, Task, chosen
-from uncollapse.evaluation_section import interval, number
+from uncollapse.evaluation_section import interval
+from uncollapse.measures import number
 from uncollapse.state import build_state, state_dicts
-from uncollapse.tiny import tiny
 
 # ------------------------------------------------------------------------------------------ what it does
 
@@ -24,7 +25,7 @@ def test_a_run_is_evaluated_on_its_own_data(run, tasks, capsys):
     shown = capsys.readouterr()
     assert [name for name, _ in tasks] == ["knn", "linear", "cluster", "prototypes"]  # digits are balanced
     context = tasks[0][1]
-    from uncollapse.config import DataConfig
+    from uncollapse.config.schema import DataConfig
     from uncollapse.data import load_images
 
     train, held = load_images("builtin:digits", DataConfig(), 0)  # the very split that training held out

@@ -193,7 +193,7 @@ def test_augmentation_of_the_largest_magnitude(digits):
 def test_unreadable_images_are_replaced_with_their_label(tmp_path):
     from PIL import Image
 
-    from uncollapse.config import DataConfig
+    from uncollapse.config.schema import DataConfig
 
     for c in ("a", "b"):
         for k in range(10):

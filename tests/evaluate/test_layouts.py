@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from uncollapse.config import DataConfig
+from uncollapse.config.schema import DataConfig
 from uncollapse.errors import DataError
 from uncollapse.evaluate.datasets import load_pair
 from uncollapse.evaluate.layouts import SETS

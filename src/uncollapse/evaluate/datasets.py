@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from uncollapse.config import DataConfig
+from uncollapse.config.schema import DataConfig
 from uncollapse.data import load_images, load_items, split_items
 from uncollapse.errors import DataError
 from uncollapse.evaluate.layouts import (

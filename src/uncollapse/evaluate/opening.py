@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncollapse.config import ConfigError
-from uncollapse.errors import InputError
+from uncollapse.errors import ConfigError, InputError
 from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
 from uncollapse.formats import OWN, PrototypeSet, clean, find_prototypes, side_of
 from uncollapse.reading import damage_is_said, flatten, newest_of, read_tensors

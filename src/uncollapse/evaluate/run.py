@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from uncollapse.config import ConfigError, DataConfig
-from uncollapse.errors import DataError
+from uncollapse.config.schema import DataConfig
+from uncollapse.errors import ConfigError, DataError
 from uncollapse.evaluate.datasets import open_pair, split_spec
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import Progress, extract, identity

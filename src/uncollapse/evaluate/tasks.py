@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from uncollapse.config import ConfigError
+from uncollapse.errors import ConfigError
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.assign import sinkhorn_offsets
-from uncollapse.config import TargetKind
+from uncollapse.config.schema import TargetKind
 from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.distributed import Group
 from uncollapse.losses import fused_dino_loss

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from uncollapse.config import Config
+    from uncollapse.config.schema import Config
 
 
 def impossible(config: Config) -> list[tuple[str, str]]:
     """(key, what is wrong with it) for each; empty where all is well."""
-    from uncollapse.config import targets_of
+    from uncollapse.config.schema import targets_of
 
     views, teacher, optim, run = config.views, config.teacher, config.optim, config.run
     problems = []

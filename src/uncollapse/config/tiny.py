@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from uncollapse.config import BackboneConfig, Config, build_config, set_key
+from uncollapse.config.load import build_config, set_key
+from uncollapse.config.schema import BackboneConfig, Config
 
 
 def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:

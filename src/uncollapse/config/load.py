@@ -1,0 +1,167 @@
+"""Recipes: read, merged with overrides, validated, written."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from uncollapse.config.plain_yaml import parse_yaml, read_yaml, shortened
+from uncollapse.config.schema import Config
+from uncollapse.errors import ConfigError
+from uncollapse.shown import shown
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("uncollapse") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, given by path or by the name of a recipe that ships with the package.
+
+    Raises:
+        ConfigError: no such recipe, unreadable YAML, or something other than a mapping.
+    """
+    path = Path(recipe)
+    if str(recipe) in recipe_names():
+        text = (resources.files("uncollapse") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        content = parse_yaml(text, str(recipe))
+    elif path.is_file():
+        content = read_yaml(path)
+    else:
+        close = difflib.get_close_matches(str(recipe), recipe_names(), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(
+            f"no recipe {str(recipe)!r}: {hint}give the path of a YAML file or one of {', '.join(recipe_names())}"
+        )
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{recipe}: expected keys and values, found a {type(content).__name__}")
+    return content
+
+
+def set_key(content: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key (``optim.lr``) in nested mappings, in place."""
+    *parents, last = key.split(".")
+    for i, parent in enumerate(parents):
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"{key}: {'.'.join(parents[: i + 1])} is a value, it has no keys of its own")
+    content[last] = value
+
+
+def _known_keys(prefix: list[str]) -> list[str]:
+    cls: Any = Config
+    for name in prefix:
+        types = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+        cls = types.get(name)
+        if not dataclasses.is_dataclass(cls):
+            return []
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def all_keys(prefix: Sequence[str] = ()) -> list[str]:
+    """Every dotted key of a recipe."""
+    inner = [[*prefix, name] for name in _known_keys(list(prefix))]
+    return [key for path in inner for key in (all_keys(path) or [".".join(path)])]
+
+
+def _one_line(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"{source}: unknown key {shortened(key)!r} ({hint})"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = message if first["type"] == "value_error" else f"should be {message}"
+    return f"{source}: {key}: {message}, got {shortened(repr(first['input']))}"
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Config]:
+    return TypeAdapter(Config)  # a fifth of a second to make
+
+
+def build_config(content: dict[str, Any], source: str = "config", retired: bool = False) -> Config:
+    """A validated :class:`Config` from nested mappings.
+
+    Args:
+        content: as YAML or a checkpoint has it.
+        source: what to call it in an error.
+        retired: whether options that no longer exist are left out, to look at what a run of before has made; without
+            it, only where they change nothing.
+
+    Raises:
+        ConfigError: unknown key, wrong type or impossible value; one line that names the key.
+    """
+    content = _as_now(content, source, retired)
+    try:
+        config = _adapter().validate_json(json.dumps(content, ensure_ascii=False).encode(), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, source)) from None
+    except UnicodeEncodeError as error:  # of a path: nothing else can hold such bytes
+        near = shown(error.object[max(0, error.start - 60) : error.end + 20])
+        raise ConfigError(f"{source}: {near}: not UTF-8; reach it by another name, such as a symbolic link") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
+    from uncollapse.config.impossible import impossible
+
+    for key, problem in impossible(config):
+        raise ConfigError(f"{source}: {key}: {problem}")
+    return config
+
+
+def _as_now(content: dict[str, Any], source: str, retired: bool) -> dict[str, Any]:
+    """Keys of run folders of before under their names of today; what no longer exists is refused where it was used."""
+    prototypes = content.get("prototypes")
+    if not isinstance(prototypes, dict):
+        return content
+    mixture = prototypes.get("mixture")
+    if not isinstance(mixture, dict):
+        return content
+    if mixture.get("queue") and not retired:
+        raise ConfigError(
+            f"{source}: prototypes.mixture.queue: this option was removed, because rows of earlier steps took the "
+            "balance and left the batch's own without; leave it out"
+        )
+    rest = {key: value for key, value in mixture.items() if key not in ("target", "queue")}
+    targets = {"targets": mixture["target"]} if "target" in mixture else {}
+    return {**content, "prototypes": {**targets, **prototypes, "mixture": rest}}
+
+
+def load_config(recipe: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Recipe and overrides (dotted keys), merged and validated.
+
+    Raises:
+        ConfigError: see :func:`read_recipe` and :func:`build_config`.
+    """
+    content = read_recipe(recipe)
+    overrides = overrides or {}
+    backbone = content.get("backbone")
+    renamed = isinstance(backbone, dict) and overrides.get("backbone.name", backbone.get("name")) != backbone.get(
+        "name"
+    )
+    if renamed and isinstance(backbone, dict):
+        backbone.pop("options", None)  # those of the recipe's own model, which another one does not take
+    for key, value in overrides.items():
+        set_key(content, key, value)
+    return build_config(content, str(recipe))
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML that :func:`load_config` reads back to an equal one."""
+    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
