@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 
 from common import Row, alternate, print_rows
+from uncollapse.data.images import Files, ImageSet, LazyImages, MemoryImages
+from uncollapse.data.workers import eval_view
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import batches, extract, forward
 from uncollapse.evaluate.opening import open_encoder
-from uncollapse.images import Files, ImageSet, LazyImages, MemoryImages
-from uncollapse.loading import eval_view
 
 BATCH = 256
 

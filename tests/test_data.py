@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from uncollapse.config.schema import DataConfig
-from uncollapse.data import load_images
+from uncollapse.data.images import LazyImages, MemoryImages, subset
+from uncollapse.data.load import load_images
 from uncollapse.errors import DataError
-from uncollapse.images import LazyImages, MemoryImages, subset
 
 CONFIG = DataConfig()
 LAZY = DataConfig(memory_gb=0)

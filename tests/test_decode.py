@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from uncollapse.data.images import decode
 from uncollapse.errors import DataError
-from uncollapse.images import decode
 
 
 def picture(i: int) -> Image.Image:

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from uncollapse.config.schema import DataConfig
-from uncollapse.data import load_images
-from uncollapse.fingerprint import image_digest, image_digests
-from uncollapse.images import MemoryImages, subset
+from uncollapse.data.fingerprint import image_digest, image_digests
+from uncollapse.data.images import MemoryImages, subset
+from uncollapse.data.load import load_images
 
 IN_MEMORY, LAZY = DataConfig(), DataConfig(memory_gb=0)
 

@@ -16,12 +16,12 @@ import torch
 from PIL import Image, ImageFile
 
 from uncollapse.config.schema import DataConfig, ViewConfig
-from uncollapse.data import load_images
+from uncollapse.data.images import LazyImages, decode
+from uncollapse.data.load import load_images
+from uncollapse.data.views import view_specs
+from uncollapse.data.workers import eval_batches, view_loader
 from uncollapse.errors import DataError
 from uncollapse.evaluate.layouts import inat_parts, list_parts
-from uncollapse.images import LazyImages, decode
-from uncollapse.loading import eval_batches, view_loader
-from uncollapse.views import view_specs
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 
@@ -161,7 +161,7 @@ def test_one_large_value_for_many_rows_is_unpacked_once(tmp_path, layout):
 def test_parquet_that_states_too_much(tmp_path, monkeypatch):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"image": [{"bytes": plain() * 50, "path": None}] * 9 + [None]}), path, compression="zstd")
-    monkeypatch.setattr("uncollapse.parquet.GROUP_BYTES", 1000)
+    monkeypatch.setattr("uncollapse.data.parquet.GROUP_BYTES", 1000)
     with pytest.raises(DataError, match=r"row group 0 unpacks to .* GB in column 'image.bytes'"):
         load_images(path, DataConfig(), 0)
     nulls = pa.table({"image": pa.nulls(1_000_000, pa.struct([("bytes", pa.binary())]))})

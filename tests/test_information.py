@@ -10,7 +10,7 @@ from sklearn.metrics import mutual_info_score
 import uncollapse.information
 from uncollapse import effective_prototypes, view_information
 from uncollapse.config.load import load_config
-from uncollapse.data import load_images
+from uncollapse.data.load import load_images
 from uncollapse.metrics import prototype_argmax, usage_counts
 from uncollapse.state import build_encoder
 from uncollapse.summary import extract, project_views

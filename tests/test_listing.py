@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from uncollapse.config.schema import DataConfig
-from uncollapse.data import described, load_images
+from uncollapse.data.images import ImageSet
+from uncollapse.data.listing import image_names
+from uncollapse.data.load import described, load_images
 from uncollapse.errors import DataError
-from uncollapse.images import ImageSet
-from uncollapse.listing import image_names
 
 LAZY = DataConfig(memory_gb=0)
 

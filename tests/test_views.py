@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from uncollapse.config.schema import DataConfig, ViewConfig
-from uncollapse.data import load_images
+from uncollapse.data.batched import apply_batch, multicrop
+from uncollapse.data.images import Files, LazyImages, MemoryImages
+from uncollapse.data.load import load_images
+from uncollapse.data.views import eval_shorter_side, sample_params, uniforms, view_specs
+from uncollapse.data.workers import apply_one, eval_batches, eval_view, view_loader
 from uncollapse.errors import DataError
-from uncollapse.images import Files, LazyImages, MemoryImages
-from uncollapse.loading import apply_one, eval_batches, eval_view, view_loader
-from uncollapse.views import apply_batch, eval_shorter_side, multicrop, sample_params, uniforms, view_specs
 
 SMALL = ViewConfig(global_size=24, local_size=12, local_count=2)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -21,10 +21,12 @@ from uncollapse.checkpoint import newest_step, save_checkpoint
 from uncollapse.config.load import dump_config
 from uncollapse.config.schema import Config, arm_name
 from uncollapse.cross_entropy import SoftmaxTargets
+from uncollapse.data.batched import multicrop
+from uncollapse.data.images import ImageSet, MemoryImages
+from uncollapse.data.views import ViewSpec, view_specs
+from uncollapse.data.workers import view_loader
 from uncollapse.distributed import gather_rows, world
 from uncollapse.errors import TrainingError
-from uncollapse.images import ImageSet, MemoryImages
-from uncollapse.loading import view_loader
 from uncollapse.monitor import LossWatch, PrototypeMonitor, assignment_statistics, nearest_cosine
 from uncollapse.runfolder import identity
 from uncollapse.runlog import RunLog, Stopwatch
@@ -32,7 +34,6 @@ from uncollapse.schedules import cosine, linear_epochs
 from uncollapse.signals import StopRequest, deaths_wait
 from uncollapse.state import TrainState, clip_each, non_finite, state_dicts, update_teacher
 from uncollapse.syncnorm import convert
-from uncollapse.views import ViewSpec, multicrop, view_specs
 
 Progress = Callable[[int, int, float], None]
 """Called after every step with (steps done, steps to do, loss)."""

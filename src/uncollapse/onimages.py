@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from uncollapse.backbones import Encoder
 from uncollapse.config.schema import Config, DataConfig, ViewConfig, arm_name
-from uncollapse.data import load_images
+from uncollapse.data.images import ImageSet, subset
+from uncollapse.data.load import load_images
 from uncollapse.diagnosis import Diagnosis, wide_of
 from uncollapse.errors import DataError, InputError
 from uncollapse.formats import PrototypeSet
-from uncollapse.images import ImageSet, subset
 from uncollapse.information import ViewInformation
 from uncollapse.judging import judge
 from uncollapse.metrics import alignment, effective_rank, prototype_argmax, prototype_report, uniformity

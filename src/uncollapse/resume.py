@@ -29,7 +29,7 @@ def check_same_run(config: Config, digests: dict[str, str], saved: dict[str, Any
 
     Args:
         config: that of ``config.yaml``.
-        digests: of the images, as :func:`uncollapse.fingerprint.image_digests` makes them.
+        digests: of the images, as :func:`uncollapse.data.fingerprint.image_digests` makes them.
         saved: the checkpoint.
 
     Raises:

@@ -18,10 +18,10 @@ from uncollapse import runfolder
 from uncollapse.checkpoint import load_checkpoint, write_atomically
 from uncollapse.config.load import dump_config
 from uncollapse.config.schema import Config, arm_name
-from uncollapse.data import described, load_images
+from uncollapse.data.fingerprint import image_digests
+from uncollapse.data.images import ImageSet, MemoryImages
+from uncollapse.data.load import described, load_images
 from uncollapse.errors import ConfigError, TrainingError
-from uncollapse.fingerprint import image_digests
-from uncollapse.images import ImageSet, MemoryImages
 from uncollapse.loop import Loop, Progress
 from uncollapse.monitor import PrototypeMonitor
 from uncollapse.resume import check_same_run, refuse_foreign

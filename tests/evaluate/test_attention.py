@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from uncollapse.backbones import Conv3
+from uncollapse.data.images import MemoryImages
 from uncollapse.evaluate.attention import (
     ATTENTION,
     GRADIENT,
@@ -29,7 +30,6 @@ from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import extract
 from uncollapse.evaluate.features import Features
 from uncollapse.head import ProjectionHead
-from uncollapse.images import MemoryImages
 
 
 def head(width: int, dim: int = 8) -> nn.Module:

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from uncollapse.config.schema import DataConfig
-from uncollapse.data import load_images
+from uncollapse.data.images import LazyImages, MemoryImages
+from uncollapse.data.load import load_images
 from uncollapse.errors import DataError
 from uncollapse.evaluate.datasets import load_pair, long_tail_rows, open_pair, proportional_rows, split_spec
-from uncollapse.images import LazyImages, MemoryImages
 
 LAZY = DataConfig(memory_gb=0)
 

@@ -26,7 +26,7 @@ def test_a_run_is_evaluated_on_its_own_data(run, tasks, capsys):
     assert [name for name, _ in tasks] == ["knn", "linear", "cluster", "prototypes"]  # digits are balanced
     context = tasks[0][1]
     from uncollapse.config.schema import DataConfig
-    from uncollapse.data import load_images
+    from uncollapse.data.load import load_images
 
     train, held = load_images("builtin:digits", DataConfig(), 0)  # the very split that training held out
     assert (len(context.train), len(context.test)) == (len(train), len(held))

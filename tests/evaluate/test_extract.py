@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
+from uncollapse.data.images import Files, LazyImages, MemoryImages, subset
 from uncollapse.errors import DataError
 from uncollapse.evaluate import extract as module
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import cache_key, extract, identity
-from uncollapse.images import Files, LazyImages, MemoryImages, subset
 
 N, SIZE = 23, 16
 
@@ -115,7 +115,7 @@ def test_files_give_the_features_of_the_same_pixels_in_memory(encoder, tmp_path)
 
 
 def test_loader_views_are_those_of_training_s_evaluation(encoder, tmp_path):
-    from uncollapse.loading import eval_batches
+    from uncollapse.data.workers import eval_batches
 
     images = lazy(tmp_path / "a")
     ours = torch.cat([x for _, x in module.batches(images, encoder, 7, 0, torch.device("cpu"))])

@@ -12,12 +12,12 @@ import timm
 import torch
 
 from uncollapse.backbones import Conv3
+from uncollapse.data.images import LazyImages, subset
 from uncollapse.errors import DataError
 from uncollapse.evaluate.datasets import load_pair
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.finetune import Diverged, finetune, published
 from uncollapse.evaluate.tuning import FinetuneConfig, Tuned, augmented_batches, layer_ids, parameter_groups
-from uncollapse.images import LazyImages, subset
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 QUICK = FinetuneConfig(

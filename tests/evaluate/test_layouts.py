@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from uncollapse.config.schema import DataConfig
+from uncollapse.data.images import LazyImages, MemoryImages
 from uncollapse.errors import DataError
 from uncollapse.evaluate.datasets import load_pair
 from uncollapse.evaluate.layouts import SETS
-from uncollapse.images import LazyImages, MemoryImages
 
 LAZY = DataConfig(memory_gb=0)
 

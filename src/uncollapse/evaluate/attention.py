@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from uncollapse import figures
+from uncollapse.data.images import ImageSet, subset
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import batches
 from uncollapse.evaluate.features import Features
-from uncollapse.images import ImageSet, subset
 from uncollapse.metrics import prototype_argmax
 from uncollapse.unique import greedy_cover, nearest_kept
 

@@ -16,7 +16,10 @@ import numpy as np
 import torch
 
 from uncollapse.config.schema import DataConfig
-from uncollapse.data import load_images, load_items, split_items
+from uncollapse.data.images import Files, ImageSet, LazyImages, MemoryImages, open_image, subset
+from uncollapse.data.listing import Items, find_items, image_names
+from uncollapse.data.load import load_images, load_items, split_items
+from uncollapse.data.parquet import ParquetRows
 from uncollapse.errors import DataError
 from uncollapse.evaluate.layouts import (
     INAT,
@@ -29,9 +32,6 @@ from uncollapse.evaluate.layouts import (
     list_parts,
     torchvision_parts,
 )
-from uncollapse.images import Files, ImageSet, LazyImages, MemoryImages, open_image, subset
-from uncollapse.listing import Items, find_items, image_names
-from uncollapse.parquet import ParquetRows
 from uncollapse.shown import shown
 
 BUILTIN = "builtin:"

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from uncollapse.checkpoint import write_atomically
+from uncollapse.data.batched import eval_batch
+from uncollapse.data.images import ImageSet, LazyImages, MemoryImages, subset
+from uncollapse.data.views import eval_shorter_side
 from uncollapse.errors import DataError
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.features import Features
-from uncollapse.images import ImageSet, LazyImages, MemoryImages, subset
-from uncollapse.views import eval_batch, eval_shorter_side
 
 SHARD = 4096
 """Images per file: what an interruption costs at most."""

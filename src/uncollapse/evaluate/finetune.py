@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from uncollapse.checkpoint import load_checkpoint, save_checkpoint
-from uncollapse.data import split_items
+from uncollapse.data.images import ImageSet, subset
+from uncollapse.data.load import split_items
 from uncollapse.errors import DataError
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import batches, identity
 from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
 from uncollapse.evaluate.tuning import FinetuneConfig, Tuned, augmented_batches, parameter_groups, seeded
-from uncollapse.images import ImageSet, subset
 from uncollapse.progress import Report, run_bars
 from uncollapse.schedules import cosine
 

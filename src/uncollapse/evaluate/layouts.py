@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from uncollapse.data.images import Files, MemoryImages
+from uncollapse.data.listing import Items
+from uncollapse.data.parquet import MAX_CLASSES
 from uncollapse.errors import DataError
-from uncollapse.images import Files, MemoryImages
-from uncollapse.listing import Items
-from uncollapse.parquet import MAX_CLASSES
 from uncollapse.shown import shown
 
 Part = Items | MemoryImages

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from uncollapse.config.schema import DataConfig
+from uncollapse.data.images import ImageSet, LazyImages
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.evaluate.datasets import open_pair, split_spec
 from uncollapse.evaluate.encoders import EvalEncoder
@@ -20,7 +21,6 @@ from uncollapse.evaluate.extract import Progress, extract, identity
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
 from uncollapse.evaluate.tasks import TASKS, Context, Picture, Task, chosen
-from uncollapse.images import ImageSet, LazyImages
 
 Say = Callable[[str], None]
 Bar = Callable[[str], Progress]

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from uncollapse.data.images import ImageSet
 from uncollapse.errors import ConfigError
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
-from uncollapse.images import ImageSet
 
 IMBALANCED = 2.0
 """The long-tail split joins the default tasks where the largest training class has so many times the smallest."""

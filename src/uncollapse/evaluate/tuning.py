@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.backbones import Conv3
+from uncollapse.data.images import ImageSet, LazyImages
 from uncollapse.errors import DataError
 from uncollapse.evaluate.encoders import EvalEncoder
-from uncollapse.images import ImageSet, LazyImages
 
 
 @dataclass(frozen=True)

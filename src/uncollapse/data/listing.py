@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from uncollapse.data.images import Files
+from uncollapse.data.parquet import LABELS, ParquetRows, find_columns, open_parquet, read_labels
 from uncollapse.errors import DataError
-from uncollapse.images import Files
-from uncollapse.parquet import LABELS, ParquetRows, find_columns, open_parquet, read_labels
 from uncollapse.shown import shown
 
 SUFFIXES = frozenset(

@@ -27,7 +27,7 @@ from uncollapse.errors import DataError
 from uncollapse.shown import shown
 
 if TYPE_CHECKING:
-    from uncollapse.parquet import ParquetRows
+    from uncollapse.data.parquet import ParquetRows
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """The formats that are read. Pillow knows forty more, among them PostScript, which it hands to Ghostscript."""
@@ -243,7 +243,7 @@ class LazyImages:
     """Images decoded on demand; picklable, so that loader processes can use it.
 
     ``index`` (int64) picks and orders the items of ``source``. An unreadable item is noted in ``bad`` of the
-    process that met it; :mod:`uncollapse.loading` carries the notes of its workers back. More than
+    process that met it; :mod:`uncollapse.data.workers` carries the notes of its workers back. More than
     ``max_bad``·n of them raise :class:`DataError`, where n counts the ``dropped`` (listed in ``bad`` and no longer in
     ``index``) too. ``about_labels`` and ``origin`` as in :class:`MemoryImages`.
     """

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from uncollapse.data.images import MAX_BYTES
 from uncollapse.errors import DataError
-from uncollapse.images import MAX_BYTES
 from uncollapse.shown import shown
 
 LABELS = (

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from uncollapse.images import ImageSet, LazyImages, MemoryImages
+from uncollapse.data.images import ImageSet, LazyImages, MemoryImages
 
 _PARQUET_ROW = re.compile(r"(.*) row \d+", re.DOTALL)
 _CHUNK = 10_000

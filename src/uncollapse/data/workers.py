@@ -1,6 +1,6 @@
 """Views of single images, and the loader processes that decode them; evaluation views of any image set.
 
-The parameters are those of :mod:`uncollapse.views`, so an image gets the same views (up to rounding) whether
+The parameters are those of :mod:`uncollapse.data.views`, so an image gets the same views (up to rounding) whether
 it lives in memory or is decoded by one of any number of processes.
 """
 
@@ -15,18 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from uncollapse.errors import DataError
-from uncollapse.images import ImageSet, LazyImages, MemoryImages
-from uncollapse.views import (
+from uncollapse.data.batched import eval_batch
+from uncollapse.data.images import ImageSet, LazyImages, MemoryImages
+from uncollapse.data.views import (
     SOLARISE,
     ViewParams,
     ViewSpec,
     blur_radius,
-    eval_batch,
     eval_shorter_side,
     sample_params,
     uniforms,
 )
+from uncollapse.errors import DataError
 
 Plan = Iterable[tuple[int, Sequence[int], Sequence[int]]]
 """(step, indices of the images, their positions in the global batch) for each batch of this rank."""
@@ -103,7 +103,7 @@ def view_loader(images: ImageSet, plan: Plan, specs: Sequence[ViewSpec], seed: i
                 workers: int) -> Iterator[list[Tensor]]:  # fmt: skip
     """For each batch of ``plan``, in order, its views made by loader processes.
 
-    Like :func:`~uncollapse.views.multicrop`, one float32 (n, 3, size, size) per spec. ``workers`` processes
+    Like :func:`~uncollapse.data.batched.multicrop`, one float32 (n, 3, size, size) per spec. ``workers`` processes
     (0: this one) change the speed and nothing else. An unreadable image is replaced by the next readable one
     and listed in ``images.bad``; too many raise :class:`~uncollapse.errors.DataError`.
     """
@@ -156,7 +156,7 @@ def eval_batches(images: ImageSet, size: int, mean: Sequence[float], std: Sequen
     """Evaluation views of all images, in order: (indices int64 (b,) on the CPU, float32 (b, 3, size, size)).
 
     Unreadable images are left out (a replacement would carry the wrong label) and listed in ``images.bad``.
-    ``workers`` processes decode :class:`~uncollapse.images.LazyImages`; in-memory sets need none.
+    ``workers`` processes decode :class:`~uncollapse.data.images.LazyImages`; in-memory sets need none.
     """
     n = len(images)
     if isinstance(images, MemoryImages):

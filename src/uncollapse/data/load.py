@@ -1,7 +1,7 @@
 """Which images a path holds, which of them are held out, and whether they are decoded into memory.
 
-Whether :func:`load_images` returns :class:`~uncollapse.images.MemoryImages` or
-:class:`~uncollapse.images.LazyImages` depends only on size: listing, splitting and order are the same for both.
+Whether :func:`load_images` returns :class:`~uncollapse.data.images.MemoryImages` or
+:class:`~uncollapse.data.images.LazyImages` depends only on size: listing, splitting and order are the same for both.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 
 from uncollapse.config.schema import DataConfig
+from uncollapse.data.images import Files, ImageSet, LazyImages, MemoryImages, bad_message, open_image, subset, to_rgb
+from uncollapse.data.listing import Items, find_items
+from uncollapse.data.parquet import ParquetRows
 from uncollapse.errors import DataError
-from uncollapse.images import Files, ImageSet, LazyImages, MemoryImages, bad_message, open_image, subset, to_rgb
-from uncollapse.listing import Items, find_items
-from uncollapse.parquet import ParquetRows
 from uncollapse.shown import shown
 
 T = TypeVar("T")
@@ -285,7 +285,7 @@ def load_images(
     ``validation.csv`` or ``test.csv`` beside it. Class folders are numbered by code point; deeper images belong to
     their top-level class. A folder with images outside class folders is unlabelled. Links to folders are followed,
     each real folder once. ``config.image`` and ``config.label`` name the columns of Parquet and CSV files; which
-    are taken without says :mod:`uncollapse.parquet`. A row without a usable label makes the whole split unlabelled;
+    are taken without, :mod:`uncollapse.data.parquet` says. A row without a usable label makes the split unlabelled;
     ``about_labels`` of the sets says so.
 
     Without a held-out part (or ``val_path``), ``config.held_out`` of the images is split off, by class where
