@@ -1,4 +1,4 @@
-"""Weighted kNN (`uncollapse.neighbours`) beside faiss, scikit-learn and the plain form: 2,000 queries, d = 384, k = 20.
+"""Weighted kNN (`uncollapse.measure.nearest`) beside faiss, scikit-learn and the plain form: 2,000 queries, d = 384, k = 20.
 
     OMP_NUM_THREADS=1 python benchmarks/knn.py
 
@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import normalize
 
 from common import Row, alternate, main
-from uncollapse.neighbours import nearest, vote
+from uncollapse.measure.nearest import nearest, vote
 
 QUERIES, WIDTH, K, TEMPERATURE = 2000, 384, 20, 0.07
 

@@ -27,8 +27,8 @@ from common import SIZES, Row, alternate, print_rows, to_json
 from uncollapse.assign import centred_softmax
 from uncollapse.diversity import koleo_proto, nearest_neighbours
 from uncollapse.losses import fused_dino_loss
+from uncollapse.measure.unique import epsilon_sweep
 from uncollapse.prototypes import JointPrototypes
-from uncollapse.unique import epsilon_sweep
 
 DIM = 256
 MOST = 6 * 2**30

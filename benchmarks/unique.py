@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import SIZES, Row, alternate, print_rows, to_json
-from uncollapse.unique import EPSILONS, components, epsilon_sweep, unique_prototypes
+from uncollapse.measure.unique import EPSILONS, components, epsilon_sweep, unique_prototypes
 
 EPS = 0.025
 TARGET = 0.25

@@ -15,8 +15,9 @@ from uncollapse.arms import group, rival
 from uncollapse.comparing import difference, stat
 from uncollapse.diagnosis import measure
 from uncollapse.formats import PrototypeSet
-from uncollapse.judging import RandomLikeness, judge, judge_row
-from uncollapse.measures import KNN, MEASURES, OLD_VIEW_INFORMATION, USED, VIEW_INFORMATION
+from uncollapse.measure.catalogue import KNN, MEASURES, OLD_VIEW_INFORMATION, USED, VIEW_INFORMATION
+from uncollapse.measure.random_start import RandomLikeness
+from uncollapse.measure.verdict import judge, judge_row
 from uncollapse.runs import RunRecord, read_run
 from uncollapse.verdict import compare, takeaways, verdict
 

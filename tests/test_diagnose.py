@@ -16,7 +16,8 @@ from uncollapse.cli import main
 from uncollapse.diagnosis import SWEEP, diagnose, diagnose_file, failures, in_order
 from uncollapse.diagnosis_table import names_of, shortened
 from uncollapse.errors import InputError
-from uncollapse.judging import judge, random_likeness
+from uncollapse.measure.random_start import random_likeness
+from uncollapse.measure.verdict import judge
 
 
 def dino_like() -> torch.Tensor:

@@ -17,8 +17,8 @@ from layouts import EPS, LAYOUTS, T, norm_old, planted
 from uncollapse.diagnosis import diagnose, diagnose_file
 from uncollapse.errors import InputError
 from uncollapse.formats import clean, find_prototypes
+from uncollapse.measure.unique import unique_prototypes
 from uncollapse.reading import flatten, read_tensors
-from uncollapse.unique import unique_prototypes
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import mutual_info_score
 
-import uncollapse.information
+import uncollapse.measure.information
 from uncollapse import effective_prototypes, view_information
 from uncollapse.config.load import load_config
 from uncollapse.data.load import load_images
-from uncollapse.metrics import prototype_argmax, usage_counts
+from uncollapse.measure.unique import cosine_argmax
+from uncollapse.measure.usage import prototype_argmax, usage_counts
 from uncollapse.state import build_encoder
 from uncollapse.summary import extract, project_views
 from uncollapse.train import train
-from uncollapse.unique import cosine_argmax
 
 DIM = 64
 

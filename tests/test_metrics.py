@@ -9,14 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse.information import view_information
-from uncollapse.metrics import (
-    alignment,
+from uncollapse.measure.geometry import alignment, effective_rank, uniformity
+from uncollapse.measure.information import view_information
+from uncollapse.measure.usage import (
     effective_prototypes,
-    effective_rank,
     prototype_argmax,
     prototype_report,
-    uniformity,
     unique_among_used,
     usage_counts,
     used,

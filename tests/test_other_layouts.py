@@ -12,9 +12,9 @@ from test_rebuild import head, rebuilt_of
 from uncollapse import diagnosis
 from uncollapse.diagnosis import diagnose, diagnose_file
 from uncollapse.evaluate.opening import open_encoder
+from uncollapse.measure.unique import unique_prototypes
 from uncollapse.mixture import OnlineMixture
 from uncollapse.rebuild_backbones import backbone_of
-from uncollapse.unique import unique_prototypes
 
 
 def mixture(centred: bool = True) -> OnlineMixture:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from uncollapse import neighbours
-from uncollapse.probes import confidence95, knn_predictions, linear_accuracy
+from uncollapse.measure import nearest as neighbours
+from uncollapse.measure.probes import confidence95, knn_predictions, linear_accuracy
 
 
 def task(

@@ -13,7 +13,7 @@ from uncollapse.diagnosis import diagnose_file
 from uncollapse.diagnosis_page import write_page
 from uncollapse.diagnosis_table import facts
 from uncollapse.formats import find_prototypes
-from uncollapse.metrics import prototype_argmax
+from uncollapse.measure.usage import prototype_argmax
 from uncollapse.onimages import PATCHES, _marginal, _shared, _SomePatches
 
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from layouts import EPS, planted
-from uncollapse import spanning
-from uncollapse.spanning import complete_sweep, spanning_tree
-from uncollapse.unique import components, no_neighbour, unique_prototypes
+from uncollapse.measure import sweep as spanning
+from uncollapse.measure.sweep import complete_sweep, spanning_tree
+from uncollapse.measure.unique import components, no_neighbour, unique_prototypes
 
 EPSILONS = (0.001, 0.0125, 0.025, 0.1, 0.25, 0.5, 0.9, 1.5)
 
@@ -92,9 +92,9 @@ def test_block_sizes_change_nothing(panel, monkeypatch):
 def test_a_bfloat16_product_changes_nothing(monkeypatch):
     w = cloud(700, 32, 60, 0.05, 2)
     expected = complete_sweep(w, EPSILONS)
-    product = "uncollapse.rows.Rows.product"
+    product = "uncollapse.measure.close_pairs.Rows.product"
     monkeypatch.setattr(product, lambda self, a, b: a.bfloat16().float() @ b.bfloat16().float().T)
-    monkeypatch.setattr("uncollapse.rows.rounding", lambda dim: 2.0**-6)
+    monkeypatch.setattr("uncollapse.measure.close_pairs.rounding", lambda dim: 2.0**-6)
     assert complete_sweep(w, EPSILONS) == expected
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from uncollapse.measures import KNN
+from uncollapse.measure.catalogue import KNN
 from uncollapse.table import cell, print_table
 
 ARMS = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed")

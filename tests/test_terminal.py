@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 from uncollapse import evaluate_cli
+from uncollapse.alarms import LossWatch
 from uncollapse.evaluate.result import Result
 from uncollapse.evaluate.words import meaning
-from uncollapse.monitor import LossWatch
 from uncollapse.progress import run_bars
 
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse import rows, unique
-from uncollapse.rows import Rows
-from uncollapse.unique import (
+from uncollapse.measure import close_pairs as rows
+from uncollapse.measure import unique
+from uncollapse.measure.close_pairs import Rows
+from uncollapse.measure.unique import (
     EPSILONS,
     components,
     cosine_argmax,

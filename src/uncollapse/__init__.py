@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from uncollapse.diagnosis import diagnose as diagnose
     from uncollapse.diversity import koleo_proto as koleo_proto
     from uncollapse.diversity import nearest_neighbours as nearest_neighbours
-    from uncollapse.information import ViewInformation as ViewInformation
-    from uncollapse.information import view_information as view_information
     from uncollapse.logit_loss import fused_dino_loss_on_logits as fused_dino_loss_on_logits
     from uncollapse.losses import dino_loss as dino_loss
     from uncollapse.losses import fused_dino_loss as fused_dino_loss
     from uncollapse.losses import fused_patch_loss as fused_patch_loss
     from uncollapse.losses import patch_weights as patch_weights
     from uncollapse.mean_entropy import me_max as me_max
-    from uncollapse.metrics import effective_prototypes as effective_prototypes
-    from uncollapse.metrics import prototype_report as prototype_report
+    from uncollapse.measure.information import ViewInformation as ViewInformation
+    from uncollapse.measure.information import view_information as view_information
+    from uncollapse.measure.monitor import PrototypeMonitor as PrototypeMonitor
+    from uncollapse.measure.unique import epsilon_sweep as epsilon_sweep
+    from uncollapse.measure.unique import unique_prototypes as unique_prototypes
+    from uncollapse.measure.usage import effective_prototypes as effective_prototypes
+    from uncollapse.measure.usage import prototype_report as prototype_report
     from uncollapse.mixture import OnlineMixture as OnlineMixture
     from uncollapse.mixture_layer import MixtureLayer as MixtureLayer
-    from uncollapse.monitor import PrototypeMonitor as PrototypeMonitor
-    from uncollapse.unique import epsilon_sweep as epsilon_sweep
-    from uncollapse.unique import unique_prototypes as unique_prototypes
     from uncollapse.vmf import vmf_bias as vmf_bias
 
 __version__ = "0.1.0"
@@ -43,14 +43,14 @@ _HOMES = {
     "Diagnosis": "diagnosis",
     "MixtureLayer": "mixture_layer",
     "OnlineMixture": "mixture",
-    "PrototypeMonitor": "monitor",
+    "PrototypeMonitor": "measure.monitor",
     "SoftmaxTargets": "cross_entropy",
-    "ViewInformation": "information",
+    "ViewInformation": "measure.information",
     "centred_softmax": "assign",
     "diagnose": "diagnosis",
     "dino_loss": "losses",
-    "effective_prototypes": "metrics",
-    "epsilon_sweep": "unique",
+    "effective_prototypes": "measure.usage",
+    "epsilon_sweep": "measure.unique",
     "fused_carp_loss": "carp_loss",
     "fused_dino_loss": "losses",
     "fused_dino_loss_on_logits": "logit_loss",
@@ -59,12 +59,12 @@ _HOMES = {
     "me_max": "mean_entropy",
     "nearest_neighbours": "diversity",
     "patch_weights": "losses",
-    "prototype_report": "metrics",
+    "prototype_report": "measure.usage",
     "random_blocks": "carp_loss",
     "sinkhorn": "assign",
     "sinkhorn_offsets": "assign",
-    "unique_prototypes": "unique",
-    "view_information": "information",
+    "unique_prototypes": "measure.unique",
+    "view_information": "measure.information",
     "vmf_bias": "vmf",
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from uncollapse.config.schema import ARMS
-from uncollapse.measures import Row
+from uncollapse.measure.catalogue import Row
 from uncollapse.runs import Arms, RunRecord
 
 BASELINE, CONTROL = "joint", "fixed"

@@ -146,9 +146,9 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
     from uncollapse.diagnosis import diagnose_file, failures, in_order
     from uncollapse.errors import DataError, InputError
+    from uncollapse.measure.unique import EPSILONS
     from uncollapse.progress import share_bar
     from uncollapse.shown import shown
-    from uncollapse.unique import EPSILONS
 
     cuda = torch.cuda.is_available()
     if arguments.device == "cuda" and not cuda:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uncollapse.measures import MERIT, Measure, number
+from uncollapse.measure.catalogue import MERIT, Measure, number
 from uncollapse.runs import RunRecord
 
 LIMIT = 1.96

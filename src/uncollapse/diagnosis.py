@@ -18,13 +18,14 @@ from torch import Tensor
 
 from uncollapse.errors import InputError
 from uncollapse.formats import PrototypeSet, checked, find_prototypes, may_be_prototypes
-from uncollapse.judging import FAILING, WIDE, RandomLikeness, Verdict, judge, random_likeness
+from uncollapse.measure.close_pairs import product_seconds, tensor_of
+from uncollapse.measure.random_start import RandomLikeness, random_likeness
+from uncollapse.measure.sweep import Sweep, complete_sweep, spanning_tree, wide_of
+from uncollapse.measure.unique import EPSILONS, greedy_cover, nearest_kept
+from uncollapse.measure.verdict import FAILING, Verdict, judge
 from uncollapse.reading import damage_is_said, flatten, newest_of, read_tensors
 from uncollapse.rebuild_own import own_directions
-from uncollapse.rows import product_seconds, tensor_of
 from uncollapse.shown import shown
-from uncollapse.spanning import Sweep, complete_sweep, spanning_tree
-from uncollapse.unique import EPSILONS, greedy_cover, nearest_kept
 
 Progress = Callable[[str, float], None]
 """Told what is being done (``reading``, ``counting``, ``images``) and the share of it that is."""
@@ -368,11 +369,6 @@ def in_order(paths: Sequence[str]) -> list[str]:
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path)]
 
     return sorted(once, key=numbers)
-
-
-def wide_of(sweep: Sweep | None) -> int | None:
-    """The count at the wide ε that tells bunched prototypes, where the sweep has it."""
-    return None if sweep is None else sweep.unique.get(WIDE)
 
 
 def failures(found: Sequence[Diagnosis], under: float) -> list[str]:

@@ -20,7 +20,7 @@ from uncollapse.checkpoint import write_atomically
 from uncollapse.diagnosis import Diagnosis
 from uncollapse.diagnosis_table import columns, facts, names_of, rows_of
 from uncollapse.figures import _RC, MAX_POINTS, _panel, _svg
-from uncollapse.measures import MEASURES, Measure
+from uncollapse.measure.catalogue import MEASURES, Measure
 from uncollapse.shown import shown
 
 HEAT, MAP = 240, 4000

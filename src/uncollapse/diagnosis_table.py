@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from uncollapse.diagnosis import Diagnosis
-from uncollapse.judging import WIDE
-from uncollapse.measures import USED, VIEW_INFORMATION, Measure, effective, information_text, unique
+from uncollapse.measure.catalogue import USED, VIEW_INFORMATION, Measure, effective, information_text, unique
+from uncollapse.measure.sweep import WIDE
 from uncollapse.shown import shown
 
 

@@ -223,7 +223,7 @@ def print_results(found: Sequence[Evaluated], key: str) -> None:
     from rich.console import Console
 
     from uncollapse.evaluation_section import interval
-    from uncollapse.measures import number
+    from uncollapse.measure.catalogue import number
 
     console = Console()
     counts = f": {found[0].n_train:,} training and {found[0].n_test:,} test images" if found[0].n_train else ""

@@ -10,8 +10,8 @@ import numpy as np
 
 from uncollapse.evaluate.words import meaning
 from uncollapse.figures import Style
-from uncollapse.measures import Row
-from uncollapse.measures import number as finite
+from uncollapse.measure.catalogue import Row
+from uncollapse.measure.catalogue import number as finite
 from uncollapse.runs import Arms, RunRecord
 
 FIXED = ("ci95", "ci95_of", "n", "protocol", "source", "command", "details")

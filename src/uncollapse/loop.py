@@ -17,6 +17,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from uncollapse.alarms import LossWatch
 from uncollapse.checkpoint import newest_step, save_checkpoint
 from uncollapse.config.load import dump_config
 from uncollapse.config.schema import Config, arm_name
@@ -27,7 +28,7 @@ from uncollapse.data.views import ViewSpec, view_specs
 from uncollapse.data.workers import view_loader
 from uncollapse.distributed import gather_rows, world
 from uncollapse.errors import TrainingError
-from uncollapse.monitor import LossWatch, PrototypeMonitor, assignment_statistics, nearest_cosine
+from uncollapse.measure.monitor import PrototypeMonitor, assignment_statistics, nearest_cosine
 from uncollapse.runfolder import identity
 from uncollapse.runlog import RunLog, Stopwatch
 from uncollapse.schedules import cosine, linear_epochs

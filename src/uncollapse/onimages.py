@@ -17,12 +17,14 @@ from uncollapse.backbones import Encoder
 from uncollapse.config.schema import Config, DataConfig, ViewConfig, arm_name
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.data.load import load_images
-from uncollapse.diagnosis import Diagnosis, wide_of
+from uncollapse.diagnosis import Diagnosis
 from uncollapse.errors import DataError, InputError
 from uncollapse.formats import PrototypeSet
-from uncollapse.information import ViewInformation
-from uncollapse.judging import judge
-from uncollapse.metrics import alignment, effective_rank, prototype_argmax, prototype_report, uniformity
+from uncollapse.measure.geometry import alignment, effective_rank, uniformity
+from uncollapse.measure.information import ViewInformation
+from uncollapse.measure.sweep import wide_of
+from uncollapse.measure.usage import prototype_argmax, prototype_report
+from uncollapse.measure.verdict import judge
 from uncollapse.rebuild import Rebuilt
 from uncollapse.summary import VIEWS, extract, nearest_images, project_views
 

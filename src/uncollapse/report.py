@@ -19,20 +19,10 @@ from uncollapse.comparing import stat
 from uncollapse.errors import ConfigError
 from uncollapse.evaluation_section import evaluations, probed_by_evaluate
 from uncollapse.figures import Curve
-from uncollapse.measures import (
-    EFFECTIVE,
-    UNIQUE,
-    Measure,
-    Row,
-    at_epsilon,
-    entry,
-    measured,
-    number,
-    percent,
-)
+from uncollapse.measure.catalogue import EFFECTIVE, UNIQUE, Measure, Row, at_epsilon, entry, measured, number, percent
+from uncollapse.measure.unique import EPSILONS
 from uncollapse.runs import Arms, RunRecord, common, read_run
 from uncollapse.shown import shown
-from uncollapse.unique import EPSILONS
 from uncollapse.verdict import takeaways, verdict
 
 

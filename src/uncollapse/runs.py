@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from uncollapse.judging import RandomLikeness
-from uncollapse.measures import Row
+from uncollapse.measure.catalogue import Row
+from uncollapse.measure.random_start import RandomLikeness
 from uncollapse.shown import shown
 
 MOST_ARRAY = 1 << 28

@@ -20,13 +20,13 @@ from uncollapse.data.batched import multicrop
 from uncollapse.data.images import ImageSet, MemoryImages, subset
 from uncollapse.data.views import ViewSpec, view_specs
 from uncollapse.data.workers import eval_batches, view_loader
-from uncollapse.information import ViewInformation, view_information
-from uncollapse.judging import random_likeness
-from uncollapse.metrics import PrototypeReport, prototype_report, usage_counts
-from uncollapse.monitor import PrototypeMonitor
-from uncollapse.probes import confidence95, knn_predictions, linear_accuracy
+from uncollapse.measure.information import ViewInformation, view_information
+from uncollapse.measure.monitor import PrototypeMonitor
+from uncollapse.measure.probes import confidence95, knn_predictions, linear_accuracy
+from uncollapse.measure.random_start import random_likeness
+from uncollapse.measure.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
+from uncollapse.measure.usage import PrototypeReport, prototype_report, usage_counts
 from uncollapse.state import TrainState, build_encoder, initial_prototypes
-from uncollapse.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
 
 FIT_VIEWS, FEWEST_FIT, MOST_FIT = 2, 2000, 20_000
 """Views of each training image that view information is fitted on; 8 images for each prototype, within these bounds."""

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from uncollapse.arms import CONTROL
 from uncollapse.comparing import stat
-from uncollapse.judging import judge_row
-from uncollapse.measures import Measure, Row, measured
+from uncollapse.measure.catalogue import Measure, Row, measured
+from uncollapse.measure.verdict import judge_row
 from uncollapse.runs import RunRecord
 from uncollapse.shown import shown
 

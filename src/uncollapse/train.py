@@ -23,7 +23,7 @@ from uncollapse.data.images import ImageSet, MemoryImages
 from uncollapse.data.load import described, load_images
 from uncollapse.errors import ConfigError, TrainingError
 from uncollapse.loop import Loop, Progress
-from uncollapse.monitor import PrototypeMonitor
+from uncollapse.measure.monitor import PrototypeMonitor
 from uncollapse.resume import check_same_run, refuse_foreign
 from uncollapse.runlog import RunLog
 from uncollapse.shown import shown

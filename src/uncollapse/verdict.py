@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 
 from uncollapse.arms import BASELINE, CONTROL, Grouping, rival
 from uncollapse.comparing import difference, stat
-from uncollapse.judging import Verdict as Judgement
-from uncollapse.judging import judge_row
-from uncollapse.measures import (
+from uncollapse.measure.catalogue import (
     ALIVE,
     EFFECTIVE,
     KNN,
@@ -29,6 +27,8 @@ from uncollapse.measures import (
     entry,
     number,
 )
+from uncollapse.measure.verdict import Verdict as Judgement
+from uncollapse.measure.verdict import judge_row
 from uncollapse.runs import RunRecord, common
 
 _CONTROLLED = (*UNIQUE.values(), *UNIQUE_MEANS.values(), STEP_TIME)

@@ -14,7 +14,7 @@ from uncollapse.config.tiny import tiny
 from uncollapse.evaluate import extract as extraction
 from uncollapse.evaluate.tasks import TASKS, Task, chosen
 from uncollapse.evaluation_section import interval
-from uncollapse.measures import number
+from uncollapse.measure.catalogue import number
 from uncollapse.state import build_state, state_dicts
 
 # ------------------------------------------------------------------------------------------ what it does

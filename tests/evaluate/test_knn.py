@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from uncollapse import neighbours
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.knn import knn, predictions
-from uncollapse.neighbours import nearest
+from uncollapse.measure import nearest as neighbours
+from uncollapse.measure.nearest import nearest
 
 
 def features(n, classes=4, d=12, seed=0, spread=1.0, labels=True):

@@ -17,8 +17,8 @@ from uncollapse.data.images import ImageSet, subset
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import batches
 from uncollapse.evaluate.features import Features
-from uncollapse.metrics import prototype_argmax
-from uncollapse.unique import greedy_cover, nearest_kept
+from uncollapse.measure.unique import greedy_cover, nearest_kept
+from uncollapse.measure.usage import prototype_argmax
 
 Pixels = NDArray[np.uint8]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uncollapse.evaluate.features import Features, Ints, labelled
 from uncollapse.evaluate.result import Result
-from uncollapse.metrics import prototype_argmax
+from uncollapse.measure.usage import prototype_argmax
 
 RESTARTS = 10
 """k-means starts this often; the start with the smallest sum of squares on the training features is kept."""

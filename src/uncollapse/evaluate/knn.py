@@ -9,7 +9,7 @@ from torch import Tensor
 
 from uncollapse.evaluate.features import Features, labelled
 from uncollapse.evaluate.result import Result, bootstrap95_mean
-from uncollapse.neighbours import nearest, unit_rows, vote
+from uncollapse.measure.nearest import nearest, unit_rows, vote
 
 HEADLINE = 20
 """The k of the headline, fixed in advance: DINO's best on ImageNet. The best k on test would be chosen on test."""

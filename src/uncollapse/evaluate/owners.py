@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from uncollapse.evaluate.features import Features, Ints, labelled
 from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
-from uncollapse.metrics import prototype_argmax
-from uncollapse.probes import confidence95
-from uncollapse.unique import greedy_cover, nearest_kept
+from uncollapse.measure.probes import confidence95
+from uncollapse.measure.unique import greedy_cover, nearest_kept
+from uncollapse.measure.usage import prototype_argmax
 
 Floats = NDArray[np.float64]
 

@@ -22,8 +22,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor
 
-from uncollapse.rows import Rows
-from uncollapse.unique import EPSILONS, components, greedy_cover, row_has_neighbour
+from uncollapse.measure.close_pairs import Rows
+from uncollapse.measure.unique import EPSILONS, components, greedy_cover, row_has_neighbour
 
 _PIVOTS = 512
 _FIRST_PANEL, _PANEL, _TILE = 64, 1024, 4096
@@ -271,3 +271,11 @@ def _lengths64(rows: Rows, tree: np.ndarray) -> np.ndarray:
         device = rows.w.device
         out.append((rows.double(left.to(device)) * rows.double(right.to(device))).sum(1).cpu().numpy())
     return np.clip(1 - np.concatenate(out), 0, 2)
+
+
+def wide_of(sweep: Sweep | None) -> int | None:
+    """The count at the wide ε that tells bunched prototypes, where the sweep has it."""
+    return None if sweep is None else sweep.unique.get(WIDE)
+
+
+WIDE = 0.25

@@ -11,7 +11,7 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from uncollapse.neighbours import nearest, unit_rows, vote
+from uncollapse.measure.nearest import nearest, unit_rows, vote
 
 _GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
 

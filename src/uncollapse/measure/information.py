@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uncollapse.unique import cosine_argmax
+from uncollapse.measure.unique import cosine_argmax
 
 _CELLS = 2048
 """Of equal width over cosines from -1 to 1; the critic is a table over them."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from uncollapse.unique import EPSILONS
+from uncollapse.measure.unique import EPSILONS
 
 Row = dict[str, Any]
 Read = Callable[[Row], float | None]

@@ -1,0 +1,1 @@
+"""What is measured of prototypes and projections, and how it is judged; arrays in, numbers out."""
