@@ -24,11 +24,11 @@ from rich.table import Table
 from torch import Tensor
 
 from common import SIZES, Row, alternate, print_rows, to_json
-from uncollapse.assign import centred_softmax
-from uncollapse.diversity import koleo_proto, nearest_neighbours
-from uncollapse.losses import fused_dino_loss
+from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
+from uncollapse.losses.pairs import fused_dino_loss
 from uncollapse.measure.unique import epsilon_sweep
 from uncollapse.prototypes import JointPrototypes
+from uncollapse.targets.sinkhorn import centred_softmax
 
 DIM = 256
 MOST = 6 * 2**30

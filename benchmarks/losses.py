@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import Cost, Row, alternate, copy_rate, exp_rate, main, matmul_seconds
-from uncollapse.assign import centred_softmax, sinkhorn, sinkhorn_offsets
-from uncollapse.carp_loss import carp_loss, fused_carp_loss, random_blocks
-from uncollapse.cross_entropy import SoftmaxTargets
-from uncollapse.logit_loss import fused_dino_loss_on_logits
-from uncollapse.losses import dino_loss, fused_dino_loss, fused_patch_loss
+from uncollapse.losses.carp import carp_loss, fused_carp_loss, random_blocks
+from uncollapse.losses.logits import fused_dino_loss_on_logits
+from uncollapse.losses.pairs import dino_loss, fused_dino_loss, fused_patch_loss
+from uncollapse.targets.sinkhorn import centred_softmax, sinkhorn, sinkhorn_offsets
+from uncollapse.targets.softmax import SoftmaxTargets
 from uncollapse.vmf import vmf_bias
 
 IMAGES, TEACHER_VIEWS, VIEWS, DIM, PATCHES = 64, 2, 10, 256, 512

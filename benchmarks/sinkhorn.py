@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import Row, alternate, main
-from uncollapse.assign import sinkhorn, sinkhorn_offsets
+from uncollapse.targets.sinkhorn import sinkhorn, sinkhorn_offsets
 
 DIM = 256
 BATCHES = (128, 1024)

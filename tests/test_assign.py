@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranks import on_ranks
-from uncollapse.assign import sinkhorn, sinkhorn_offsets
+from uncollapse.targets.sinkhorn import sinkhorn, sinkhorn_offsets
 
 TILED = 1  # bytes: the smallest tiles there are
 

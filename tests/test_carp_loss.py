@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse.carp_loss import carp_loss, fused_carp_loss, random_blocks
-from uncollapse.cross_entropy import SoftmaxTargets
+from uncollapse.losses.carp import carp_loss, fused_carp_loss, random_blocks
+from uncollapse.targets.softmax import SoftmaxTargets
 
 
 def brute_force(z, weight, z_teacher, weight_teacher, blocks, entropy_weight, temperature=1.0, bias=None, bias_t=None):
@@ -73,7 +73,7 @@ def test_both_forms_equal_brute_force_by_value_and_gradient(seed, views, n, k, s
 
 @pytest.mark.parametrize("block", [1, 200, 1 << 20])
 def test_how_many_blocks_are_in_flight_does_not_matter(block, monkeypatch):
-    monkeypatch.setattr("uncollapse.carp_loss._BLOCK", block)
+    monkeypatch.setattr("uncollapse.losses.carp._BLOCK", block)
     z, weight, z_teacher, weight_teacher = random_case(5, 4, 2, 6, 42, 7)
     blocks = random_blocks(42, 8, 1, 2)  # two prototypes left over
     targets = SoftmaxTargets(z_teacher, weight_teacher, 1.0)

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from uncollapse.assign import sinkhorn
 from uncollapse.methods.dino import DINO
 from uncollapse.prototypes import FixedPrototypes
+from uncollapse.targets.sinkhorn import sinkhorn
 
 
 @pytest.fixture

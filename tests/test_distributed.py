@@ -13,7 +13,7 @@ from uncollapse.config.load import load_config
 from uncollapse.config.schema import arm_keys
 from uncollapse.config.tiny import tiny
 from uncollapse.distributed import shard
-from uncollapse.diversity import koleo_proto, nearest_neighbours
+from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
 
 multiprocessing.set_forkserver_preload(["uncollapse.train", "uncollapse.summary", "timm", "ranks"])
 KINDS = ("joint", "joint-sinkhorn", "koleo", "decoupled")

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse import diversity
 from uncollapse.checkpoint import load_checkpoint
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
-from uncollapse.diversity import koleo_proto, nearest_neighbours
+from uncollapse.losses import koleo as diversity
+from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
 from uncollapse.prototypes import JointPrototypes
 from uncollapse.train import train
 

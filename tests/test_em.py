@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal
 
 from uncollapse.em import features, natural_parameters, update_moments
-from uncollapse.posterior import Components, Posterior, largest, log_masses, sums, top_sums
+from uncollapse.targets.responsibilities import Components, Posterior, largest, log_masses, sums, top_sums
 
 COVARIANCES = ["shared", "isotropic", "diagonal"]
 TILED = 1  # bytes: the smallest tiles there are

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from uncollapse.cross_entropy import SoftmaxTargets
-from uncollapse.losses import fused_dino_loss, fused_patch_loss
+from uncollapse.losses.pairs import fused_dino_loss, fused_patch_loss
+from uncollapse.targets.softmax import SoftmaxTargets
 from uncollapse.vmf import log_vmf_normaliser, vmf_bias
 
 HALVES = [torch.float16, torch.bfloat16]

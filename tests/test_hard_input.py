@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ranks import on_ranks
-from uncollapse.carp_loss import fused_carp_loss, random_blocks
-from uncollapse.cross_entropy import SoftmaxTargets
-from uncollapse.diversity import koleo_proto, nearest_neighbours
-from uncollapse.logit_loss import fused_dino_loss_on_logits
-from uncollapse.losses import dino_loss, fused_dino_loss
-from uncollapse.mean_entropy import me_max
+from uncollapse.losses.carp import fused_carp_loss, random_blocks
+from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
+from uncollapse.losses.logits import fused_dino_loss_on_logits
+from uncollapse.losses.mean_entropy import me_max
+from uncollapse.losses.pairs import dino_loss, fused_dino_loss
 from uncollapse.mixture import OnlineMixture
 from uncollapse.syncnorm import SyncedNorm, convert
+from uncollapse.targets.softmax import SoftmaxTargets
 
 RNG = torch.Generator().manual_seed(0)
 
@@ -44,7 +44,7 @@ def test_a_part_that_all_logits_share_costs_no_digits_of_the_gradient(offset, vi
         return loss, torch.autograd.grad(loss, wide)
 
     if views == 1:
-        from uncollapse.cross_entropy import fused_cross_entropy
+        from uncollapse.losses.cross_entropy import fused_cross_entropy
 
         rows = torch.full((8,), 1 / 8)
         loss = fused_cross_entropy(z[0][None], w, SoftmaxTargets(z_teacher, w, 1.0), 1.0, torch.ones(1, 1), rows)

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse.assign import centred_softmax, sinkhorn, sinkhorn_offsets
-from uncollapse.cross_entropy import SoftmaxTargets, fused_cross_entropy
-from uncollapse.logit_loss import fused_dino_loss_on_logits
-from uncollapse.losses import dino_loss, fused_dino_loss, fused_patch_loss, patch_weights
+from uncollapse.losses.cross_entropy import fused_cross_entropy
+from uncollapse.losses.logits import fused_dino_loss_on_logits
+from uncollapse.losses.pairs import dino_loss, fused_dino_loss, fused_patch_loss, patch_weights
 from uncollapse.methods.dino import DINO
 from uncollapse.prototypes import FixedPrototypes
+from uncollapse.targets.sinkhorn import centred_softmax, sinkhorn, sinkhorn_offsets
+from uncollapse.targets.softmax import SoftmaxTargets
 from uncollapse.vmf import vmf_bias
 
 
@@ -65,8 +66,8 @@ def test_both_forms_equal_brute_force(seed, views, n, k, d, temperature, use_bia
 
 @pytest.mark.parametrize("views", [2, 3, 6])
 def test_fused_gradients_equal_autograd_of_the_plain_form(views, monkeypatch):
-    monkeypatch.setattr("uncollapse.cross_entropy._BLOCK", 40)  # several blocks of rows, the last one ragged
-    monkeypatch.setattr("uncollapse.cross_entropy._LEAST_ROWS", 1)
+    monkeypatch.setattr("uncollapse.losses.cross_entropy._BLOCK", 40)  # several blocks of rows, the last one ragged
+    monkeypatch.setattr("uncollapse.losses.cross_entropy._LEAST_ROWS", 1)
     z, weight, targets = random_case(3, views, 2, 7, 11, 5)
     leaves = [x.double().requires_grad_() for x in [*z, weight]]
     targets = [t.double() for t in targets]
@@ -244,8 +245,8 @@ def test_patch_loss_equals_brute_force(seed, n, patches, share):
 
 
 def test_patches_in_several_blocks_with_a_bias(monkeypatch):
-    monkeypatch.setattr("uncollapse.cross_entropy._BLOCK", 40)
-    monkeypatch.setattr("uncollapse.cross_entropy._LEAST_ROWS", 1)
+    monkeypatch.setattr("uncollapse.losses.cross_entropy._BLOCK", 40)
+    monkeypatch.setattr("uncollapse.losses.cross_entropy._LEAST_ROWS", 1)
     z, weight, targets = random_case(12, 1, 1, 17, 11, 5)
     leaves = [z[0].double().requires_grad_(), weight.double().requires_grad_(), torch.randn(11).double()]
     leaves[2].requires_grad_()

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse import mean_entropy as module
-from uncollapse.mean_entropy import me_max
+from uncollapse.losses import mean_entropy as module
+from uncollapse.losses.mean_entropy import me_max
 
 
 def plain(z, w, temperature, bias=None):

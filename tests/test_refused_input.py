@@ -5,14 +5,15 @@ import re
 import pytest
 import torch
 
-from uncollapse.assign import centred_softmax, sinkhorn, sinkhorn_offsets
-from uncollapse.carp_loss import carp_loss, fused_carp_loss, random_blocks
-from uncollapse.cross_entropy import SoftmaxTargets, fused_cross_entropy
-from uncollapse.diversity import koleo_proto, nearest_neighbours
-from uncollapse.logit_loss import fused_dino_loss_on_logits
-from uncollapse.losses import dino_loss, fused_dino_loss, fused_patch_loss, patch_weights
-from uncollapse.mean_entropy import me_max
+from uncollapse.losses.carp import carp_loss, fused_carp_loss, random_blocks
+from uncollapse.losses.cross_entropy import fused_cross_entropy
+from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
+from uncollapse.losses.logits import fused_dino_loss_on_logits
+from uncollapse.losses.mean_entropy import me_max
+from uncollapse.losses.pairs import dino_loss, fused_dino_loss, fused_patch_loss, patch_weights
 from uncollapse.mixture import OnlineMixture
+from uncollapse.targets.sinkhorn import centred_softmax, sinkhorn, sinkhorn_offsets
+from uncollapse.targets.softmax import SoftmaxTargets
 from uncollapse.vmf import vmf_bias
 
 N, K, D = 6, 8, 4

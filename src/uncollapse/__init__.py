@@ -10,22 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from uncollapse.assign import centred_softmax as centred_softmax
-    from uncollapse.assign import sinkhorn as sinkhorn
-    from uncollapse.assign import sinkhorn_offsets as sinkhorn_offsets
-    from uncollapse.carp_loss import fused_carp_loss as fused_carp_loss
-    from uncollapse.carp_loss import random_blocks as random_blocks
-    from uncollapse.cross_entropy import SoftmaxTargets as SoftmaxTargets
     from uncollapse.diagnosis import Diagnosis as Diagnosis
     from uncollapse.diagnosis import diagnose as diagnose
-    from uncollapse.diversity import koleo_proto as koleo_proto
-    from uncollapse.diversity import nearest_neighbours as nearest_neighbours
-    from uncollapse.logit_loss import fused_dino_loss_on_logits as fused_dino_loss_on_logits
-    from uncollapse.losses import dino_loss as dino_loss
-    from uncollapse.losses import fused_dino_loss as fused_dino_loss
-    from uncollapse.losses import fused_patch_loss as fused_patch_loss
-    from uncollapse.losses import patch_weights as patch_weights
-    from uncollapse.mean_entropy import me_max as me_max
+    from uncollapse.losses.carp import fused_carp_loss as fused_carp_loss
+    from uncollapse.losses.carp import random_blocks as random_blocks
+    from uncollapse.losses.koleo import koleo_proto as koleo_proto
+    from uncollapse.losses.koleo import nearest_neighbours as nearest_neighbours
+    from uncollapse.losses.logits import fused_dino_loss_on_logits as fused_dino_loss_on_logits
+    from uncollapse.losses.mean_entropy import me_max as me_max
+    from uncollapse.losses.pairs import dino_loss as dino_loss
+    from uncollapse.losses.pairs import fused_dino_loss as fused_dino_loss
+    from uncollapse.losses.pairs import fused_patch_loss as fused_patch_loss
+    from uncollapse.losses.pairs import patch_weights as patch_weights
     from uncollapse.measure.information import ViewInformation as ViewInformation
     from uncollapse.measure.information import view_information as view_information
     from uncollapse.measure.monitor import PrototypeMonitor as PrototypeMonitor
@@ -35,6 +31,10 @@ if TYPE_CHECKING:
     from uncollapse.measure.usage import prototype_report as prototype_report
     from uncollapse.mixture import OnlineMixture as OnlineMixture
     from uncollapse.mixture_layer import MixtureLayer as MixtureLayer
+    from uncollapse.targets.sinkhorn import centred_softmax as centred_softmax
+    from uncollapse.targets.sinkhorn import sinkhorn as sinkhorn
+    from uncollapse.targets.sinkhorn import sinkhorn_offsets as sinkhorn_offsets
+    from uncollapse.targets.softmax import SoftmaxTargets as SoftmaxTargets
     from uncollapse.vmf import vmf_bias as vmf_bias
 
 __version__ = "0.1.0"
@@ -44,25 +44,25 @@ _HOMES = {
     "MixtureLayer": "mixture_layer",
     "OnlineMixture": "mixture",
     "PrototypeMonitor": "measure.monitor",
-    "SoftmaxTargets": "cross_entropy",
+    "SoftmaxTargets": "targets.softmax",
     "ViewInformation": "measure.information",
-    "centred_softmax": "assign",
+    "centred_softmax": "targets.sinkhorn",
     "diagnose": "diagnosis",
-    "dino_loss": "losses",
+    "dino_loss": "losses.pairs",
     "effective_prototypes": "measure.usage",
     "epsilon_sweep": "measure.unique",
-    "fused_carp_loss": "carp_loss",
-    "fused_dino_loss": "losses",
-    "fused_dino_loss_on_logits": "logit_loss",
-    "fused_patch_loss": "losses",
-    "koleo_proto": "diversity",
-    "me_max": "mean_entropy",
-    "nearest_neighbours": "diversity",
-    "patch_weights": "losses",
+    "fused_carp_loss": "losses.carp",
+    "fused_dino_loss": "losses.pairs",
+    "fused_dino_loss_on_logits": "losses.logits",
+    "fused_patch_loss": "losses.pairs",
+    "koleo_proto": "losses.koleo",
+    "me_max": "losses.mean_entropy",
+    "nearest_neighbours": "losses.koleo",
+    "patch_weights": "losses.pairs",
     "prototype_report": "measure.usage",
-    "random_blocks": "carp_loss",
-    "sinkhorn": "assign",
-    "sinkhorn_offsets": "assign",
+    "random_blocks": "losses.carp",
+    "sinkhorn": "targets.sinkhorn",
+    "sinkhorn_offsets": "targets.sinkhorn",
     "unique_prototypes": "measure.unique",
     "view_information": "measure.information",
     "vmf_bias": "vmf",

@@ -21,7 +21,6 @@ from uncollapse.alarms import LossWatch
 from uncollapse.checkpoint import newest_step, save_checkpoint
 from uncollapse.config.load import dump_config
 from uncollapse.config.schema import Config, arm_name
-from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.data.batched import multicrop
 from uncollapse.data.images import ImageSet, MemoryImages
 from uncollapse.data.views import ViewSpec, view_specs
@@ -35,6 +34,7 @@ from uncollapse.schedules import cosine, linear_epochs
 from uncollapse.signals import StopRequest, deaths_wait
 from uncollapse.state import TrainState, clip_each, non_finite, state_dicts, update_teacher
 from uncollapse.syncnorm import convert
+from uncollapse.targets.softmax import SoftmaxTargets
 
 Progress = Callable[[int, int, float], None]
 """Called after every step with (steps done, steps to do, loss)."""

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncollapse.checks import above_zero, usable_rows
-from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.distributed import Group, max_over_ranks, rank_and_size, shard, sum_over_ranks
 from uncollapse.em import Covariance, features, forget, forgetting_factor, natural_parameters, update_moments
-from uncollapse.posterior import BUDGET, FLOOR, Components, Posterior, chunks, log_masses, sums, top_sums
+from uncollapse.targets.responsibilities import BUDGET, FLOOR, Components, Posterior, chunks, log_masses, sums, top_sums
+from uncollapse.targets.softmax import SoftmaxTargets
 
 __all__ = ["PAPER", "RECOMMENDED", "Balance", "Covariance", "MixtureOptions", "OnlineMixture"]
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.distributed import gather_rows, world
 from uncollapse.mixture import OnlineMixture
+from uncollapse.targets.softmax import SoftmaxTargets
 
 
 class MixtureLayer(nn.Module):

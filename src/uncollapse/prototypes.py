@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncollapse.config.schema import MixtureConfig, PrototypeConfig
-from uncollapse.cross_entropy import SoftmaxTargets
-from uncollapse.diversity import koleo_proto, nearest_neighbours
+from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
 from uncollapse.mixture import PAPER, RECOMMENDED, OnlineMixture
+from uncollapse.targets.softmax import SoftmaxTargets
 
 Side = Literal["student", "teacher"]
 

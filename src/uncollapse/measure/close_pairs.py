@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uncollapse.numerics import rounding
+
 TILE = 1024
 """Columns of a tile of cosines."""
 ELEMENTS = 1 << 24
@@ -171,17 +173,6 @@ def _normalise_into(out: Tensor, x: Tensor) -> None:
     odd = torch.nonzero(~((length > 1e-30) & (length < 1e30)))[:, 0]  # zero, NaN, or beyond float32
     if len(odd):
         out[odd] = _normalised(x[odd]).float()
-
-
-def rounding(dim: int) -> float:
-    """Largest error of a float32 cosine: of any order of summation, plus of the rounded inputs."""
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        matmul = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-        reduced = any(getattr(m, "fp32_precision", "ieee") not in ("ieee", "none") for m in matmul)
-    else:  # torch before 2.9
-        reduced = torch.get_float32_matmul_precision() != "highest"
-    # TF32 and bf16 products round each input by at most 2**-9 (2**-8 where a kernel truncates).
-    return (dim + 8) * 2.0**-24 + (2.0**-6 if reduced else 0.0)
 
 
 def band(eps: float, slack: float) -> tuple[float, float]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from uncollapse.assign import sinkhorn_offsets
 from uncollapse.config.schema import TargetKind
-from uncollapse.cross_entropy import SoftmaxTargets
 from uncollapse.distributed import Group
-from uncollapse.losses import fused_dino_loss
+from uncollapse.losses.pairs import fused_dino_loss
 from uncollapse.prototypes import Prototypes
+from uncollapse.targets.sinkhorn import sinkhorn_offsets
+from uncollapse.targets.softmax import SoftmaxTargets
 
 
 class DINO(nn.Module):

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncollapse.autograd import first_order
 from uncollapse.checks import above_zero, fits, one_shape
-from uncollapse.cross_entropy import SoftmaxTargets, exponent_floor
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
-from uncollapse.losses import pair_count
+from uncollapse.losses.autograd import first_order
+from uncollapse.losses.pairs import pair_count
+from uncollapse.numerics import exponent_floor
+from uncollapse.targets.softmax import SoftmaxTargets
 
 _BLOCK = 1 << 20
 """Student logits in flight at once: 4 MiB of float32."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncollapse.autograd import first_order
 from uncollapse.checks import above_zero, fits, one_shape
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
+from uncollapse.losses.autograd import first_order
 
 _BLOCK = 1 << 22
 """Logits in flight at once: 16 MiB of float32."""

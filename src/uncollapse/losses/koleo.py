@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from uncollapse.autograd import first_order
 from uncollapse.checks import above_zero
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
-from uncollapse.measure.close_pairs import rounding
+from uncollapse.losses.autograd import first_order
+from uncollapse.numerics import rounding
 
 _TIE = 4e-15
 """Scores this close in float64 count as equal, and the lowest index wins: exact duplicates are found as one."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from uncollapse.checks import above_zero, fits, has_shape, not_empty, one_shape
 from uncollapse.distributed import Group, max_over_ranks, sum_over_ranks
-from uncollapse.posterior import BUDGET, Components, Posterior, log_masses
+from uncollapse.targets.responsibilities import BUDGET, Components, Posterior, log_masses
 
 
 def centred_softmax(logits: Tensor, center: Tensor, temperature: float) -> Tensor:

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from uncollapse.checks import one_shape
-from uncollapse.cross_entropy import SoftmaxTargets as SoftmaxTargets
-from uncollapse.cross_entropy import fused_cross_entropy
 from uncollapse.distributed import Group, max_over_ranks
+from uncollapse.losses.cross_entropy import fused_cross_entropy
+from uncollapse.targets.softmax import SoftmaxTargets as SoftmaxTargets
 
 
 def dino_loss(student_logits: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Mean cross-entropy over all pairs (teacher view q, student view v) with q ≠ v (Caron et al. 2021, eq. 3).
 
     The targets of one student view are summed first, so each view's log-probabilities are made once.
-    This is the form to read. :func:`uncollapse.logit_loss.fused_dino_loss_on_logits` is the same number sooner, and
+    This is the form to read. :func:`uncollapse.losses.logits.fused_dino_loss_on_logits` is the same number sooner, and
     :func:`fused_dino_loss` the one for large K: it never holds a view's logits.
 
     Args:
@@ -61,7 +61,7 @@ def fused_dino_loss(
         targets: one ``(n, K)`` per teacher view, or :class:`SoftmaxTargets` with z ``(T, n, D)``; no gradient.
         temperature: the student's, above 0.
         bias: ``(K,)`` added to the logits after the temperature; gets a gradient where it requires one.
-        group: ranks that share the prototypes out; :func:`uncollapse.cross_entropy.fused_cross_entropy` says what
+        group: ranks that share the prototypes out; :func:`uncollapse.losses.cross_entropy.fused_cross_entropy` says what
             every rank passes and gets.
 
     Raises:
@@ -101,7 +101,7 @@ def fused_patch_loss(
         temperature: the student's, above 0.
         row_weight: ``(M,)``, a, 0 or above; from :func:`patch_weights`.
         bias: ``(K,)`` added to the logits after the temperature; gets a gradient where it requires one.
-        group: ranks that share the prototypes out, as in :func:`uncollapse.cross_entropy.fused_cross_entropy`; M may
+        group: ranks that share the prototypes out, as in :func:`uncollapse.losses.cross_entropy.fused_cross_entropy`; M may
             differ from rank to rank, and the loss is the mean over ranks.
 
     Returns:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncollapse.autograd import first_order
 from uncollapse.checks import above_zero, one_shape
-from uncollapse.cross_entropy import exponent_floor
-from uncollapse.losses import pair_count
+from uncollapse.losses.autograd import first_order
+from uncollapse.losses.pairs import pair_count
+from uncollapse.numerics import exponent_floor
 
 _NEAR = 1 << 19
 """Logits that stay near the processor between one pass and the next: 2 MiB of float32."""
@@ -21,10 +21,10 @@ _NEAR = 1 << 19
 def fused_dino_loss_on_logits(
     student_logits: Sequence[Tensor], targets: Sequence[Tensor], temperature: float = 1.0
 ) -> Tensor:
-    """:func:`uncollapse.losses.dino_loss`, with the gradient of the logits formed in the forward pass.
+    """:func:`uncollapse.losses.pairs.dino_loss`, with the gradient of the logits formed in the forward pass.
 
     Memory beyond the arguments is that gradient, which has to be made anyway. Where projections and prototypes are
-    at hand, :func:`uncollapse.losses.fused_dino_loss` needs neither logits nor their gradient in memory.
+    at hand, :func:`uncollapse.losses.pairs.fused_dino_loss` needs neither logits nor their gradient in memory.
 
     Args:
         student_logits: one ``(n, K)`` per view, the teacher's views first. Half precision, as autocast hands over, is

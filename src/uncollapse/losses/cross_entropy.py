@@ -10,7 +10,6 @@ processor holds, and a compiled block costs seconds at the start and a C++ compi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncollapse.autograd import first_order
-from uncollapse.checks import above_zero, fits, has_shape, usable_weights
+from uncollapse.checks import above_zero, has_shape, usable_weights
 from uncollapse.distributed import Group, gather_rows, max_over_ranks, rank_and_size, sum_over_ranks
+from uncollapse.losses.autograd import first_order
+from uncollapse.numerics import exponent_floor
+from uncollapse.targets.softmax import SoftmaxTargets
 
 _BLOCK = 1 << 23
 """Logits in flight at once: 32 MiB of float32. Matrix products with fewer rows run well below the processor's rate."""
@@ -28,40 +29,6 @@ _LEAST_ROWS = 64
 """Rows of a block however large K is, for the same reason: at K = 1,000,000 a block is 256 MB, a quarter of W."""
 _NEAR = 1 << 18
 """Logits that stay near the processor between one pass and the next: 1 MiB."""
-
-
-@dataclass(frozen=True)
-class SoftmaxTargets:
-    """Targets ``softmax_k(z · w_k / temperature + bias_k)`` that are made where they are used and never stored.
-
-    DINO's centre is a bias of ``-center / temperature``, a Sinkhorn or mixture posterior one of per-prototype
-    offsets, a vMF model one of log-normalisers. No gradient reaches any of the parts.
-
-    Attributes:
-        z: ``(T, n, D)`` for T teacher views, ``(M, D)`` for M patches; the teacher's projections.
-        weight: ``(K, D)``, the teacher's prototypes.
-        temperature: the teacher's, above 0.
-        bias: ``(K,)``, added after the division by the temperature; -inf rules a prototype out.
-
-    Raises:
-        ValueError: a temperature that is not above 0, or shapes that do not fit.
-    """
-
-    z: Tensor
-    weight: Tensor
-    temperature: float
-    bias: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        above_zero(self.temperature, "the targets' temperature")
-        fits(self.z, self.weight, self.bias, "the targets' ")
-
-    def dense(self) -> Tensor:
-        """The same targets as an array ``(..., K)``, float32, or float64 where a part is: for small K and for tests."""
-        with torch.no_grad(), torch.autocast(self.z.device.type, enabled=False):
-            dtype = torch.promote_types(torch.promote_types(self.z.dtype, self.weight.dtype), torch.float32)
-            logits = self.z.to(dtype) @ self.weight.to(dtype).T / self.temperature
-            return torch.softmax(logits if self.bias is None else logits + self.bias.to(dtype), dim=-1)
 
 
 Targets = Sequence[Tensor] | SoftmaxTargets
@@ -375,14 +342,6 @@ def _exponentiate(logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
         return top.double() + total.double().log(), share / total
     # Not exp(top - log_sum): of logits with a large common part that would lose all the digits behind it.
     return top.double() + total.double().log(), 1 / total
-
-
-def exponent_floor(dtype: torch.dtype) -> float:
-    """Logits this far below their row's largest count as this far: e⁻⁶¹ in float32, nothing beside 1.
-
-    What lies further below are denormal numbers, which make exponentials and matrix products twenty times slower.
-    """
-    return 0.7 * math.log(torch.finfo(dtype).tiny)
 
 
 def _rows(weight: Tensor, least: int) -> int:

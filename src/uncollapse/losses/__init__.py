@@ -1,0 +1,1 @@
+"""Objectives between students and targets, and regularisers of prototypes."""

@@ -1,0 +1,1 @@
+"""The teacher's assignment: softmax, Sinkhorn, responsibilities."""

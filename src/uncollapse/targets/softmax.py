@@ -1,0 +1,44 @@
+"""The teacher's targets, made where they are used: softmax rows that are never stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from uncollapse.checks import above_zero, fits
+
+
+@dataclass(frozen=True)
+class SoftmaxTargets:
+    """Targets ``softmax_k(z · w_k / temperature + bias_k)`` that are made where they are used and never stored.
+
+    DINO's centre is a bias of ``-center / temperature``, a Sinkhorn or mixture posterior one of per-prototype
+    offsets, a vMF model one of log-normalisers. No gradient reaches any of the parts.
+
+    Attributes:
+        z: ``(T, n, D)`` for T teacher views, ``(M, D)`` for M patches; the teacher's projections.
+        weight: ``(K, D)``, the teacher's prototypes.
+        temperature: the teacher's, above 0.
+        bias: ``(K,)``, added after the division by the temperature; -inf rules a prototype out.
+
+    Raises:
+        ValueError: a temperature that is not above 0, or shapes that do not fit.
+    """
+
+    z: Tensor
+    weight: Tensor
+    temperature: float
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        above_zero(self.temperature, "the targets' temperature")
+        fits(self.z, self.weight, self.bias, "the targets' ")
+
+    def dense(self) -> Tensor:
+        """The same targets as an array ``(..., K)``, float32, or float64 where a part is: for small K and for tests."""
+        with torch.no_grad(), torch.autocast(self.z.device.type, enabled=False):
+            dtype = torch.promote_types(torch.promote_types(self.z.dtype, self.weight.dtype), torch.float32)
+            logits = self.z.to(dtype) @ self.weight.to(dtype).T / self.temperature
+            return torch.softmax(logits if self.bias is None else logits + self.bias.to(dtype), dim=-1)
