@@ -27,7 +27,7 @@ from common import SIZES, Row, alternate, print_rows, to_json
 from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
 from uncollapse.losses.pairs import fused_dino_loss
 from uncollapse.measure.unique import epsilon_sweep
-from uncollapse.prototypes import JointPrototypes
+from uncollapse.prototypes.sets import JointPrototypes
 from uncollapse.targets.sinkhorn import centred_softmax
 
 DIM = 256

@@ -21,9 +21,9 @@ from common import Cost, Row, alternate, copy_rate, exp_rate, main, matmul_secon
 from uncollapse.losses.carp import carp_loss, fused_carp_loss, random_blocks
 from uncollapse.losses.logits import fused_dino_loss_on_logits
 from uncollapse.losses.pairs import dino_loss, fused_dino_loss, fused_patch_loss
+from uncollapse.prototypes.vmf import vmf_bias
 from uncollapse.targets.sinkhorn import centred_softmax, sinkhorn, sinkhorn_offsets
 from uncollapse.targets.softmax import SoftmaxTargets
-from uncollapse.vmf import vmf_bias
 
 IMAGES, TEACHER_VIEWS, VIEWS, DIM, PATCHES = 64, 2, 10, 256, 512
 TAU_STUDENT, TAU_TEACHER = 0.1, 0.04

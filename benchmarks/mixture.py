@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import Cost, Row, alternate, main
-from uncollapse.mixture import OnlineMixture
+from uncollapse.prototypes.mixture import OnlineMixture
 
 DIM = 256
 BATCHES = (128, 1024)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from common import Cost, Row, describe, measure, print_rows
 from uncollapse.config.load import load_config
-from uncollapse.prototypes import JointPrototypes, Prototypes, build_prototypes
+from uncollapse.prototypes.build import build_prototypes
+from uncollapse.prototypes.sets import JointPrototypes, Prototypes
 from uncollapse.state import TrainState, build_state, update_teacher
 
 ARMS = ("joint", "koleo", "decoupled", "decoupled-paper")

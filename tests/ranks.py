@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 # A server that has imported torch once: processes start in a fraction of a second, and, unlike a fork of the test
 # process itself, inherit none of its threads.
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "hypothesis", "uncollapse.mixture"])
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "hypothesis", "uncollapse.prototypes.mixture"])
 
 
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

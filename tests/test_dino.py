@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from uncollapse.methods.dino import DINO
-from uncollapse.prototypes import FixedPrototypes
+from uncollapse.prototypes.sets import FixedPrototypes
 from uncollapse.targets.sinkhorn import sinkhorn
 
 

@@ -13,7 +13,7 @@ from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.losses import koleo as diversity
 from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
-from uncollapse.prototypes import JointPrototypes
+from uncollapse.prototypes.sets import JointPrototypes
 from uncollapse.train import train
 
 

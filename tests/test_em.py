@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal
 
-from uncollapse.em import features, natural_parameters, update_moments
+from uncollapse.prototypes.gaussians import features, natural_parameters, update_moments
 from uncollapse.targets.responsibilities import Components, Posterior, largest, log_masses, sums, top_sums
 
 COVARIANCES = ["shared", "isotropic", "diagonal"]

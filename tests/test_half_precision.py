@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from uncollapse.losses.pairs import fused_dino_loss, fused_patch_loss
+from uncollapse.prototypes.vmf import log_vmf_normaliser, vmf_bias
 from uncollapse.targets.softmax import SoftmaxTargets
-from uncollapse.vmf import log_vmf_normaliser, vmf_bias
 
 HALVES = [torch.float16, torch.bfloat16]
 RNG = torch.Generator().manual_seed(0)

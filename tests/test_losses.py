@@ -11,10 +11,10 @@ from uncollapse.losses.cross_entropy import fused_cross_entropy
 from uncollapse.losses.logits import fused_dino_loss_on_logits
 from uncollapse.losses.pairs import dino_loss, fused_dino_loss, fused_patch_loss, patch_weights
 from uncollapse.methods.dino import DINO
-from uncollapse.prototypes import FixedPrototypes
+from uncollapse.prototypes.sets import FixedPrototypes
+from uncollapse.prototypes.vmf import vmf_bias
 from uncollapse.targets.sinkhorn import centred_softmax, sinkhorn, sinkhorn_offsets
 from uncollapse.targets.softmax import SoftmaxTargets
-from uncollapse.vmf import vmf_bias
 
 
 def brute_force_loss(z, weight, targets, temperature, bias=None):

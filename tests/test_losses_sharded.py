@@ -12,8 +12,8 @@ import torch.multiprocessing
 from uncollapse.distributed import shard, world
 from uncollapse.losses.carp import carp_loss, fused_carp_loss, random_blocks
 from uncollapse.losses.pairs import dino_loss, fused_dino_loss, fused_patch_loss, patch_weights
+from uncollapse.prototypes.vmf import vmf_bias
 from uncollapse.targets.softmax import SoftmaxTargets
-from uncollapse.vmf import vmf_bias
 
 K, D, N, VIEWS = 21, 6, 3, 4  # K divides by neither 2 nor 4
 
@@ -67,7 +67,7 @@ def on_each_rank(rank, size, folder):
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     # One child imports torch, the ranks are forked from it.
-    multiprocessing.set_forkserver_preload(["uncollapse.losses.carp", "uncollapse.vmf"])
+    multiprocessing.set_forkserver_preload(["uncollapse.losses.carp", "uncollapse.prototypes.vmf"])
     torch.multiprocessing.start_processes(
         on_each_rank, (request.param, folder), request.param, start_method="forkserver"
     )

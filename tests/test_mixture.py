@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranks import on_ranks
 from uncollapse.config.schema import MixtureConfig, PrototypeConfig
-from uncollapse.em import forget, forgetting_factor
 from uncollapse.losses.pairs import dino_loss
 from uncollapse.methods.dino import DINO
-from uncollapse.mixture import OnlineMixture, random_directions
-from uncollapse.prototypes import MixturePrototypes, build_prototypes
+from uncollapse.prototypes.build import build_prototypes
+from uncollapse.prototypes.decoupled import MixturePrototypes
+from uncollapse.prototypes.gaussians import forget, forgetting_factor
+from uncollapse.prototypes.mixture import OnlineMixture, random_directions
 
 
 def rows(n, d, seed):

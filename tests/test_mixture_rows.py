@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse.mixture import PAPER, RECOMMENDED, OnlineMixture
+from uncollapse.prototypes.mixture import PAPER, RECOMMENDED, OnlineMixture
 
 K, D = 12, 5
 OPTIONS = [

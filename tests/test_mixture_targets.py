@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from uncollapse.config.load import build_config
 from uncollapse.config.schema import MixtureConfig, PrototypeConfig
 from uncollapse.errors import ConfigError
-from uncollapse.mixture import PAPER, RECOMMENDED, OnlineMixture
-from uncollapse.prototypes import MixturePrototypes, build_prototypes
+from uncollapse.prototypes.build import build_prototypes
+from uncollapse.prototypes.decoupled import MixturePrototypes
+from uncollapse.prototypes.mixture import PAPER, RECOMMENDED, OnlineMixture
 
 K, D = 32, 8
 

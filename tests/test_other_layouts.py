@@ -13,7 +13,7 @@ from uncollapse import diagnosis
 from uncollapse.diagnosis import diagnose, diagnose_file
 from uncollapse.evaluate.opening import open_encoder
 from uncollapse.measure.unique import unique_prototypes
-from uncollapse.mixture import OnlineMixture
+from uncollapse.prototypes.mixture import OnlineMixture
 from uncollapse.rebuild_backbones import backbone_of
 
 

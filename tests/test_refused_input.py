@@ -11,10 +11,10 @@ from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
 from uncollapse.losses.logits import fused_dino_loss_on_logits
 from uncollapse.losses.mean_entropy import me_max
 from uncollapse.losses.pairs import dino_loss, fused_dino_loss, fused_patch_loss, patch_weights
-from uncollapse.mixture import OnlineMixture
+from uncollapse.prototypes.mixture import OnlineMixture
+from uncollapse.prototypes.vmf import vmf_bias
 from uncollapse.targets.sinkhorn import centred_softmax, sinkhorn, sinkhorn_offsets
 from uncollapse.targets.softmax import SoftmaxTargets
-from uncollapse.vmf import vmf_bias
 
 N, K, D = 6, 8, 4
 RNG = torch.Generator().manual_seed(0)

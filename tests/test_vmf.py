@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse.vmf import log_vmf_normaliser, vmf_bias
+from uncollapse.prototypes.vmf import log_vmf_normaliser, vmf_bias
 
 DIMS = (2, 3, 8, 64, 128, 256, 384, 1024)
 KAPPAS = (1e-3, 0.1, 1.0, 10.0, 77.0, 300.0, 2500.0, 1e4)

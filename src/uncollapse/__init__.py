@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from uncollapse.measure.unique import unique_prototypes as unique_prototypes
     from uncollapse.measure.usage import effective_prototypes as effective_prototypes
     from uncollapse.measure.usage import prototype_report as prototype_report
-    from uncollapse.mixture import OnlineMixture as OnlineMixture
-    from uncollapse.mixture_layer import MixtureLayer as MixtureLayer
+    from uncollapse.prototypes.layer import MixtureLayer as MixtureLayer
+    from uncollapse.prototypes.mixture import OnlineMixture as OnlineMixture
+    from uncollapse.prototypes.vmf import vmf_bias as vmf_bias
     from uncollapse.targets.sinkhorn import centred_softmax as centred_softmax
     from uncollapse.targets.sinkhorn import sinkhorn as sinkhorn
     from uncollapse.targets.sinkhorn import sinkhorn_offsets as sinkhorn_offsets
     from uncollapse.targets.softmax import SoftmaxTargets as SoftmaxTargets
-    from uncollapse.vmf import vmf_bias as vmf_bias
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Diagnosis": "diagnosis",
-    "MixtureLayer": "mixture_layer",
-    "OnlineMixture": "mixture",
+    "MixtureLayer": "prototypes.layer",
+    "OnlineMixture": "prototypes.mixture",
     "PrototypeMonitor": "measure.monitor",
     "SoftmaxTargets": "targets.softmax",
     "ViewInformation": "measure.information",
@@ -65,7 +65,7 @@ _HOMES = {
     "sinkhorn_offsets": "targets.sinkhorn",
     "unique_prototypes": "measure.unique",
     "view_information": "measure.information",
-    "vmf_bias": "vmf",
+    "vmf_bias": "prototypes.vmf",
 }
 
 __all__ = list(_HOMES)

@@ -124,7 +124,7 @@ def own_directions(loaded: Any, s: PrototypeSet, tensors: Mapping[str, Tensor]) 
 
 
 def _centred_by_config(loaded: Any) -> tuple[bool, tuple[str, ...]]:
-    from uncollapse.prototypes import mixture_defaults
+    from uncollapse.prototypes.decoupled import mixture_defaults
 
     try:
         mixture = _plain(loaded["config"], "")["prototypes"]["mixture"]

@@ -13,7 +13,8 @@ from uncollapse.config.schema import Config, targets_of
 from uncollapse.errors import ConfigError
 from uncollapse.head import ProjectionHead
 from uncollapse.methods.dino import DINO
-from uncollapse.prototypes import Prototypes, build_prototypes
+from uncollapse.prototypes.build import initial_prototypes
+from uncollapse.prototypes.sets import Prototypes
 
 
 @dataclass
@@ -39,11 +40,6 @@ def build_encoder(config: Config, drop_path: bool) -> Encoder:
         backbone, features = build_backbone(config.backbone, drop_path)
         head = config.head
         return Encoder(backbone, ProjectionHead(features, head.hidden, head.bottleneck, head.layers, head.batch_norm))
-
-
-def initial_prototypes(config: Config) -> Prototypes:
-    """The prototype set before any step. Its seed differs from the encoder's, so that neither mirrors the other."""
-    return build_prototypes(config.prototypes, config.head.bottleneck, 2 * config.run.batch, config.seed + 7919)
 
 
 def build_state(config: Config) -> TrainState:

@@ -26,7 +26,8 @@ from uncollapse.measure.probes import confidence95, knn_predictions, linear_accu
 from uncollapse.measure.random_start import random_likeness
 from uncollapse.measure.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
 from uncollapse.measure.usage import PrototypeReport, prototype_report, usage_counts
-from uncollapse.state import TrainState, build_encoder, initial_prototypes
+from uncollapse.prototypes.build import initial_prototypes
+from uncollapse.state import TrainState, build_encoder
 
 FIT_VIEWS, FEWEST_FIT, MOST_FIT = 2, 2000, 20_000
 """Views of each training image that view information is fitted on; 8 images for each prototype, within these bounds."""

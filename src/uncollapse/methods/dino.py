@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from uncollapse.config.schema import TargetKind
 from uncollapse.distributed import Group
 from uncollapse.losses.pairs import fused_dino_loss
-from uncollapse.prototypes import Prototypes
+from uncollapse.prototypes.sets import Prototypes
 from uncollapse.targets.sinkhorn import sinkhorn_offsets
 from uncollapse.targets.softmax import SoftmaxTargets
 

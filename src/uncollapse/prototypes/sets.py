@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncollapse.config.schema import MixtureConfig, PrototypeConfig
 from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
-from uncollapse.mixture import PAPER, RECOMMENDED, OnlineMixture
 from uncollapse.targets.softmax import SoftmaxTargets
 
 Side = Literal["student", "teacher"]
@@ -127,80 +125,3 @@ class FixedPrototypes(Prototypes):
 
     def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
         return self.weight, None
-
-
-class MixturePrototypes(Prototypes):
-    """Prototypes that are the means of an online Gaussian mixture; no gradient ever reaches them."""
-
-    def __init__(self, mixture: OnlineMixture, anneal_start: float = 1.0, anneal_steps: float = 0.0) -> None:
-        super().__init__()
-        self.mixture = mixture
-        self.anneal_start = anneal_start
-        self.anneal_steps = anneal_steps
-
-    def beta(self, progress: float) -> float:
-        """Inverse temperature of the E-step: geometric from ``anneal_start`` to 1."""
-        if progress >= self.anneal_steps:
-            return 1.0
-        return self.anneal_start ** (1 - progress / self.anneal_steps)
-
-    def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
-        return self.mixture.directions(), None
-
-    def means(self) -> Tensor:
-        return self.mixture.mean.detach().float()
-
-    def observe(self, z: Tensor, progress: float, weight: Tensor | None = None, level: str = "cls") -> None:
-        self.mixture.observe(z, weight, self.beta(progress))
-
-    def posterior(self, z: Tensor, temperature: float) -> SoftmaxTargets:
-        """The mixture's own responsibilities, as sharp as its variances or its own temperature make them.
-
-        The teacher's temperature does not enter: offsets balance the components only as they were found.
-        """
-        return self.mixture.targets(z)
-
-
-def build_prototypes(config: PrototypeConfig, dim: int, rows: int, seed: int) -> Prototypes:
-    """The set that ``config.kind`` names, started from ``seed`` alone.
-
-    Args:
-        config: validated.
-        dim: D, length of a projection.
-        rows: teacher projections per step over all ranks.
-        seed: of the initial vectors.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if config.kind in ("joint", "koleo"):
-        koleo = config.koleo_weight if config.kind == "koleo" else 0.0
-        return JointPrototypes(config.count, dim, config.learn_norm, koleo, generator, config.koleo_every)
-    if config.kind == "fixed":
-        return FixedPrototypes(config.count, dim, generator)
-    return _mixture(mixture_defaults(config.kind, config.mixture), config.count, dim, rows, generator)
-
-
-def mixture_defaults(kind: str, chosen: MixtureConfig) -> MixtureConfig:
-    """The mode's own value wherever the recipe says nothing.
-
-    ``decoupled-paper`` reads the paper as literally as its published parts allow: one diagonal, annealed,
-    unbalanced mixture over all K.
-    """
-    defaults = {
-        "decoupled": MixtureConfig(**RECOMMENDED._asdict(), anneal_start=1.0, anneal_steps=0.0),
-        "decoupled-paper": MixtureConfig(**PAPER._asdict(), anneal_start=0.05, anneal_steps=0.3),
-    }[kind]
-    names = MixtureConfig.__dataclass_fields__
-    merged = {n: getattr(defaults, n) if getattr(chosen, n) is None else getattr(chosen, n) for n in names}
-    return MixtureConfig(**merged)
-
-
-def _mixture(config: MixtureConfig, count: int, dim: int, rows: int, generator: torch.Generator) -> MixturePrototypes:
-    assert config.covariance
-    assert config.memory_steps
-    assert config.balance
-    assert config.anneal_start
-    mixture = OnlineMixture(
-        count, dim, rows, config.covariance, config.memory_steps, config.balance, config.temperature,
-        bool(config.centred), generator=generator, top=config.top,
-    )  # fmt: skip
-    return MixturePrototypes(mixture, config.anneal_start, config.anneal_steps or 0.0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncollapse.distributed import gather_rows, world
-from uncollapse.mixture import OnlineMixture
+from uncollapse.prototypes.mixture import OnlineMixture
 from uncollapse.targets.softmax import SoftmaxTargets
 
 

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from uncollapse.checks import above_zero, usable_rows
 from uncollapse.distributed import Group, max_over_ranks, rank_and_size, shard, sum_over_ranks
-from uncollapse.em import Covariance, features, forget, forgetting_factor, natural_parameters, update_moments
+from uncollapse.prototypes.gaussians import (
+    Covariance,
+    features,
+    forget,
+    forgetting_factor,
+    natural_parameters,
+    update_moments,
+)
 from uncollapse.targets.responsibilities import BUDGET, FLOOR, Components, Posterior, chunks, log_masses, sums, top_sums
 from uncollapse.targets.softmax import SoftmaxTargets
 

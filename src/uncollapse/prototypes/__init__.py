@@ -1,0 +1,1 @@
+"""The K vectors of a set, and every way to learn them."""
