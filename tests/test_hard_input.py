@@ -13,8 +13,8 @@ from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
 from uncollapse.losses.logits import fused_dino_loss_on_logits
 from uncollapse.losses.mean_entropy import me_max
 from uncollapse.losses.pairs import dino_loss, fused_dino_loss
+from uncollapse.models.sync_norm import SyncedNorm, convert
 from uncollapse.prototypes.mixture import OnlineMixture
-from uncollapse.syncnorm import SyncedNorm, convert
 from uncollapse.targets.softmax import SoftmaxTargets
 
 RNG = torch.Generator().manual_seed(0)

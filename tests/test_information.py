@@ -13,8 +13,8 @@ from uncollapse.config.load import load_config
 from uncollapse.data.load import load_images
 from uncollapse.measure.unique import cosine_argmax
 from uncollapse.measure.usage import prototype_argmax, usage_counts
-from uncollapse.state import build_encoder
-from uncollapse.summary import extract, project_views
+from uncollapse.models.embed import extract, project_views
+from uncollapse.models.network import build_encoder
 from uncollapse.train import train
 
 DIM = 64
@@ -137,7 +137,7 @@ def test_lengths_blocks_and_dtypes_do_not_matter(monkeypatch):
     made = Made(64, 8, "half")
     z, z_fit = made.views(3, 100, 1), made.views(3, 300, 2)
     expected = view_information(z, made.w, z_fit).of_image
-    monkeypatch.setattr(uncollapse.information, "_BLOCK", 1000)
+    monkeypatch.setattr(uncollapse.measure.information, "_BLOCK", 1000)
     stretched = made.w.double() * torch.linspace(0.5, 2, 64)[:, None]
     torch.testing.assert_close(view_information(3 * z, stretched, z_fit).of_image, expected, rtol=0, atol=1e-3)
 

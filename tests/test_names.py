@@ -69,11 +69,11 @@ def test_failures_name_the_file_on_one_line(odd, capsys):
 
 @pytest.mark.parametrize("name", ODD)
 def test_evaluate_prints_any_name(name, capsys):
-    from uncollapse.backbones import Conv3
     from uncollapse.evaluate.encoders import EvalEncoder
     from uncollapse.evaluate.result import Result
     from uncollapse.evaluate.run import Evaluated
     from uncollapse.evaluate_cli import print_results
+    from uncollapse.models.backbones import Conv3
 
     found = Evaluated(EvalEncoder(Conv3(4), 16, name=name), notes=[f"{name} said so"])
     found.results.append(Result("knn", {"top1": 0.5}, (0.4, 0.6), 10, "kNN", "DINO"))

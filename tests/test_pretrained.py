@@ -11,8 +11,8 @@ from uncollapse.cli import main
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError, InputError
+from uncollapse.models.network import build_encoder
 from uncollapse.pretrained import start_from
-from uncollapse.state import build_encoder
 
 
 def vit(**keys):

@@ -12,9 +12,9 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from ranks import on_ranks
-from uncollapse.syncnorm import SyncedNorm, convert
+from uncollapse.models.sync_norm import SyncedNorm, convert
 
-multiprocessing.set_forkserver_preload(["timm.layers", "uncollapse.syncnorm", "ranks"])
+multiprocessing.set_forkserver_preload(["timm.layers", "uncollapse.models.sync_norm", "ranks"])
 SHAPES = {2: [5, 3], 4: [4, 1, 0, 3]}  # rows per rank; a rank may have none
 
 

@@ -28,12 +28,12 @@ from uncollapse.data.workers import view_loader
 from uncollapse.distributed import gather_rows, world
 from uncollapse.errors import TrainingError
 from uncollapse.measure.monitor import PrototypeMonitor, assignment_statistics, nearest_cosine
+from uncollapse.models.sync_norm import convert
 from uncollapse.runfolder import identity
 from uncollapse.runlog import RunLog, Stopwatch
 from uncollapse.schedules import cosine, linear_epochs
 from uncollapse.signals import StopRequest, deaths_wait
 from uncollapse.state import TrainState, clip_each, non_finite, state_dicts, update_teacher
-from uncollapse.syncnorm import convert
 from uncollapse.targets.softmax import SoftmaxTargets
 
 Progress = Callable[[int, int, float], None]

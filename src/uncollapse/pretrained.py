@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from uncollapse.backbones import Encoder
 from uncollapse.errors import ConfigError
+from uncollapse.models.network import Encoder
 from uncollapse.reading import flatten, newest_of, read_tensors
 from uncollapse.shown import shown
 

@@ -18,8 +18,8 @@ from uncollapse.reading import line_of
 from uncollapse.within import Within
 
 if TYPE_CHECKING:
-    from uncollapse.backbones import Encoder
     from uncollapse.config.schema import Config
+    from uncollapse.models.network import Encoder
 
 _ENTRIES, _DEEP, _LONG = 2000, 8, 1000
 """Of a configuration: its most entries, levels and letters of a text."""
@@ -90,7 +90,7 @@ def own_encoder(loaded: Any, side: str, where: object) -> tuple[Encoder, Config]
     Raises:
         InputError: no configuration, no weights, or the two do not fit.
     """
-    from uncollapse.state import build_encoder
+    from uncollapse.models.network import build_encoder
 
     config = own_config(loaded, where)
     weights = loaded.get(side)

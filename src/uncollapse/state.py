@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.backbones import Encoder, build_backbone
 from uncollapse.config.schema import Config, targets_of
 from uncollapse.errors import ConfigError
-from uncollapse.head import ProjectionHead
 from uncollapse.methods.dino import DINO
+from uncollapse.models.network import Encoder, build_encoder
 from uncollapse.prototypes.build import initial_prototypes
 from uncollapse.prototypes.sets import Prototypes
 
@@ -31,15 +30,6 @@ class TrainState:
         for module in (self.student, self.teacher, self.prototypes, self.objective):
             module.to(device)
         return self
-
-
-def build_encoder(config: Config, drop_path: bool) -> Encoder:
-    """Backbone and head started from the seed alone: equal in every arm and on every rank."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        backbone, features = build_backbone(config.backbone, drop_path)
-        head = config.head
-        return Encoder(backbone, ProjectionHead(features, head.hidden, head.bottleneck, head.layers, head.batch_norm))
 
 
 def build_state(config: Config) -> TrainState:

@@ -14,7 +14,6 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from uncollapse.backbones import Conv3
 from uncollapse.data.images import MemoryImages
 from uncollapse.evaluate.attention import (
     ATTENTION,
@@ -29,7 +28,8 @@ from uncollapse.evaluate.attention import (
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import extract
 from uncollapse.evaluate.features import Features
-from uncollapse.head import ProjectionHead
+from uncollapse.models.backbones import Conv3
+from uncollapse.models.heads import ProjectionHead
 
 
 def head(width: int, dim: int = 8) -> nn.Module:

@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 
-from uncollapse.backbones import Conv3
 from uncollapse.data.images import LazyImages, subset
 from uncollapse.errors import DataError
 from uncollapse.evaluate.datasets import load_pair
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.finetune import Diverged, finetune, published
 from uncollapse.evaluate.tuning import FinetuneConfig, Tuned, augmented_batches, layer_ids, parameter_groups
+from uncollapse.models.backbones import Conv3
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 QUICK = FinetuneConfig(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.backbones import Conv3
+from uncollapse.models.backbones import Conv3
 
 BLOCKS = 4
 """Last blocks whose tokens are kept: DINO's linear probe of small vision transformers takes as many."""

@@ -160,8 +160,8 @@ def _cropped_as_dino(encoder: EvalEncoder) -> None:
 
 def _own_start(encoder: EvalEncoder) -> EvalEncoder:
     """Encoder and prototypes of our run before its first step."""
+    from uncollapse.models.network import build_encoder
     from uncollapse.prototypes.build import initial_prototypes
-    from uncollapse.state import build_encoder
 
     start = build_encoder(encoder.config, drop_path=False)
     vectors = initial_prototypes(encoder.config).vectors("teacher").detach().float()

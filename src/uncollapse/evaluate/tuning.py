@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from uncollapse.backbones import Conv3
 from uncollapse.data.images import ImageSet, LazyImages
 from uncollapse.errors import DataError
 from uncollapse.evaluate.encoders import EvalEncoder
+from uncollapse.models.backbones import Conv3
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from uncollapse.config.schema import BackboneConfig
 from uncollapse.errors import ConfigError
@@ -82,31 +81,3 @@ def build_backbone(config: BackboneConfig, drop_path: bool = True) -> tuple[nn.M
         ) from None
     features: Any = getattr(model, "head_hidden_size", None) or model.num_features
     return model, int(features)
-
-
-class Encoder(nn.Module):
-    """Backbone and projection head in one module, so that data-parallel wrappers see one ``forward``."""
-
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-
-    def forward(self, views: list[Tensor]) -> list[Tensor]:
-        """Projections of each view; views of one size go through the backbone together.
-
-        As in DINO's multi-crop wrapper, the head sees all views at once, so that batch norm in it (where
-        there is any) averages over all of them.
-        """
-        sizes = [v.shape[-1] for v in views]
-        groups = [[i for i, s in enumerate(sizes) if s == size] for size in dict.fromkeys(sizes)]
-        parts: list[Tensor] = [views[0]] * len(views)
-        for group in groups:
-            features = self.backbone(_stack([views[i] for i in group]))
-            for i, part in zip(group, features.chunk(len(group)), strict=True):
-                parts[i] = part
-        return list(self.head(_stack(parts)).chunk(len(views)))
-
-
-def _stack(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

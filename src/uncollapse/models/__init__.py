@@ -1,0 +1,1 @@
+"""Networks: backbones, heads, and what they make of images."""

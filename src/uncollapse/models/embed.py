@@ -1,0 +1,79 @@
+"""What an encoder makes of images: features, projections, projections of views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uncollapse.config.schema import Config
+from uncollapse.data.batched import multicrop
+from uncollapse.data.images import ImageSet, MemoryImages
+from uncollapse.data.views import ViewSpec, view_specs
+from uncollapse.data.workers import eval_batches, view_loader
+from uncollapse.models.network import Encoder
+
+VIEWS = 6
+"""Augmented views of every held-out image behind the view information."""
+VIEW_STEP = 2**31
+"""A step no training reaches: the key of the evaluation's views."""
+
+
+@torch.no_grad()
+def extract(
+    encoder: Encoder, images: ImageSet, config: Config, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of unaugmented images: backbone features ``(n, d)``, projections ``(n, D)`` and labels ``(n,)``, on the CPU.
+
+    Images that turn out to be unreadable are left out of all three.
+    """
+    encoder.eval()
+    features, projections, read = [], [], []
+    views = config.views
+    for indices, batch in eval_batches(images, views.global_size, views.mean, views.std, 256, config.data.workers):
+        read.append(indices)
+        f = encoder.backbone(batch.to(device))
+        features.append(f.float().cpu())
+        projections.append(encoder.head(f).float().cpu())
+    encoder.train()
+    labels = None if images.labels is None else images.labels[torch.cat(read)]
+    return torch.cat(features), torch.cat(projections), labels
+
+
+@torch.no_grad()
+def project_views(
+    encoder: Encoder, images: ImageSet, config: Config, device: torch.device, views: int = VIEWS
+) -> Tensor:
+    """Projections ``(views, n, D)`` of global views, keyed by the seed: equal views for every arm."""
+    encoder.eval()
+    first = view_specs(config.views)[0]
+    specs: list[ViewSpec] = [first] * views
+    n = len(images)
+    chunks = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
+    if isinstance(images, MemoryImages):
+        batches: Iterator[list[Tensor]] = (multicrop(images, c, config.seed, VIEW_STEP, specs, c) for c in chunks)
+    else:
+        plan = [(VIEW_STEP, c, c) for c in chunks]
+        batches = view_loader(images, plan, specs, config.seed, config.data.workers)
+    rows = []
+    for batch in batches:
+        rows.append(torch.stack([encoder.head(encoder.backbone(v.to(device))).float().cpu() for v in batch]))
+    encoder.train()
+    return torch.cat(rows, dim=1)
+
+
+def nearest_images(chosen: Tensor, z: Tensor, held_out: ImageSet, each: int = 8, size: int = 64) -> np.ndarray:
+    """uint8 ``(g, each, H, W, 3)``: the held-out images nearest to each chosen prototype."""
+    from PIL import Image
+
+    nearest = (chosen @ z.T).topk(min(each, len(z)), dim=1).indices
+    rows = []
+    for row in nearest.tolist():
+        small = [held_out.image(i) for i in row]
+        side = min(size, max(32, *(max(i.size) for i in small)))
+        rows.append([np.asarray(i.resize((side, side), Image.Resampling.BICUBIC)) for i in small])
+    side = max(image.shape[0] for row in rows for image in row)
+    same = [[np.asarray(Image.fromarray(i).resize((side, side))) for i in row] for row in rows]
+    return np.array(same, dtype=np.uint8)
