@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from uncollapse.checkpoint import load_checkpoint
 from uncollapse.config.load import load_config
 from uncollapse.config.schema import ARMS, arm_keys
 from uncollapse.config.tiny import tiny
-from uncollapse.runlog import read_rows
+from uncollapse.run_folder.checkpoint import load_checkpoint
+from uncollapse.run_folder.log import read_rows
 from uncollapse.train import train
 
 FILE = Path(__file__).with_suffix(".json")

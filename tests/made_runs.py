@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from uncollapse.config.load import dump_config, load_config
-from uncollapse.runs import RunRecord, read_run
+from uncollapse.run_folder.read import RunRecord, read_run
 
 K, HELD_OUT = 256, 360
 # per arm: distinct at the four ε (%), used, alive, N_eff(.025), N_eff(.25), bits, kNN, linear

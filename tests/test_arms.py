@@ -18,7 +18,7 @@ from uncollapse.formats import PrototypeSet
 from uncollapse.measure.catalogue import KNN, MEASURES, OLD_VIEW_INFORMATION, USED, VIEW_INFORMATION
 from uncollapse.measure.random_start import RandomLikeness
 from uncollapse.measure.verdict import judge, judge_row
-from uncollapse.runs import RunRecord, read_run
+from uncollapse.run_folder.read import RunRecord, read_run
 from uncollapse.verdict import compare, takeaways, verdict
 
 # --------------------------------------------------------------------------------------------- grouping

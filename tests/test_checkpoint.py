@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
-from uncollapse import checkpoint
-from uncollapse.checkpoint import load_checkpoint, save_checkpoint
 from uncollapse.errors import CheckpointError
+from uncollapse.run_folder import checkpoint
+from uncollapse.run_folder.checkpoint import load_checkpoint, save_checkpoint
 
 
 def save(folder, step, keep=3):

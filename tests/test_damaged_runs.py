@@ -18,7 +18,7 @@ from uncollapse import figures
 from uncollapse.cli import main
 from uncollapse.errors import ConfigError
 from uncollapse.report import report_folders, write_report
-from uncollapse.runs import read_run
+from uncollapse.run_folder.read import read_run
 
 FILES = ("summary.json", "metrics.jsonl", "diagnosis.npz", "evaluation.json", "config.yaml")
 PIXEL = base64.b64decode(

@@ -299,7 +299,7 @@ def test_epochs_are_in_order_of_their_numbers(tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_is_named(tmp_path, capsys):
-    from uncollapse.checkpoint import save_checkpoint
+    from uncollapse.run_folder.checkpoint import save_checkpoint
 
     for step in (1, 2):
         save_checkpoint(tmp_path / "checkpoints", step, {"teacher": {"head.last_layer.weight": T.w}}, 5)

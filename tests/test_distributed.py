@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from ranks import on_ranks
-from uncollapse.checkpoint import load_checkpoint
 from uncollapse.config.load import load_config
 from uncollapse.config.schema import arm_keys
 from uncollapse.config.tiny import tiny
 from uncollapse.distributed import shard
 from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
+from uncollapse.run_folder.checkpoint import load_checkpoint
 
 multiprocessing.set_forkserver_preload(["uncollapse.train", "uncollapse.summary", "timm", "ranks"])
 KINDS = ("joint", "joint-sinkhorn", "koleo", "decoupled")

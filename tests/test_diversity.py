@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse.checkpoint import load_checkpoint
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.losses import koleo as diversity
 from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
 from uncollapse.prototypes.sets import JointPrototypes
+from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.train import train
 
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from uncollapse.checkpoint import load_checkpoint
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError
-from uncollapse.runlog import read_rows
+from uncollapse.run_folder.checkpoint import load_checkpoint
+from uncollapse.run_folder.log import read_rows
 from uncollapse.train import train
 
 

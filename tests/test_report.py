@@ -13,7 +13,7 @@ from made_runs import ARMS, EPS, HELD_OUT, K, make_all, make_run, make_summary
 from uncollapse import figures, report
 from uncollapse.arms import group
 from uncollapse.report import write_report
-from uncollapse.runs import RunRecord, read_run
+from uncollapse.run_folder.read import RunRecord, read_run
 from uncollapse.verdict import compare, takeaways, verdict
 
 

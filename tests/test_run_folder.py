@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from uncollapse.checkpoint import load_checkpoint
 from uncollapse.cli import main
 from uncollapse.config.load import dump_config, load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import CheckpointError, ConfigError, TrainingError
 from uncollapse.loop import Loop
-from uncollapse.runfolder import held
-from uncollapse.runlog import RunLog, read_rows
+from uncollapse.run_folder.checkpoint import load_checkpoint
+from uncollapse.run_folder.held import held
+from uncollapse.run_folder.log import RunLog, read_rows
 from uncollapse.train import train
 
 
@@ -80,7 +80,7 @@ def test_a_strangers_files_are_never_written_over(name, tmp_path):
 
 def test_two_processes_never_share_a_run_folder(copy):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom uncollapse.runfolder import held\n"
+        "import sys, time\nfrom pathlib import Path\nfrom uncollapse.run_folder.held import held\n"
         "with held(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, copy], stdout=subprocess.PIPE, text=True)
@@ -272,7 +272,7 @@ def test_an_error_within_a_step_leaves_the_last_whole_one(tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_of_something_else_is_no_run(copy):
-    from uncollapse.checkpoint import save_checkpoint
+    from uncollapse.run_folder.checkpoint import save_checkpoint
 
     save_checkpoint(copy / "checkpoints", 9, {"model": torch.ones(3)}, 2)
     with pytest.raises(CheckpointError, match="no usable 'config'"):
@@ -327,7 +327,7 @@ def test_rows_survive_a_write_that_failed_half_way(tmp_path, monkeypatch):
 
 
 def test_a_resume_on_a_full_disk_leaves_the_metrics_as_they_were(copy, monkeypatch):
-    import uncollapse.runlog as runlog
+    import uncollapse.run_folder.log as runlog
 
     before = (copy / "metrics.jsonl").read_bytes()
 

@@ -10,7 +10,7 @@ import pytest
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError
-from uncollapse.runlog import read_rows
+from uncollapse.run_folder.log import read_rows
 from uncollapse.train import train
 
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from uncollapse.checkpoint import load_checkpoint
 from uncollapse.cli import main
 from uncollapse.config.load import build_config, load_config
 from uncollapse.config.schema import ARMS, arm_keys
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import TrainingError
-from uncollapse.runlog import read_rows
+from uncollapse.run_folder.checkpoint import load_checkpoint
+from uncollapse.run_folder.log import read_rows
 from uncollapse.state import assert_separate, build_state, clip_each
 from uncollapse.train import train
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from uncollapse.config.schema import ARMS
 from uncollapse.measure.catalogue import Row
-from uncollapse.runs import Arms, RunRecord
+from uncollapse.run_folder.read import Arms, RunRecord
 
 BASELINE, CONTROL = "joint", "fixed"
 _PLACES = ("seed", "data.path", "data.val_path", "data.workers", "data.memory_gb")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uncollapse.measure.catalogue import MERIT, Measure, number
-from uncollapse.runs import RunRecord
+from uncollapse.run_folder.read import RunRecord
 
 LIMIT = 1.96
 """Standard errors of a difference beyond which it is called one."""

@@ -15,13 +15,13 @@ from typing import Any
 
 from rich.console import Console
 
-from uncollapse.checkpoint import write_atomically
 from uncollapse.config.load import load_config
 from uncollapse.config.schema import arm_keys
 from uncollapse.errors import ConfigError
 from uncollapse.progress import run_bars
 from uncollapse.report import write_report
-from uncollapse.runs import read_run
+from uncollapse.run_folder.files import write_atomically
+from uncollapse.run_folder.read import read_run
 from uncollapse.table import print_table
 
 NOTE = (

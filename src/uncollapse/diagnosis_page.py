@@ -16,11 +16,11 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from uncollapse import figures
-from uncollapse.checkpoint import write_atomically
 from uncollapse.diagnosis import Diagnosis
 from uncollapse.diagnosis_table import columns, facts, names_of, rows_of
 from uncollapse.figures import _RC, MAX_POINTS, _panel, _svg
 from uncollapse.measure.catalogue import MEASURES, Measure
+from uncollapse.run_folder.files import write_atomically
 from uncollapse.shown import shown
 
 HEAT, MAP = 240, 4000

@@ -149,7 +149,7 @@ def _rewrite_report(folder: Path) -> None:
     if not (folder / "summary.json").is_file():
         return
     from uncollapse.report import write_report
-    from uncollapse.runs import read_run
+    from uncollapse.run_folder.read import read_run
 
     record = read_run(folder)
     write_report([record], folder / "report.html", f"{record.name} on {record.summary.get('data', 'images')}", [])

@@ -12,7 +12,7 @@ from uncollapse.evaluate.words import meaning
 from uncollapse.figures import Style
 from uncollapse.measure.catalogue import Row
 from uncollapse.measure.catalogue import number as finite
-from uncollapse.runs import Arms, RunRecord
+from uncollapse.run_folder.read import Arms, RunRecord
 
 FIXED = ("ci95", "ci95_of", "n", "protocol", "source", "command", "details")
 """Entries of a task that are not metrics."""

@@ -18,7 +18,6 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from uncollapse.alarms import LossWatch
-from uncollapse.checkpoint import newest_step, save_checkpoint
 from uncollapse.config.load import dump_config
 from uncollapse.config.schema import Config, arm_name
 from uncollapse.data.batched import multicrop
@@ -29,11 +28,13 @@ from uncollapse.distributed import gather_rows, world
 from uncollapse.errors import TrainingError
 from uncollapse.measure.monitor import PrototypeMonitor, assignment_statistics, nearest_cosine
 from uncollapse.models.sync_norm import convert
-from uncollapse.runfolder import identity
-from uncollapse.runlog import RunLog, Stopwatch
+from uncollapse.run_folder.checkpoint import newest_step, save_checkpoint
+from uncollapse.run_folder.held import identity
+from uncollapse.run_folder.log import RunLog
 from uncollapse.schedules import cosine, linear_epochs
 from uncollapse.signals import StopRequest, deaths_wait
 from uncollapse.state import TrainState, clip_each, non_finite, state_dicts, update_teacher
+from uncollapse.stopwatch import Stopwatch
 from uncollapse.targets.softmax import SoftmaxTargets
 
 Progress = Callable[[int, int, float], None]

@@ -14,14 +14,14 @@ import numpy as np
 
 from uncollapse import figures
 from uncollapse.arms import CONTROL, group
-from uncollapse.checkpoint import write_atomically
 from uncollapse.comparing import stat
 from uncollapse.errors import ConfigError
 from uncollapse.evaluation_section import evaluations, probed_by_evaluate
 from uncollapse.figures import Curve
 from uncollapse.measure.catalogue import EFFECTIVE, UNIQUE, Measure, Row, at_epsilon, entry, measured, number, percent
 from uncollapse.measure.unique import EPSILONS
-from uncollapse.runs import Arms, RunRecord, common, read_run
+from uncollapse.run_folder.files import write_atomically
+from uncollapse.run_folder.read import Arms, RunRecord, common, read_run
 from uncollapse.shown import shown
 from uncollapse.verdict import takeaways, verdict
 

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uncollapse.checkpoint import write_atomically
 from uncollapse.config.schema import Config, arm_name
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.measure.information import ViewInformation, view_information
@@ -25,6 +24,7 @@ from uncollapse.measure.usage import PrototypeReport, prototype_report, usage_co
 from uncollapse.models.embed import extract, nearest_images, project_views
 from uncollapse.models.network import build_encoder
 from uncollapse.prototypes.build import initial_prototypes
+from uncollapse.run_folder.files import write_atomically
 from uncollapse.state import TrainState
 
 FIT_VIEWS, FEWEST_FIT, MOST_FIT = 2, 2000, 20_000

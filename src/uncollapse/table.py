@@ -13,7 +13,7 @@ from uncollapse.arms import CONTROL
 from uncollapse.comparing import stat
 from uncollapse.measure.catalogue import Measure, Row, measured
 from uncollapse.measure.verdict import judge_row
-from uncollapse.runs import RunRecord
+from uncollapse.run_folder.read import RunRecord
 from uncollapse.shown import shown
 
 

@@ -14,8 +14,6 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 
-from uncollapse import runfolder
-from uncollapse.checkpoint import load_checkpoint, write_atomically
 from uncollapse.config.load import dump_config
 from uncollapse.config.schema import Config, arm_name
 from uncollapse.data.fingerprint import image_digests
@@ -25,9 +23,12 @@ from uncollapse.errors import ConfigError, TrainingError
 from uncollapse.loop import Loop, Progress
 from uncollapse.measure.monitor import PrototypeMonitor
 from uncollapse.resume import check_same_run, refuse_foreign
-from uncollapse.runlog import RunLog
+from uncollapse.run_folder import held as runfolder
+from uncollapse.run_folder.checkpoint import load_checkpoint
+from uncollapse.run_folder.files import write_atomically
+from uncollapse.run_folder.log import RunLog
+from uncollapse.run_folder.sinks import refuse_missing_wandb
 from uncollapse.shown import shown
-from uncollapse.sinks import refuse_missing_wandb
 from uncollapse.state import build_state, load_state_dicts, refuse_misfit
 
 

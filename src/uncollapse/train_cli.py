@@ -95,7 +95,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         config, out = _new_run(arguments, overrides)
     from uncollapse.progress import silence_stdout, training_bar
     from uncollapse.report import write_report
-    from uncollapse.runs import read_run
+    from uncollapse.run_folder.read import read_run
     from uncollapse.table import print_table
     from uncollapse.train import train
 

@@ -29,7 +29,7 @@ from uncollapse.measure.catalogue import (
 )
 from uncollapse.measure.verdict import Verdict as Judgement
 from uncollapse.measure.verdict import judge_row
-from uncollapse.runs import RunRecord, common
+from uncollapse.run_folder.read import RunRecord, common
 
 _CONTROLLED = (*UNIQUE.values(), *UNIQUE_MEANS.values(), STEP_TIME)
 """Measures that random prototypes have at their best by construction: nobody is compared with the control in them."""

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from uncollapse.checkpoint import save_checkpoint
 from uncollapse.config.load import dump_config, load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.evaluate.result import Result
 from uncollapse.evaluate.tasks import TASKS
+from uncollapse.run_folder.checkpoint import save_checkpoint
 from uncollapse.state import build_state, state_dicts
 
 

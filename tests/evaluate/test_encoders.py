@@ -9,13 +9,13 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 
 from layouts import norm_old, planted, prefixed
-from uncollapse.checkpoint import save_checkpoint
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError, InputError
 from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
 from uncollapse.evaluate.opening import open_encoder
 from uncollapse.models.backbones import Conv3
+from uncollapse.run_folder.checkpoint import save_checkpoint
 from uncollapse.state import build_state, state_dicts
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from command import failing, images
 
-from uncollapse.checkpoint import save_checkpoint
 from uncollapse.cli import main
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
@@ -15,6 +14,7 @@ from uncollapse.evaluate import extract as extraction
 from uncollapse.evaluate.tasks import TASKS, Task, chosen
 from uncollapse.evaluation_section import interval
 from uncollapse.measure.catalogue import number
+from uncollapse.run_folder.checkpoint import save_checkpoint
 from uncollapse.state import build_state, state_dicts
 
 # ------------------------------------------------------------------------------------------ what it does

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncollapse.checkpoint import write_atomically
 from uncollapse.data.batched import eval_batch
 from uncollapse.data.images import ImageSet, LazyImages, MemoryImages, subset
 from uncollapse.data.views import eval_shorter_side
 from uncollapse.errors import DataError
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.features import Features
+from uncollapse.run_folder.files import write_atomically
 
 SHARD = 4096
 """Images per file: what an interruption costs at most."""

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from uncollapse.checkpoint import load_checkpoint, save_checkpoint
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.data.load import split_items
 from uncollapse.errors import DataError
@@ -25,6 +24,7 @@ from uncollapse.evaluate.extract import batches, identity
 from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
 from uncollapse.evaluate.tuning import FinetuneConfig, Tuned, augmented_batches, parameter_groups, seeded
 from uncollapse.progress import Report, run_bars
+from uncollapse.run_folder.checkpoint import load_checkpoint, save_checkpoint
 from uncollapse.schedules import cosine
 
 SOURCE = "BEiT's fine-tuning (Bao et al. 2022) with iBOT's settings (Zhou et al. 2022)"

@@ -12,8 +12,8 @@ import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
-from uncollapse.checkpoint import write_atomically
 from uncollapse.errors import ConfigError
+from uncollapse.run_folder.files import write_atomically
 
 
 class Sink(Protocol):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from uncollapse.errors import CheckpointError
+from uncollapse.run_folder.files import write_atomically
 
 FORMAT = 1
 
@@ -22,20 +23,6 @@ FORMAT = 1
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces ``path`` by ``content``: a reader or a crash sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> bool:

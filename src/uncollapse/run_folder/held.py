@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from uncollapse.errors import ConfigError
-from uncollapse.runlog import read_rows
+from uncollapse.run_folder.log import read_rows
 
 try:
     import fcntl

@@ -175,7 +175,7 @@ def flat(content: Row, prefix: str = "") -> Row:
 
 
 def _metrics(path: Path, record: RunRecord) -> None:
-    from uncollapse.runlog import read_rows
+    from uncollapse.run_folder.log import read_rows
 
     rows = read_rows(path)
     good = [r for r in rows if isinstance(r.get("step", 0), int) and abs(r.get("step", 0)) < 2**53]
@@ -255,7 +255,7 @@ def _array(archive: zipfile.ZipFile, name: str, size: int) -> np.ndarray:
 
 
 def _evaluation(path: Path, record: RunRecord) -> None:
-    from uncollapse.evaluate.record import embed_pictures, understood
+    from uncollapse.run_folder.evaluation import embed_pictures, understood
 
     record.evaluation = understood(path)["data"]
     embed_pictures(path.parent, record.evaluation)
