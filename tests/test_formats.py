@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from layouts import EPS, LAYOUTS, T, norm_old, planted
+from uncollapse.checkpoints.prototypes import clean, find_prototypes
+from uncollapse.checkpoints.read import flatten, read_tensors
 from uncollapse.diagnosis import diagnose, diagnose_file
 from uncollapse.errors import InputError
-from uncollapse.formats import clean, find_prototypes
 from uncollapse.measure.unique import unique_prototypes
-from uncollapse.reading import flatten, read_tensors
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

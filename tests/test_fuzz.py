@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save
 
 from layouts import ARGS
+from uncollapse.checkpoints.prototypes import find_prototypes
+from uncollapse.checkpoints.read import flatten, read_tensors
 from uncollapse.errors import InputError
-from uncollapse.formats import find_prototypes
-from uncollapse.reading import flatten, read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

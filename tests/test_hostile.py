@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from layouts import EPS, T
+from uncollapse.checkpoints.read import flatten, read_tensors
+from uncollapse.checkpoints.sharded import INDEX
 from uncollapse.diagnosis import diagnose
 from uncollapse.errors import InputError
-from uncollapse.reading import flatten, read_tensors
-from uncollapse.sharded import INDEX
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -74,7 +74,9 @@ def test_no_array_is_laid_over_an_address(tmp_path):
     address = call("_codecs encode", "\x01\x00AAAA\x00\x00", "latin1")
     array = call("numpy ndarray", (1,), call("numpy dtype", "O8"), address)
     (tmp_path / "a.pt").write_bytes(zipped(PROTO + call("__builtin__ list", array) + STOP))
-    script = "import sys, pathlib; from uncollapse.reading import *; print(read_tensors(pathlib.Path(sys.argv[1])))"
+    script = (
+        "import sys, pathlib; from uncollapse.checkpoints.read import *; print(read_tensors(pathlib.Path(sys.argv[1])))"
+    )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.pt")], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "[]\n"), (done.returncode, done.stderr[-400:])
 
@@ -256,7 +258,7 @@ def test_a_storage_that_is_not_aligned_is_read_all_the_same(tmp_path):
 
 
 def test_zeros_that_shrank_a_thousandfold_are_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("uncollapse.torchfile._INFLATED", 1 << 20)
+    monkeypatch.setattr("uncollapse.checkpoints.torchfile._INFLATED", 1 << 20)
     data = PROTO + b"}" + op("w") + pickled_tensor((4, 3), (3, 1), 12) + b"s" + STOP
     (tmp_path / "a").write_bytes(zipped(data, {"data/0": bytes(1 << 21)}, zipfile.ZIP_DEFLATED))
     with pytest.raises(InputError, match="unpack to far more"):

@@ -10,11 +10,11 @@ import encoders
 from layouts import EPS, S, T, norm_old, prefixed
 from test_rebuild import head, rebuilt_of
 from uncollapse import diagnosis
+from uncollapse.checkpoints.backbones import backbone_of
 from uncollapse.diagnosis import diagnose, diagnose_file
 from uncollapse.evaluate.opening import open_encoder
 from uncollapse.measure.unique import unique_prototypes
 from uncollapse.prototypes.mixture import OnlineMixture
-from uncollapse.rebuild_backbones import backbone_of
 
 
 def mixture(centred: bool = True) -> OnlineMixture:

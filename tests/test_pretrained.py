@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from uncollapse.checkpoints.pretrained import start_from
 from uncollapse.cli import main
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError, InputError
 from uncollapse.models.network import build_encoder
-from uncollapse.pretrained import start_from
 from uncollapse.run_folder.checkpoint import load_checkpoint
 
 

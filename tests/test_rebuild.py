@@ -13,13 +13,13 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 
 from layouts import EPS, T, norm_old, planted, prefixed
+from uncollapse.checkpoints.encoder import rebuild_encoder
+from uncollapse.checkpoints.prototypes import find_prototypes
+from uncollapse.checkpoints.read import flatten
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.diagnosis import diagnose, diagnose_file
 from uncollapse.errors import DataError, InputError
-from uncollapse.formats import find_prototypes
-from uncollapse.reading import flatten
-from uncollapse.rebuild import rebuild_encoder
 
 
 def head(prefix: str, features: int, dim: int, bn: bool = False) -> tuple[torch.nn.Module, dict]:

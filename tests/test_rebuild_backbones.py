@@ -7,11 +7,11 @@ import torch.nn.functional as F
 import encoders
 from layouts import S, T, X, norm_old, prefixed
 from test_rebuild import head, rebuilt_of
+from uncollapse.checkpoints.backbones import backbone_of
+from uncollapse.checkpoints.encoder import rebuild_encoder
+from uncollapse.checkpoints.prototypes import find_prototypes
+from uncollapse.checkpoints.read import flatten
 from uncollapse.errors import InputError
-from uncollapse.formats import find_prototypes
-from uncollapse.reading import flatten
-from uncollapse.rebuild import rebuild_encoder
-from uncollapse.rebuild_backbones import backbone_of
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:

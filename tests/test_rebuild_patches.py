@@ -9,10 +9,10 @@ import torch.nn.functional as F
 import encoders
 from layouts import EPS, S, T, X, norm_old, prefixed
 from test_rebuild import head
+from uncollapse.checkpoints.prototypes import find_prototypes
 from uncollapse.diagnosis import diagnose_file
 from uncollapse.diagnosis_page import write_page
 from uncollapse.diagnosis_table import facts
-from uncollapse.formats import find_prototypes
 from uncollapse.measure.usage import prototype_argmax
 from uncollapse.onimages import PATCHES, _marginal, _shared, _SomePatches
 
@@ -150,7 +150,7 @@ def test_lightlys_bias_reaches_the_mean_target(tmp_path):
         **prefixed("backbone.", model.state_dict()), **prefixed("projection_head.layers.", layers.state_dict()),
         "prototypes.heads.0.weight": T.w, "prototypes.heads.0.bias": bias,
     }  # fmt: skip
-    from uncollapse.rebuild import rebuild_encoder
+    from uncollapse.checkpoints.encoder import rebuild_encoder
 
     (s,) = find_prototypes(state, "x")
     rebuilt = rebuild_encoder(state, state, s, "x")
@@ -184,8 +184,8 @@ def test_carps_projections_keep_their_length_in_the_mean_target(tmp_path):
 
 def test_each_set_has_its_own_centre():
     """iBOT and EsViT keep one per head, which a recipe may make equally long."""
-    from uncollapse.reading import flatten
-    from uncollapse.rebuild import center_of
+    from uncollapse.checkpoints.encoder import center_of
+    from uncollapse.checkpoints.read import flatten
 
     k = len(T.w)
     loss = {"center": torch.ones(1, k), "center2": 2 * torch.ones(1, 1, k), "center_grid": 3 * torch.ones(1, k)}

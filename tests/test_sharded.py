@@ -11,10 +11,10 @@ import torch
 
 from layouts import EPS, S, T, X, prefixed
 from test_rebuild import head, vit
+from uncollapse.checkpoints.read import flatten, read_tensors
+from uncollapse.checkpoints.sharded import INDEX
 from uncollapse.diagnosis import diagnose, diagnose_file
 from uncollapse.errors import InputError
-from uncollapse.reading import flatten, read_tensors
-from uncollapse.sharded import INDEX
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

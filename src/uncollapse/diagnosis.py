@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uncollapse.checkpoints.files import damage_is_said
+from uncollapse.checkpoints.own import own_directions
+from uncollapse.checkpoints.prototypes import PrototypeSet, checked, find_prototypes, may_be_prototypes
+from uncollapse.checkpoints.read import flatten, newest_of, read_tensors
 from uncollapse.errors import InputError
-from uncollapse.formats import PrototypeSet, checked, find_prototypes, may_be_prototypes
 from uncollapse.measure.close_pairs import product_seconds, tensor_of
 from uncollapse.measure.random_start import RandomLikeness, random_likeness
 from uncollapse.measure.sweep import Sweep, complete_sweep, spanning_tree, wide_of
 from uncollapse.measure.unique import EPSILONS, greedy_cover, nearest_kept
 from uncollapse.measure.verdict import FAILING, Verdict, judge
-from uncollapse.reading import damage_is_said, flatten, newest_of, read_tensors
-from uncollapse.rebuild_own import own_directions
 from uncollapse.shown import shown
 
 Progress = Callable[[str, float], None]
@@ -236,8 +237,8 @@ def _add_images(
     d: Diagnosis, s: PrototypeSet, loaded: Any, tensors: dict[str, Tensor], data: str, limit: int,
     device: torch.device | str | None,
 ) -> None:  # fmt: skip
+    from uncollapse.checkpoints.encoder import center_of, rebuild_encoder
     from uncollapse.onimages import look
-    from uncollapse.rebuild import center_of, rebuild_encoder
 
     try:
         with damage_is_said(d.source.file):

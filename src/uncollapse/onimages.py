@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uncollapse.checkpoints.encoder import Rebuilt
+from uncollapse.checkpoints.prototypes import PrototypeSet
 from uncollapse.config.schema import Config, DataConfig, ViewConfig, arm_name
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.data.load import load_images
 from uncollapse.diagnosis import Diagnosis
 from uncollapse.errors import DataError, InputError
-from uncollapse.formats import PrototypeSet
 from uncollapse.measure.geometry import alignment, effective_rank, uniformity
 from uncollapse.measure.information import ViewInformation
 from uncollapse.measure.sweep import wide_of
@@ -26,7 +27,6 @@ from uncollapse.measure.usage import prototype_argmax, prototype_report
 from uncollapse.measure.verdict import judge
 from uncollapse.models.embed import VIEWS, extract, nearest_images, project_views
 from uncollapse.models.network import Encoder
-from uncollapse.rebuild import Rebuilt
 
 TEMPERATURES = {"MSN": 0.025, "SwAV": 0.05, "CAPI": 0.06, "CARP": 1.0}
 """Of the targets, where a family's published recipe differs from DINO's final 0.07. CARP has none, so 1."""

@@ -114,7 +114,7 @@ def _train(
         return finished if main else {}
     state = build_state(config)
     if saved is None and config.backbone.init:
-        from uncollapse.pretrained import start_from
+        from uncollapse.checkpoints.pretrained import start_from
 
         notes += start_from(state.student, config.backbone.init)
         state.teacher.load_state_dict(state.student.state_dict())

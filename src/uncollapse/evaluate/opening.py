@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uncollapse.checkpoints.backbone import Backbone, ClassToken
+from uncollapse.checkpoints.backbones import backbone_of, renamed
+from uncollapse.checkpoints.encoder import Rebuilt, backbone_part, one_side
+from uncollapse.checkpoints.encoder import rebuild_encoder as rebuild
+from uncollapse.checkpoints.files import damage_is_said
+from uncollapse.checkpoints.own import own_directions
+from uncollapse.checkpoints.prototypes import OWN, PrototypeSet, clean, find_prototypes, side_of
+from uncollapse.checkpoints.read import flatten, newest_of, read_tensors
 from uncollapse.errors import ConfigError, InputError
 from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
-from uncollapse.formats import OWN, PrototypeSet, clean, find_prototypes, side_of
-from uncollapse.reading import damage_is_said, flatten, newest_of, read_tensors
-from uncollapse.rebuild import Rebuilt, backbone_part, one_side
-from uncollapse.rebuild import rebuild_encoder as rebuild
-from uncollapse.rebuild_backbones import Backbone, ClassToken, backbone_of, renamed
-from uncollapse.rebuild_own import own_directions
 
 TIMM = "timm:"
 SIZE = 224
@@ -41,7 +43,7 @@ def open_encoder(
 
     Args:
         source: one of our run folders (its newest whole checkpoint), a checkpoint file of any family that
-            `uncollapse.rebuild` understands, with or without prototypes, or ``timm:NAME``.
+            `uncollapse.checkpoints.encoder` understands, with or without prototypes, or ``timm:NAME``.
         side: ``teacher`` or ``student``; a file of one network has only one.
         size: side of the images, in pixels; None: what the model was made for.
         weights: for ``timm:NAME``, a file with its weights. pretrained: download timm's own instead.

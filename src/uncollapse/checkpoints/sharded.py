@@ -1,7 +1,7 @@
 """Folders of torch.distributed.checkpoint: many ranks' shards put together again, without running what is in them.
 
 DINOv3's training code writes such folders (``ckpt/199``), and so does every trainer that shards with FSDP. Their index
-is a pickle, which is read as data (`uncollapse.pickled`): its classes are records of their fields, and other names are
+is a pickle, which is read as data (`uncollapse.checkpoints.pickled`): its classes are records of their fields, and other names are
 refused. So are the shards, each a file of ``torch.save`` inside a larger one.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uncollapse.checkpoints.files import OPTIMIZERS, damage_is_said, line_of
+from uncollapse.checkpoints.pickled import Maker, Record, Refused, load
+from uncollapse.checkpoints.torchfile import NAMES, read_torch_bytes, without_values
 from uncollapse.errors import InputError
-from uncollapse.pickled import Maker, Record, Refused, load
-from uncollapse.reading import OPTIMIZERS, damage_is_said, line_of
-from uncollapse.torchfile import NAMES, read_torch_bytes, without_values
 
 INDEX = ".metadata"
 _KEPT = """metadata.BytesStorageMetadata metadata.ChunkStorageMetadata metadata.Metadata metadata.MetadataIndex

@@ -1,7 +1,7 @@
 """An encoder rebuilt from a checkpoint, for the numbers that only images can give.
 
 Our own runs carry their configuration. Of other checkpoints the architecture is read off the keys and shapes
-(`uncollapse.rebuild_backbones`), with the projection head that leads to the prototypes in question. What cannot be
+(`uncollapse.checkpoints.backbones`), with the projection head that leads to the prototypes in question. What cannot be
 read off is never guessed: the error says which part was not understood.
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uncollapse.checkpoints.backbones import backbone_of
+from uncollapse.checkpoints.own import own_encoder
+from uncollapse.checkpoints.prototypes import OWN, PrototypeSet, clean, side_of
 from uncollapse.errors import InputError
-from uncollapse.formats import OWN, PrototypeSet, clean, side_of
-from uncollapse.rebuild_backbones import backbone_of
-from uncollapse.rebuild_own import own_encoder
 
 _SIDE = re.compile(r"^(student|teacher|momentum|target|online|anchor)[._]")
 

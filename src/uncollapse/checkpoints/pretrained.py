@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from uncollapse.checkpoints.read import flatten, newest_of, read_tensors
 from uncollapse.errors import ConfigError
 from uncollapse.models.network import Encoder
-from uncollapse.reading import flatten, newest_of, read_tensors
 from uncollapse.shown import shown
 
 COUNTERS = "num_batches_tracked"

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from uncollapse.checkpoints.files import line_of
+from uncollapse.checkpoints.prototypes import OWN, PrototypeSet
+from uncollapse.checkpoints.within import Within
 from uncollapse.errors import InputError
-from uncollapse.formats import OWN, PrototypeSet
-from uncollapse.reading import line_of
-from uncollapse.within import Within
 
 if TYPE_CHECKING:
     from uncollapse.config.schema import Config

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from uncollapse.checkpoints.backbone import Backbone, ClassToken, Tokens, _count, _ratio, load
+from uncollapse.checkpoints.files import line_of
+from uncollapse.checkpoints.within import Within
 from uncollapse.errors import InputError
-from uncollapse.reading import line_of
-from uncollapse.within import Within
 
 HEAD_DIM = 64
 """Width of an attention head where neither shapes nor buffers tell: every published ViT of DINO, iBOT, MSN and
@@ -29,43 +29,6 @@ WIDE_HEADS = {2688: 128, 3072: 128, 3584: 128, 4096: 128}
 
 _PIXELS = 2048
 """Largest side of the images of an encoder that is run; the largest published one takes 518."""
-
-
-@dataclass
-class Backbone:
-    """A frozen encoder without its projection head."""
-
-    module: nn.Module
-    """Images (n, 3, size, size) → features (n, width): class token or pooled map."""
-    width: int
-    size: int
-    """Side of the images that it was made for, in pixels."""
-    described: str
-    tokens: nn.Module | None = None
-    """Images → patch tokens (n, T, width) as patch heads take them; None where there are none."""
-
-
-class ClassToken(nn.Module):
-    """A timm vision transformer as images → normalised class token."""
-
-    def __init__(self, vit: nn.Module) -> None:
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.vit.forward_features(x)[:, 0]  # type: ignore[operator]
-
-
-class Tokens(nn.Module):
-    """A timm transformer as images → normalised patch tokens (n, T, d), class token and registers left out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.model.forward_features(x)  # type: ignore[operator]
-        return found.flatten(1, 2) if found.ndim == 4 else found[:, self.model.num_prefix_tokens :]
 
 
 def backbone_of(weights: Mapping[str, Tensor], where: str) -> Backbone:
@@ -120,7 +83,7 @@ def renamed(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _known(weights: dict[str, Tensor], where: str) -> Backbone:
-    from uncollapse.rebuild_capi import capi_backbone
+    from uncollapse.checkpoints.capi import capi_backbone
 
     if "patch_embed.weight" in weights and any(n.startswith("encoder.blocks.") for n in weights):
         return capi_backbone(weights, where)
@@ -140,19 +103,6 @@ def _known(weights: dict[str, Tensor], where: str) -> Backbone:
         f"{where}: the backbone was not understood (no ViT, Swin, XCiT, CAPI encoder or ResNet; it begins with "
         f"{some}), so --data cannot run it; its prototypes can still be diagnosed without --data"
     )
-
-
-def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that the pattern finds at the start of a name."""
-    numbers = {int(m[1]) for n in weights if (m := re.match(pattern, n))}
-    if numbers and max(numbers) >= len(weights):
-        raise ValueError(f"blocks numbered up to {max(numbers)} in {len(weights)} tensors")
-    return 1 + max(numbers, default=-1)
-
-
-def _ratio(rows: int, width: int) -> float:
-    """An MLP ratio that int(width · ratio) makes into ``rows`` again, of this width and of its doubles."""
-    return rows / width * (1 + 1e-9)
 
 
 def _gates_packed(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
@@ -375,16 +325,3 @@ def _resnet(weights: dict[str, Tensor], where: str) -> tuple[nn.Module, int, int
         )
     load(model, weights, where, "ResNet")
     return model, model.num_features, 224, f"ResNet of {layers} {'bottleneck' if bottleneck else 'basic'} blocks"
-
-
-def load(model: nn.Module, weights: Mapping[str, Tensor], where: str, what: str) -> None:
-    """Every weight into its place, or an `InputError` that names what is missing, unknown or of another shape."""
-    try:
-        result = model.load_state_dict(dict(weights), strict=False)
-    except RuntimeError as error:
-        line = " ".join(str(error).split()[:40])
-        raise InputError(f"{where}: the {what}'s shapes were not understood ({line})") from None
-    missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
-    if missing or result.unexpected_keys:
-        odd = f"missing {', '.join(missing[:3])}" if missing else f"unknown {', '.join(result.unexpected_keys[:3])}"
-        raise InputError(f"{where}: the {what} was not understood ({odd}); --data cannot run it")

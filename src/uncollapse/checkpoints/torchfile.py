@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncollapse.pickled import Damaged, Maker, Name, Record, Refused, load
+from uncollapse.checkpoints.pickled import Damaged, Maker, Name, Record, Refused, load
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _NEWEST_ARCHIVE = 10

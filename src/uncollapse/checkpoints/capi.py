@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uncollapse.checkpoints.backbone import Backbone, _count, load
 from uncollapse.errors import InputError
-from uncollapse.rebuild_backbones import Backbone, _count, load
 
 EPSILON = 1e-5
 

@@ -1,0 +1,1 @@
+"""Other people's files: read as data, their prototypes found, their encoders rebuilt."""
