@@ -14,7 +14,7 @@ from uncollapse import figures
 from uncollapse.arms import group, rival
 from uncollapse.checkpoints.prototypes import PrototypeSet
 from uncollapse.comparing import difference, stat
-from uncollapse.diagnosis import measure
+from uncollapse.diagnosis.run import measure
 from uncollapse.measure.catalogue import KNN, MEASURES, OLD_VIEW_INFORMATION, USED, VIEW_INFORMATION
 from uncollapse.measure.random_start import RandomLikeness
 from uncollapse.measure.verdict import judge, judge_row
@@ -262,7 +262,7 @@ def test_every_measure_is_defined_and_named_once() -> None:
 def test_a_real_run_has_one_verdict_in_report_and_diagnose(tmp_path: Path) -> None:
     from uncollapse.config.load import load_config
     from uncollapse.config.tiny import tiny
-    from uncollapse.diagnosis import diagnose_file
+    from uncollapse.diagnosis.run import diagnose_file
     from uncollapse.train import train
 
     config = tiny(load_config("demo", {"data.path": "builtin:digits"}))

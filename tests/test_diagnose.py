@@ -13,8 +13,8 @@ import torch
 import uncollapse
 from layouts import EPS, LAYOUTS, S, T, planted
 from uncollapse.cli import main
-from uncollapse.diagnosis import SWEEP, diagnose, diagnose_file, failures, in_order
-from uncollapse.diagnosis_table import names_of, shortened
+from uncollapse.diagnosis.run import SWEEP, diagnose, diagnose_file, failures, in_order
+from uncollapse.diagnosis.text import names_of, shortened
 from uncollapse.errors import InputError
 from uncollapse.measure.random_start import random_likeness
 from uncollapse.measure.verdict import judge
@@ -281,7 +281,7 @@ def test_one_bad_file_does_not_lose_the_others(epochs, tmp_path, capsys):
 
 
 def test_epochs_are_in_order_of_their_numbers(tmp_path):
-    from uncollapse.diagnosis_page import write_page
+    from uncollapse.diagnosis.page import write_page
 
     paths = [str(tmp_path / f"ckp-{epoch}.pth") for epoch in (0, 25, 100)]
     assert in_order(sorted(paths)) == paths
@@ -348,7 +348,7 @@ def test_the_page_is_self_contained(epochs, tmp_path):
 
 
 def test_a_page_of_odd_matrices(tmp_path):
-    from uncollapse.diagnosis_page import write_page
+    from uncollapse.diagnosis.page import write_page
 
     odd = [torch.ones(1, 5), torch.ones(3, 1), torch.ones(2, 2), torch.zeros(2, 2), torch.ones(40, 6)]
     write_page([diagnose(w) for w in odd], tmp_path / "p.html")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from layouts import EPS, LAYOUTS, T, norm_old, planted
 from uncollapse.checkpoints.prototypes import clean, find_prototypes
 from uncollapse.checkpoints.read import flatten, read_tensors
-from uncollapse.diagnosis import diagnose, diagnose_file
+from uncollapse.diagnosis.run import diagnose, diagnose_file
 from uncollapse.errors import InputError
 from uncollapse.measure.unique import unique_prototypes
 
@@ -318,7 +318,7 @@ def test_only_the_matrix_is_read_of_a_large_file(tmp_path):
     torch.save({"teacher": {"head.last_layer.weight": T.w}, "x": torch.zeros(100_000_000)}, tmp_path / "big")
     script = (
         "import sys, resource, torch\n"
-        "from uncollapse.diagnosis import diagnose\n"
+        "from uncollapse.diagnosis.run import diagnose\n"
         "diagnose(torch.eye(50)); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "diagnose(sys.argv[1]); print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
     )

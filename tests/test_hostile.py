@@ -17,7 +17,7 @@ import torch
 from layouts import EPS, T
 from uncollapse.checkpoints.read import flatten, read_tensors
 from uncollapse.checkpoints.sharded import INDEX
-from uncollapse.diagnosis import diagnose
+from uncollapse.diagnosis.run import diagnose
 from uncollapse.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

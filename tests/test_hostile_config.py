@@ -8,7 +8,7 @@ import torch
 from layouts import T
 from uncollapse.config.load import load_config, set_key
 from uncollapse.config.tiny import tiny
-from uncollapse.diagnosis import diagnose_file
+from uncollapse.diagnosis.run import diagnose_file
 from uncollapse.errors import InputError
 from uncollapse.state import build_state, state_dicts
 

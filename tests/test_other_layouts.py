@@ -9,9 +9,9 @@ from timm.models.resnet import BasicBlock, ResNet
 import encoders
 from layouts import EPS, S, T, norm_old, prefixed
 from test_rebuild import head, rebuilt_of
-from uncollapse import diagnosis
 from uncollapse.checkpoints.backbones import backbone_of
-from uncollapse.diagnosis import diagnose, diagnose_file
+from uncollapse.diagnosis import run as diagnosis
+from uncollapse.diagnosis.run import diagnose, diagnose_file
 from uncollapse.evaluate.opening import open_encoder
 from uncollapse.measure.unique import unique_prototypes
 from uncollapse.prototypes.mixture import OnlineMixture

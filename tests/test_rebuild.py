@@ -18,7 +18,7 @@ from uncollapse.checkpoints.prototypes import find_prototypes
 from uncollapse.checkpoints.read import flatten
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
-from uncollapse.diagnosis import diagnose, diagnose_file
+from uncollapse.diagnosis.run import diagnose, diagnose_file
 from uncollapse.errors import DataError, InputError
 
 
@@ -120,7 +120,7 @@ def test_the_images_of_a_group_have_names(tmp_path):
 
 def test_duplicates_skew_the_marginal_away_from_the_prior():
     """Ten copies of one prototype and one of each of five others: uniform over K is not uniform over the six."""
-    from uncollapse.onimages import _marginal
+    from uncollapse.diagnosis.images import _marginal
 
     w = torch.eye(6)[[0] * 10 + [1, 2, 3, 4, 5]]
     group = torch.tensor([0] * 10 + [10, 11, 12, 13, 14])

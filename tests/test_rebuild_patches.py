@@ -10,11 +10,11 @@ import encoders
 from layouts import EPS, S, T, X, norm_old, prefixed
 from test_rebuild import head
 from uncollapse.checkpoints.prototypes import find_prototypes
-from uncollapse.diagnosis import diagnose_file
-from uncollapse.diagnosis_page import write_page
-from uncollapse.diagnosis_table import facts
+from uncollapse.diagnosis.images import PATCHES, _marginal, _shared, _SomePatches
+from uncollapse.diagnosis.page import write_page
+from uncollapse.diagnosis.run import diagnose_file
+from uncollapse.diagnosis.text import facts
 from uncollapse.measure.usage import prototype_argmax
-from uncollapse.onimages import PATCHES, _marginal, _shared, _SomePatches
 
 
 def ibot(shared: bool) -> dict:

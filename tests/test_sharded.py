@@ -13,7 +13,7 @@ from layouts import EPS, S, T, X, prefixed
 from test_rebuild import head, vit
 from uncollapse.checkpoints.read import flatten, read_tensors
 from uncollapse.checkpoints.sharded import INDEX
-from uncollapse.diagnosis import diagnose, diagnose_file
+from uncollapse.diagnosis.run import diagnose, diagnose_file
 from uncollapse.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

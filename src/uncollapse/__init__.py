@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from uncollapse.diagnosis import Diagnosis as Diagnosis
-    from uncollapse.diagnosis import diagnose as diagnose
+    from uncollapse.diagnosis.result import Diagnosis as Diagnosis
+    from uncollapse.diagnosis.run import diagnose as diagnose
     from uncollapse.losses.carp import fused_carp_loss as fused_carp_loss
     from uncollapse.losses.carp import random_blocks as random_blocks
     from uncollapse.losses.koleo import koleo_proto as koleo_proto
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Diagnosis": "diagnosis",
+    "Diagnosis": "diagnosis.result",
     "MixtureLayer": "prototypes.layer",
     "OnlineMixture": "prototypes.mixture",
     "PrototypeMonitor": "measure.monitor",
     "SoftmaxTargets": "targets.softmax",
     "ViewInformation": "measure.information",
     "centred_softmax": "targets.sinkhorn",
-    "diagnose": "diagnosis",
+    "diagnose": "diagnosis.run",
     "dino_loss": "losses.pairs",
     "effective_prototypes": "measure.usage",
     "epsilon_sweep": "measure.unique",

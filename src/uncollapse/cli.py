@@ -144,7 +144,7 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         raise ConfigError(f"--images: must be at least 2, got {arguments.images}")
     import torch
 
-    from uncollapse.diagnosis import diagnose_file, failures, in_order
+    from uncollapse.diagnosis.run import diagnose_file, failures, in_order
     from uncollapse.errors import DataError, InputError
     from uncollapse.measure.unique import EPSILONS
     from uncollapse.progress import share_bar
@@ -173,7 +173,7 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
                 why = str(error) if known else f"{path}: not diagnosed ({type(error).__name__}: {error})"
                 refused.append(shown(why))
     if arguments.html is not None and found:
-        from uncollapse.diagnosis_page import write_page
+        from uncollapse.diagnosis.page import write_page
 
         write_page(found, arguments.html)
     if arguments.json:
@@ -181,7 +181,7 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
         print(json.dumps([d.to_json() for d in found], indent=1, allow_nan=False))
     else:
-        from uncollapse.diagnosis_table import print_diagnoses
+        from uncollapse.diagnosis.text import print_diagnoses
 
         print_diagnoses(found)
         if arguments.html is not None and found:

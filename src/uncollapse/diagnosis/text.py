@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from uncollapse.diagnosis import Diagnosis
+from uncollapse.diagnosis.result import Diagnosis
 from uncollapse.measure.catalogue import USED, VIEW_INFORMATION, Measure, effective, information_text, unique
 from uncollapse.measure.sweep import WIDE
 from uncollapse.shown import shown

@@ -18,7 +18,7 @@ from uncollapse.checkpoints.prototypes import PrototypeSet
 from uncollapse.config.schema import Config, DataConfig, ViewConfig, arm_name
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.data.load import load_images
-from uncollapse.diagnosis import Diagnosis
+from uncollapse.diagnosis.result import Diagnosis
 from uncollapse.errors import DataError, InputError
 from uncollapse.measure.geometry import alignment, effective_rank, uniformity
 from uncollapse.measure.information import ViewInformation

@@ -16,8 +16,8 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from uncollapse import figures
-from uncollapse.diagnosis import Diagnosis
-from uncollapse.diagnosis_table import columns, facts, names_of, rows_of
+from uncollapse.diagnosis.result import Diagnosis
+from uncollapse.diagnosis.text import columns, facts, names_of, rows_of
 from uncollapse.figures import _RC, MAX_POINTS, _panel, _svg
 from uncollapse.measure.catalogue import MEASURES, Measure
 from uncollapse.run_folder.files import write_atomically
@@ -195,7 +195,7 @@ def _map(d: Diagnosis) -> Panels:
 def _shared(d: Diagnosis) -> list[dict[str, Any]]:
     if d.images is None:
         return []
-    from uncollapse.onimages import PICTURED
+    from uncollapse.diagnosis.images import PICTURED
 
     out = []
     for g in d.images.shared[:PICTURED]:

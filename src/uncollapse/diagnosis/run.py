@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,13 @@ from uncollapse.checkpoints.files import damage_is_said
 from uncollapse.checkpoints.own import own_directions
 from uncollapse.checkpoints.prototypes import PrototypeSet, checked, find_prototypes, may_be_prototypes
 from uncollapse.checkpoints.read import flatten, newest_of, read_tensors
+from uncollapse.diagnosis.result import Diagnosis, Source
 from uncollapse.errors import InputError
 from uncollapse.measure.close_pairs import product_seconds, tensor_of
-from uncollapse.measure.random_start import RandomLikeness, random_likeness
+from uncollapse.measure.random_start import random_likeness
 from uncollapse.measure.sweep import Sweep, complete_sweep, spanning_tree, wide_of
 from uncollapse.measure.unique import EPSILONS, greedy_cover, nearest_kept
-from uncollapse.measure.verdict import FAILING, Verdict, judge
+from uncollapse.measure.verdict import FAILING, judge
 from uncollapse.shown import shown
 
 Progress = Callable[[str, float], None]
@@ -34,111 +33,6 @@ Progress = Callable[[str, float], None]
 SWEEP = tuple(float(e) for e in np.round(np.linspace(0.0125, 0.5, 40), 4))
 COMPLETE_WORK = 1.5e12
 """K²·D up to which everything is counted unasked: K = 65,536 at D = 256 is 1.1e12, half a minute on one core."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a matrix came from."""
-
-    file: str
-    key: str
-    side: str
-    """``student``, ``teacher``, ``shared`` (one matrix for both) or ``unstated``."""
-    set: str = ""
-    family: str = ""
-
-    def __str__(self) -> str:
-        side = "" if self.side == "unstated" else f"{self.side} "
-        return f"{side}{self.set}".strip() or "tensor"
-
-
-@dataclass
-class Diagnosis:
-    """What is known about one set of K prototypes. Dicts go from ε (cosine distance) to a number."""
-
-    source: Source
-    prototypes: int
-    dim: int
-    dtype: str
-    zero_rows: int
-    non_finite_rows: int
-    """Rows without a direction; every count below is of the other rows."""
-    unique: dict[float, int]
-    """Greedy ε-cover in index order, the papers' definition; 0 where no row has a direction."""
-    components: dict[float, int]
-    """Connected components of the ε-graph; empty where only a single ε was counted."""
-    no_neighbour: dict[float, int]
-    """Prototypes without another one within ε."""
-    unique_means: dict[float, int]
-    """The papers' literal count of a mixture's means, where its logits use other directions; else ``unique``."""
-    sweep: Sweep | None
-    """All three along 40 ε up to 0.5."""
-    groups: np.ndarray
-    """Sizes of the groups at the headline ε (every prototype with its nearest kept one), largest first."""
-    nearest: dict[str, float]
-    """Quantiles of the cosine distance to the nearest other prototype: min, median, max."""
-    norms: dict[str, float]
-    """Lengths of the effective prototypes (g under weight norm): min, median, max."""
-    random: RandomLikeness | None
-    verdict: Verdict
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Of the single-ε count, of the rest, and (measured on a tile) of the product a single ε needs."""
-    vectors: Tensor | None = field(default=None, repr=False)
-    """(K', D) rows that have a direction, and the group of each, for drawing and for images."""
-    group_of: Tensor | None = field(default=None, repr=False)
-    rows: Tensor | None = field(default=None, repr=False)
-    """(K',) their rows in the file, on the CPU."""
-    images: Any = None
-    """`uncollapse.onimages.ImageFindings`, where images were given."""
-
-    @property
-    def epsilon(self) -> float:
-        return next(iter(self.unique))
-
-    @property
-    def share(self) -> float:
-        """Unique prototypes at the headline ε, of all K."""
-        return self.unique[self.epsilon] / self.prototypes
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain types only; ε as text keys, without trailing zeros."""
-
-        def keyed(values: dict[float, Any]) -> dict[str, Any]:
-            return {f"{eps:g}": value for eps, value in values.items()}
-
-        out: dict[str, Any] = {
-            "source": dataclasses.asdict(self.source),
-            "prototypes": self.prototypes,
-            "dim": self.dim,
-            "dtype": self.dtype,
-            "unique": keyed(self.unique),
-            "unique_means": keyed(self.unique_means),
-            "components": keyed(self.components),
-            "no_neighbour": keyed(self.no_neighbour),
-            "verdict": dataclasses.asdict(self.verdict),
-            "zero_rows": self.zero_rows,
-            "non_finite_rows": self.non_finite_rows,
-            "groups": {
-                "epsilon": self.epsilon,
-                "count": len(self.groups),
-                "largest": [int(n) for n in self.groups[:10]],
-                "singletons": int((self.groups == 1).sum()),
-            },
-            "nearest": self.nearest,
-            "norms": self.norms,
-            "random_start": None if self.random is None else dataclasses.asdict(self.random),
-            "sweep": None,
-            "notes": self.notes,
-            "seconds": {name: round(s, 4) for name, s in self.seconds.items()},
-        }
-        for name in ("nearest", "norms"):  # JSON has no infinity
-            out[name] = {k: v if math.isfinite(v) else None for k, v in out[name].items()}
-        if self.sweep is not None:
-            out["sweep"] = {name: keyed(getattr(self.sweep, name)) for name in ("unique", "components", "no_neighbour")}
-        if self.images is not None:
-            out.update(self.images.to_json())
-        return out
 
 
 def diagnose(
@@ -238,7 +132,7 @@ def _add_images(
     device: torch.device | str | None,
 ) -> None:  # fmt: skip
     from uncollapse.checkpoints.encoder import center_of, rebuild_encoder
-    from uncollapse.onimages import look
+    from uncollapse.diagnosis.images import look
 
     try:
         with damage_is_said(d.source.file):

@@ -1,0 +1,1 @@
+"""Is a checkpoint collapsed? From the file alone, or with images."""
