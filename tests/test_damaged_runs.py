@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from made_runs import make_run, make_summary
-from uncollapse import figures
 from uncollapse.cli import main
 from uncollapse.errors import ConfigError
+from uncollapse.figures import panels as figures
 from uncollapse.report import report_folders, write_report
 from uncollapse.run_folder.read import read_run
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from uncollapse.evaluate.words import meaning
-from uncollapse.figures import Style
+from uncollapse.figures.style import Style
 from uncollapse.measure.catalogue import Row
 from uncollapse.measure.catalogue import number as finite
 from uncollapse.run_folder.read import Arms, RunRecord
@@ -140,7 +140,7 @@ def _pictures(runs: list[tuple[str, RunRecord]], key: str) -> list[Row]:
             name = arm if label == "teacher" else f"{arm}, {label}"
             classes = encoder.get("tasks", {}).get("prototypes", {}).get("details", {}).get("classes")
             if (counts := _owned(classes)) is not None:
-                from uncollapse.evaluate.owners import draw_owners
+                from uncollapse.figures.owners import draw_owners
 
                 src, alt = draw_owners(counts)
                 found.append({"src": src, "alt": alt, "caption": f"{name}: {OWNERS}"})

@@ -12,12 +12,12 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from uncollapse import figures
 from uncollapse.arms import CONTROL, group
 from uncollapse.comparing import stat
 from uncollapse.errors import ConfigError
 from uncollapse.evaluation_section import evaluations, probed_by_evaluate
-from uncollapse.figures import Curve
+from uncollapse.figures import panels as figures
+from uncollapse.figures.style import Curve
 from uncollapse.measure.catalogue import EFFECTIVE, UNIQUE, Measure, Row, at_epsilon, entry, measured, number, percent
 from uncollapse.measure.unique import EPSILONS
 from uncollapse.run_folder.files import write_atomically

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncollapse.evaluate.features import Features
-from uncollapse.evaluate.owners import FEWEST, draw_owners, ownership, prototype_owners, splits
+from uncollapse.evaluate.owners import FEWEST, ownership, prototype_owners, splits
+from uncollapse.figures.owners import draw_owners
 
 
 def features(labels, z, classes=()) -> Features:

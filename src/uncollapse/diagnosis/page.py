@@ -15,10 +15,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from uncollapse import figures
 from uncollapse.diagnosis.result import Diagnosis
 from uncollapse.diagnosis.text import columns, facts, names_of, rows_of
-from uncollapse.figures import _RC, MAX_POINTS, _panel, _svg
+from uncollapse.figures import panels as figures
+from uncollapse.figures.style import _RC, MAX_POINTS, _panel, _svg
 from uncollapse.measure.catalogue import MEASURES, Measure
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.shown import shown

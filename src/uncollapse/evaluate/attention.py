@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from uncollapse import figures
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.evaluate.encoders import EvalEncoder
 from uncollapse.evaluate.extract import batches
 from uncollapse.evaluate.features import Features
+from uncollapse.figures import panels as figures
 from uncollapse.measure.unique import greedy_cover, nearest_kept
 from uncollapse.measure.usage import prototype_argmax
 

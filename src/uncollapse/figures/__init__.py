@@ -1,0 +1,1 @@
+"""Pictures as SVG; they take arrays and know no run."""
