@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from made_runs import ARMS, HELD_OUT, make_run, make_summary
-from uncollapse.arms import group, rival
 from uncollapse.checkpoints.prototypes import PrototypeSet
-from uncollapse.comparing import difference, stat
 from uncollapse.diagnosis.run import measure
 from uncollapse.figures import panels as figures
 from uncollapse.measure.catalogue import KNN, MEASURES, OLD_VIEW_INFORMATION, USED, VIEW_INFORMATION
 from uncollapse.measure.random_start import RandomLikeness
 from uncollapse.measure.verdict import judge, judge_row
+from uncollapse.report.arms import group, rival
+from uncollapse.report.comparing import difference, stat
+from uncollapse.report.verdict import compare, takeaways, verdict
 from uncollapse.run_folder.read import RunRecord, read_run
-from uncollapse.verdict import compare, takeaways, verdict
 
 # --------------------------------------------------------------------------------------------- grouping
 

@@ -17,7 +17,7 @@ from made_runs import make_run, make_summary
 from uncollapse.cli import main
 from uncollapse.errors import ConfigError
 from uncollapse.figures import panels as figures
-from uncollapse.report import report_folders, write_report
+from uncollapse.report.page import report_folders, write_report
 from uncollapse.run_folder.read import read_run
 
 FILES = ("summary.json", "metrics.jsonl", "diagnosis.npz", "evaluation.json", "config.yaml")

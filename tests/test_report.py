@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from made_runs import ARMS, EPS, HELD_OUT, K, make_all, make_run, make_summary
-from uncollapse import report
-from uncollapse.arms import group
 from uncollapse.figures import panels as figures
-from uncollapse.report import write_report
+from uncollapse.report import page as report
+from uncollapse.report.arms import group
+from uncollapse.report.page import write_report
+from uncollapse.report.verdict import compare, takeaways, verdict
 from uncollapse.run_folder.read import RunRecord, read_run
-from uncollapse.verdict import compare, takeaways, verdict
 
 
 class Page(HTMLParser):

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from uncollapse.measure.catalogue import KNN
-from uncollapse.table import cell, print_table
+from uncollapse.report.table import cell, print_table
 
 ARMS = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed")
 PARTS = ("views", "teacher", "prototypes", "diagnosis", "student", "backward", "optimiser", "ema", "checkpoint")

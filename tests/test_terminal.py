@@ -16,8 +16,8 @@ from rich.console import Console
 from uncollapse import evaluate_cli
 from uncollapse.alarms import LossWatch
 from uncollapse.evaluate.result import Result
-from uncollapse.evaluate.words import meaning
 from uncollapse.progress import run_bars
+from uncollapse.report.words import meaning
 
 
 def test_an_ascii_terminal_gets_ascii_instead_of_a_traceback() -> None:

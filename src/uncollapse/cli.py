@@ -199,7 +199,7 @@ def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
 def _report(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     if overrides:
         raise ConfigError(f"report takes no {', '.join(overrides)}")
-    from uncollapse.report import report_folders
+    from uncollapse.report.page import report_folders
 
     problems = report_folders(arguments.runs, arguments.out)
     print(f"report      {shown(arguments.out)}")

@@ -19,10 +19,10 @@ from uncollapse.config.load import load_config
 from uncollapse.config.schema import arm_keys
 from uncollapse.errors import ConfigError
 from uncollapse.progress import run_bars
-from uncollapse.report import write_report
+from uncollapse.report.page import write_report
+from uncollapse.report.table import print_table
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.run_folder.read import read_run
-from uncollapse.table import print_table
 
 NOTE = (
     "The prototypes' learning rate (×10) and weight decay (1) are raised on purpose: they fit into a minute the "

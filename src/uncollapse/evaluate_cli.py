@@ -148,7 +148,7 @@ def _rewrite_report(folder: Path) -> None:
     """The run's page again, now with the evaluation; a run that is not finished has no page yet."""
     if not (folder / "summary.json").is_file():
         return
-    from uncollapse.report import write_report
+    from uncollapse.report.page import write_report
     from uncollapse.run_folder.read import read_run
 
     record = read_run(folder)
@@ -222,8 +222,8 @@ def print_results(found: Sequence[Evaluated], key: str) -> None:
     """On stdout, task by task: headline with its interval, protocol, other metrics, and the control's below them."""
     from rich.console import Console
 
-    from uncollapse.evaluation_section import interval
     from uncollapse.measure.catalogue import number
+    from uncollapse.report.numbers import interval
 
     console = Console()
     counts = f": {found[0].n_train:,} training and {found[0].n_test:,} test images" if found[0].n_train else ""

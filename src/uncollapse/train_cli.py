@@ -94,9 +94,9 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     else:
         config, out = _new_run(arguments, overrides)
     from uncollapse.progress import silence_stdout, training_bar
-    from uncollapse.report import write_report
+    from uncollapse.report.page import write_report
+    from uncollapse.report.table import print_table
     from uncollapse.run_folder.read import read_run
-    from uncollapse.table import print_table
     from uncollapse.train import train
 
     main_rank = os.environ.get("RANK", "0") == "0"

@@ -12,8 +12,8 @@ from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.evaluate import extract as extraction
 from uncollapse.evaluate.tasks import TASKS, Task, chosen
-from uncollapse.evaluation_section import interval
 from uncollapse.measure.catalogue import number
+from uncollapse.report.numbers import interval
 from uncollapse.run_folder.checkpoint import save_checkpoint
 from uncollapse.state import build_state, state_dicts
 

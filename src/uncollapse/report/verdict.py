@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from uncollapse.arms import BASELINE, CONTROL, Grouping, rival
-from uncollapse.comparing import difference, stat
 from uncollapse.measure.catalogue import (
     ALIVE,
     EFFECTIVE,
@@ -29,6 +27,8 @@ from uncollapse.measure.catalogue import (
 )
 from uncollapse.measure.verdict import Verdict as Judgement
 from uncollapse.measure.verdict import judge_row
+from uncollapse.report.arms import BASELINE, CONTROL, Grouping, rival
+from uncollapse.report.comparing import difference, stat
 from uncollapse.run_folder.read import RunRecord, common
 
 _CONTROLLED = (*UNIQUE.values(), *UNIQUE_MEANS.values(), STEP_TIME)

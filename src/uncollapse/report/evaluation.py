@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from uncollapse.evaluate.words import meaning
 from uncollapse.figures.style import Style
 from uncollapse.measure.catalogue import Row
 from uncollapse.measure.catalogue import number as finite
+from uncollapse.report.numbers import interval, number
+from uncollapse.report.words import meaning
 from uncollapse.run_folder.read import Arms, RunRecord
 
 FIXED = ("ci95", "ci95_of", "n", "protocol", "source", "command", "details")
 """Entries of a task that are not metrics."""
-COUNTS = re.compile(r"(^n_|_clusters$|^count|_count$|^prototypes$|_prototypes$|^classes$|_classes$)")
-"""Names of metrics that are counts, whatever their value."""
-PLAIN = re.compile(r"((prototypes|distinct)_per_class|_bits|_nats|_ratio)$")
-"""Names of metrics that are no shares, even where they lie between 0 and 1."""
-
-
-def number(name: str, value: float | None) -> str:
-    """A metric as text: shares in per cent, counts whole, the rest to four digits; a dash for what is missing."""
-    value = finite(value)
-    if value is None:
-        return "–"
-    if COUNTS.search(name) or (float(value).is_integer() and abs(value) > 1):
-        return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
-    return f"{100 * value:.1f} %" if -1 <= value <= 1 and not PLAIN.search(name) else f"{value:.4g}"
-
-
-def interval(ci95: Any) -> str:
-    """``40.0–60.0`` for shares, plain numbers else; empty for an interval that could not be had."""
-    low, high = ci95 if isinstance(ci95, list | tuple) and len(ci95) == 2 else (None, None)
-    low, high = finite(low), finite(high)
-    if low is None or high is None:
-        return ""
-    shares = -1 <= low <= high <= 1
-    ends = [f"{100 * end:.1f}" if shares else f"{end:.4g}" for end in (low, high)]
-    return (" to " if low < 0 else "–").join(ends)
 
 
 def metrics_of(task: Mapping[str, Any]) -> dict[str, Any]:

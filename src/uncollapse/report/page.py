@@ -12,18 +12,18 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from uncollapse.arms import CONTROL, group
-from uncollapse.comparing import stat
 from uncollapse.errors import ConfigError
-from uncollapse.evaluation_section import evaluations, probed_by_evaluate
 from uncollapse.figures import panels as figures
 from uncollapse.figures.style import Curve
 from uncollapse.measure.catalogue import EFFECTIVE, UNIQUE, Measure, Row, at_epsilon, entry, measured, number, percent
 from uncollapse.measure.unique import EPSILONS
+from uncollapse.report.arms import CONTROL, group
+from uncollapse.report.comparing import stat
+from uncollapse.report.evaluation import evaluations, probed_by_evaluate
+from uncollapse.report.verdict import takeaways, verdict
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.run_folder.read import Arms, RunRecord, common, read_run
 from uncollapse.shown import shown
-from uncollapse.verdict import takeaways, verdict
 
 
 def report_folders(folders: Sequence[Path], path: Path) -> list[str]:

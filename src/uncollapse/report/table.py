@@ -9,10 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from uncollapse.arms import CONTROL
-from uncollapse.comparing import stat
 from uncollapse.measure.catalogue import Measure, Row, measured
 from uncollapse.measure.verdict import judge_row
+from uncollapse.report.arms import CONTROL
+from uncollapse.report.comparing import stat
 from uncollapse.run_folder.read import RunRecord
 from uncollapse.shown import shown
 

@@ -1,0 +1,1 @@
+"""What runs show: page, table and verdict, from run folders alone."""
