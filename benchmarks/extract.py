@@ -21,9 +21,9 @@ from PIL import Image
 from common import Row, alternate, print_rows
 from uncollapse.data.images import Files, ImageSet, LazyImages, MemoryImages
 from uncollapse.data.workers import eval_view
-from uncollapse.evaluate.encoders import EvalEncoder
+from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.extract import batches, extract, forward
-from uncollapse.evaluate.opening import open_encoder
+from uncollapse.evaluate.source import open_encoder
 
 BATCH = 256
 

@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 
 from common import Row, main, matmul_seconds, measure
 from uncollapse.evaluate.features import Features
-from uncollapse.evaluate.linear import RATES, inputs, linear, steps_for
+from uncollapse.evaluate.tasks.linear import RATES, inputs, linear, steps_for
 
 CLASSES, WIDTH = 100, 384
 

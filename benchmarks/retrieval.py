@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from common import SIZES, Cost, Row, alternate, main, matmul_seconds
-from uncollapse.evaluate.retrieval import average_precisions
+from uncollapse.evaluate.tasks.retrieval import average_precisions
 
 DIM, CLASSES, QUERIES = 384, 100, 1024
 

@@ -21,7 +21,7 @@ from uncollapse.data.load import load_images
 from uncollapse.data.views import view_specs
 from uncollapse.data.workers import eval_batches, view_loader
 from uncollapse.errors import DataError
-from uncollapse.evaluate.layouts import inat_parts, list_parts
+from uncollapse.evaluate.data.layouts import inat_parts, list_parts
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 

@@ -69,7 +69,7 @@ def test_failures_name_the_file_on_one_line(odd, capsys):
 
 @pytest.mark.parametrize("name", ODD)
 def test_evaluate_prints_any_name(name, capsys):
-    from uncollapse.evaluate.encoders import EvalEncoder
+    from uncollapse.evaluate.encoder import EvalEncoder
     from uncollapse.evaluate.result import Result
     from uncollapse.evaluate.run import Evaluated
     from uncollapse.evaluate_cli import print_results

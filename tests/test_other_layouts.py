@@ -12,7 +12,7 @@ from test_rebuild import head, rebuilt_of
 from uncollapse.checkpoints.backbones import backbone_of
 from uncollapse.diagnosis import run as diagnosis
 from uncollapse.diagnosis.run import diagnose, diagnose_file
-from uncollapse.evaluate.opening import open_encoder
+from uncollapse.evaluate.source import open_encoder
 from uncollapse.measure.unique import unique_prototypes
 from uncollapse.prototypes.mixture import OnlineMixture
 

@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         raise ConfigError("--cache and --no-cache exclude each other")
     words = ",".join(arguments.tasks or []).split(",")
     tasks = None if arguments.tasks is None else [t.strip() for t in words if t.strip()]
-    from uncollapse.evaluate.tasks import TASKS
+    from uncollapse.evaluate.catalogue import TASKS
 
     if tasks is not None and (unknown := [t for t in tasks if t not in TASKS and t != "all"]):
         raise ConfigError(f"--tasks: no task {', '.join(map(repr, unknown))}; there are {', '.join(TASKS)} and all")
@@ -89,9 +89,9 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     import torch
     from rich.console import Console
 
-    from uncollapse.evaluate.opening import open_encoder
     from uncollapse.evaluate.record import add_scalars, merge
     from uncollapse.evaluate.run import evaluate, settings_for
+    from uncollapse.evaluate.source import open_encoder
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device here; leave it out to use the CPU")

@@ -7,8 +7,8 @@ import torch
 
 from uncollapse.config.load import dump_config, load_config
 from uncollapse.config.tiny import tiny
+from uncollapse.evaluate.catalogue import TASKS
 from uncollapse.evaluate.result import Result
-from uncollapse.evaluate.tasks import TASKS
 from uncollapse.run_folder.checkpoint import save_checkpoint
 from uncollapse.state import build_state, state_dicts
 

@@ -15,7 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from uncollapse.data.images import MemoryImages
-from uncollapse.evaluate.attention import (
+from uncollapse.evaluate.encoder import EvalEncoder
+from uncollapse.evaluate.extract import extract
+from uncollapse.evaluate.features import Features
+from uncollapse.evaluate.tasks.prototype_maps import (
     ATTENTION,
     GRADIENT,
     SIDE,
@@ -25,9 +28,6 @@ from uncollapse.evaluate.attention import (
     location_maps,
     overlay,
 )
-from uncollapse.evaluate.encoders import EvalEncoder
-from uncollapse.evaluate.extract import extract
-from uncollapse.evaluate.features import Features
 from uncollapse.models.backbones import Conv3
 from uncollapse.models.heads import ProjectionHead
 

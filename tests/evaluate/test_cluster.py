@@ -12,7 +12,8 @@ from scipy.optimize import linear_sum_assignment
 from sklearn import metrics as sk
 from sklearn.cluster import KMeans
 
-from uncollapse.evaluate.cluster import (
+from uncollapse.evaluate.features import Features
+from uncollapse.evaluate.tasks.cluster import (
     Table,
     agreement,
     agreement_intervals,
@@ -21,7 +22,6 @@ from uncollapse.evaluate.cluster import (
     kmeans,
     matched_accuracy,
 )
-from uncollapse.evaluate.features import Features
 
 
 def features(labels, cls, projections=None, classes=("a", "b", "c")) -> Features:
@@ -134,7 +134,7 @@ def test_kmeans_is_fitted_on_training_images_alone() -> None:
 
 
 def test_large_data_goes_in_mini_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uncollapse.evaluate.cluster.WHOLE", 100)
+    monkeypatch.setattr("uncollapse.evaluate.tasks.cluster.WHOLE", 100)
     train, test = blobs(90, 0), blobs(60, 1)
     found, how = kmeans(train.last, test.last, 3)
     assert "mini-batch" in how

@@ -20,7 +20,7 @@ from uncollapse.config.schema import DataConfig
 from uncollapse.data.images import LazyImages, MemoryImages
 from uncollapse.data.load import load_images
 from uncollapse.errors import DataError
-from uncollapse.evaluate.datasets import load_pair, long_tail_rows, open_pair, proportional_rows, split_spec
+from uncollapse.evaluate.data.pair import load_pair, long_tail_rows, open_pair, proportional_rows, split_spec
 
 LAZY = DataConfig(memory_gb=0)
 

@@ -12,8 +12,8 @@ from layouts import norm_old, planted, prefixed
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError, InputError
-from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
-from uncollapse.evaluate.opening import open_encoder
+from uncollapse.evaluate.encoder import EvalEncoder, is_vit, reset
+from uncollapse.evaluate.source import open_encoder
 from uncollapse.models.backbones import Conv3
 from uncollapse.run_folder.checkpoint import save_checkpoint
 from uncollapse.state import build_state, state_dicts

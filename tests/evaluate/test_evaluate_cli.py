@@ -11,7 +11,7 @@ from uncollapse.cli import main
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.evaluate import extract as extraction
-from uncollapse.evaluate.tasks import TASKS, Task, chosen
+from uncollapse.evaluate.catalogue import TASKS, Task, chosen
 from uncollapse.measure.catalogue import number
 from uncollapse.report.numbers import interval
 from uncollapse.run_folder.checkpoint import save_checkpoint
@@ -218,10 +218,10 @@ def test_the_protocols_themselves_from_one_end_to_the_other(run, capsys):
         assert task["n"] == 240
         assert task["protocol"]
         assert task["source"]
-    from uncollapse.evaluate.datasets import load_pair
+    from uncollapse.evaluate.data.pair import load_pair
     from uncollapse.evaluate.extract import extract
-    from uncollapse.evaluate.knn import knn
-    from uncollapse.evaluate.opening import open_encoder
+    from uncollapse.evaluate.source import open_encoder
+    from uncollapse.evaluate.tasks.knn import knn
 
     encoder = open_encoder(run)
     train, test = load_pair("builtin:digits", 0, 240)

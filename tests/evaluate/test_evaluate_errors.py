@@ -9,7 +9,7 @@ from command import failing, images
 from PIL import Image
 
 from uncollapse.cli import main
-from uncollapse.evaluate.tasks import TASKS
+from uncollapse.evaluate.catalogue import TASKS
 
 
 def test_one_failing_task_does_not_lose_the_others(run, tasks, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from uncollapse.data.images import Files, LazyImages, MemoryImages, subset
 from uncollapse.errors import DataError
 from uncollapse.evaluate import extract as module
-from uncollapse.evaluate.encoders import EvalEncoder
+from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.extract import cache_key, extract, identity
 
 N, SIZE = 23, 16

@@ -6,10 +6,10 @@ import torch
 from sklearn.datasets import load_digits
 
 from uncollapse.evaluate.features import Features
-from uncollapse.evaluate.fewshot import fewshot
-from uncollapse.evaluate.knn import knn
-from uncollapse.evaluate.linear import linear
-from uncollapse.evaluate.longtail import longtail
+from uncollapse.evaluate.tasks.fewshot import fewshot
+from uncollapse.evaluate.tasks.knn import knn
+from uncollapse.evaluate.tasks.linear import linear
+from uncollapse.evaluate.tasks.longtail import longtail
 
 
 def digits(counts=None):

@@ -13,10 +13,16 @@ import torch
 
 from uncollapse.data.images import LazyImages, subset
 from uncollapse.errors import DataError
-from uncollapse.evaluate.datasets import load_pair
-from uncollapse.evaluate.encoders import EvalEncoder
-from uncollapse.evaluate.finetune import Diverged, finetune, published
-from uncollapse.evaluate.tuning import FinetuneConfig, Tuned, augmented_batches, layer_ids, parameter_groups
+from uncollapse.evaluate.data.pair import load_pair
+from uncollapse.evaluate.encoder import EvalEncoder
+from uncollapse.evaluate.tasks.finetune import Diverged, finetune, published
+from uncollapse.evaluate.tasks.finetune_model import (
+    FinetuneConfig,
+    Tuned,
+    augmented_batches,
+    layer_ids,
+    parameter_groups,
+)
 from uncollapse.models.backbones import Conv3
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from uncollapse.evaluate.features import Features
-from uncollapse.evaluate.knn import knn, predictions
+from uncollapse.evaluate.tasks.knn import knn, predictions
 from uncollapse.measure import nearest as neighbours
 from uncollapse.measure.nearest import nearest
 

@@ -14,8 +14,8 @@ from PIL import Image
 from uncollapse.config.schema import DataConfig
 from uncollapse.data.images import LazyImages, MemoryImages
 from uncollapse.errors import DataError
-from uncollapse.evaluate.datasets import load_pair
-from uncollapse.evaluate.layouts import SETS
+from uncollapse.evaluate.data.layouts import SETS
+from uncollapse.evaluate.data.pair import load_pair
 
 LAZY = DataConfig(memory_gb=0)
 

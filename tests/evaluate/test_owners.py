@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncollapse.evaluate.features import Features
-from uncollapse.evaluate.owners import FEWEST, ownership, prototype_owners, splits
+from uncollapse.evaluate.tasks.prototypes import FEWEST, ownership, prototype_owners, splits
 from uncollapse.figures.owners import draw_owners
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 from torchmetrics.retrieval import RetrievalMAP
 
-from uncollapse.evaluate import retrieval as module
 from uncollapse.evaluate.features import Features
-from uncollapse.evaluate.retrieval import average_precisions, chance, retrieval
+from uncollapse.evaluate.tasks import retrieval as module
+from uncollapse.evaluate.tasks.retrieval import average_precisions, chance, retrieval
 
 
 def features(labels, x, classes=()) -> Features:

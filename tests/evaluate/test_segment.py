@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 from uncollapse.errors import DataError
-from uncollapse.evaluate.encoders import EvalEncoder
-from uncollapse.evaluate.segment import SegmentConfig, find_masks, miou, per_class, segment
+from uncollapse.evaluate.encoder import EvalEncoder
+from uncollapse.evaluate.tasks.segment import SegmentConfig, find_masks, miou, per_class, segment
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 QUICK = SegmentConfig(epochs=1, min_steps=80, lrs=(1e-2, 3e-2))

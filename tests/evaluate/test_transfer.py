@@ -13,7 +13,7 @@ import torch
 from uncollapse.errors import DataError
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result, bootstrap95_mean
-from uncollapse.evaluate.transfer import mean_interval, short_names, transfer
+from uncollapse.evaluate.tasks.transfer import mean_interval, short_names, transfer
 
 
 def features(n: int, seed: int, noise: float) -> Features:
@@ -87,8 +87,8 @@ def test_a_set_that_fails_is_left_out_and_named():
 
 
 def test_with_the_real_tasks():
-    pytest.importorskip("uncollapse.evaluate.knn")
-    pytest.importorskip("uncollapse.evaluate.linear")
+    pytest.importorskip("uncollapse.evaluate.tasks.knn")
+    pytest.importorskip("uncollapse.evaluate.tasks.linear")
     result = transfer(extract, ["easy", "hard"])
     assert result.metrics["knn easy"] == 1.0
     assert result.metrics["linear easy"] > 0.95

@@ -20,7 +20,7 @@ from uncollapse.data.batched import eval_batch
 from uncollapse.data.images import ImageSet, LazyImages, MemoryImages, subset
 from uncollapse.data.views import eval_shorter_side
 from uncollapse.errors import DataError
-from uncollapse.evaluate.encoders import EvalEncoder
+from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.features import Features
 from uncollapse.run_folder.files import write_atomically
 

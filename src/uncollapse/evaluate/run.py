@@ -15,12 +15,12 @@ import torch
 from uncollapse.config.schema import DataConfig
 from uncollapse.data.images import ImageSet, LazyImages
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.evaluate.datasets import open_pair, split_spec
-from uncollapse.evaluate.encoders import EvalEncoder
+from uncollapse.evaluate.catalogue import TASKS, Context, Picture, Task, chosen
+from uncollapse.evaluate.data.pair import open_pair, split_spec
+from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.extract import Progress, extract, identity
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
-from uncollapse.evaluate.tasks import TASKS, Context, Picture, Task, chosen
 
 Say = Callable[[str], None]
 Bar = Callable[[str], Progress]

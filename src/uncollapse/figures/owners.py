@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from uncollapse.evaluate.features import Ints
-from uncollapse.evaluate.owners import SPLITS, Ownership, splits
+from uncollapse.evaluate.tasks.prototypes import SPLITS, Ownership, splits
 
 
 def draw_owners(o: Ownership) -> tuple[str, str]:

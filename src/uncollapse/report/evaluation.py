@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from uncollapse.figures.style import Style
-from uncollapse.measure.catalogue import Row
+from uncollapse.measure.catalogue import Row, number
 from uncollapse.measure.catalogue import number as finite
-from uncollapse.report.numbers import interval, number
+from uncollapse.report.numbers import interval
 from uncollapse.report.words import meaning
 from uncollapse.run_folder.read import Arms, RunRecord
 

@@ -19,10 +19,10 @@ import torch
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.data.load import split_items
 from uncollapse.errors import DataError
-from uncollapse.evaluate.encoders import EvalEncoder
+from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.extract import batches, identity
 from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
-from uncollapse.evaluate.tuning import FinetuneConfig, Tuned, augmented_batches, parameter_groups, seeded
+from uncollapse.evaluate.tasks.finetune_model import FinetuneConfig, Tuned, augmented_batches, parameter_groups, seeded
 from uncollapse.progress import Report, run_bars
 from uncollapse.run_folder.checkpoint import load_checkpoint, save_checkpoint
 from uncollapse.schedules import cosine

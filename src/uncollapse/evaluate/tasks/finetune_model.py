@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from uncollapse.data.images import ImageSet, LazyImages
 from uncollapse.errors import DataError
-from uncollapse.evaluate.encoders import EvalEncoder
+from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.models.backbones import Conv3
 
 

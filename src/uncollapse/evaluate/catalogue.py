@@ -13,7 +13,7 @@ import torch
 
 from uncollapse.data.images import ImageSet
 from uncollapse.errors import ConfigError
-from uncollapse.evaluate.encoders import EvalEncoder
+from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
 
@@ -62,7 +62,7 @@ class Context:
 
     def probe(self) -> Any:
         """The linear probe of these features, fitted for the first task that wants it."""
-        from uncollapse.evaluate.linear import fit_probe
+        from uncollapse.evaluate.tasks.linear import fit_probe
 
         if self._probe is None:
             assert self.train is not None
@@ -100,13 +100,13 @@ def _called(function: Callable[..., Any], context: Context, *given: Any) -> Resu
 
 
 def _knn(c: Context) -> Result | Sequence[Result]:
-    from uncollapse.evaluate.knn import knn
+    from uncollapse.evaluate.tasks.knn import knn
 
     return _called(knn, c, c.train, c.test)
 
 
 def _linear(c: Context) -> Result | Sequence[Result]:
-    from uncollapse.evaluate.linear import linear
+    from uncollapse.evaluate.tasks.linear import linear
 
     assert c.train is not None
     assert c.test is not None
@@ -114,13 +114,13 @@ def _linear(c: Context) -> Result | Sequence[Result]:
 
 
 def _fewshot(c: Context) -> Result | Sequence[Result]:
-    from uncollapse.evaluate.fewshot import fewshot
+    from uncollapse.evaluate.tasks.fewshot import fewshot
 
     return _called(fewshot, c, c.train, c.test)
 
 
 def _longtail(c: Context) -> Result | Sequence[Result]:
-    from uncollapse.evaluate.longtail import longtail
+    from uncollapse.evaluate.tasks.longtail import longtail
 
     assert c.train is not None
     assert c.test is not None
@@ -128,19 +128,19 @@ def _longtail(c: Context) -> Result | Sequence[Result]:
 
 
 def _cluster(c: Context) -> Result | Sequence[Result]:
-    from uncollapse.evaluate.cluster import cluster
+    from uncollapse.evaluate.tasks.cluster import cluster
 
     return _called(cluster, c, c.train, c.test, c.encoder.vectors)
 
 
 def _retrieval(c: Context) -> Result | Sequence[Result]:
-    from uncollapse.evaluate.retrieval import retrieval
+    from uncollapse.evaluate.tasks.retrieval import retrieval
 
     return _called(retrieval, c, c.train, c.test)
 
 
 def _prototypes(c: Context) -> Result | Sequence[Result]:
-    from uncollapse.evaluate.owners import prototype_owners
+    from uncollapse.evaluate.tasks.prototypes import prototype_owners
 
     result = _called(prototype_owners, c, c.train, c.test, c.encoder.vectors)
     try:
@@ -151,7 +151,7 @@ def _prototypes(c: Context) -> Result | Sequence[Result]:
 
 
 def _picture_groups(c: Context) -> None:
-    from uncollapse.evaluate.attention import draw_groups, group_maps
+    from uncollapse.evaluate.tasks.prototype_maps import draw_groups, group_maps
 
     assert c.test_images is not None
     assert c.test is not None
@@ -163,19 +163,19 @@ def _picture_groups(c: Context) -> None:
 
 
 def _finetune(c: Context) -> Result | Sequence[Result]:
-    from uncollapse.evaluate.finetune import finetune
+    from uncollapse.evaluate.tasks.finetune import finetune
 
     return _called(finetune, c, c.encoder, c.train_images, c.test_images)
 
 
 def _segment(c: Context) -> Result | Sequence[Result]:
-    from uncollapse.evaluate.segment import segment
+    from uncollapse.evaluate.tasks.segment import segment
 
     return _called(segment, c, c.encoder, c.masks)
 
 
 def _transfer(c: Context) -> Result | Sequence[Result]:
-    from uncollapse.evaluate.transfer import transfer
+    from uncollapse.evaluate.tasks.transfer import transfer
 
     return _called(transfer, c, c.extract, list(c.sets))
 

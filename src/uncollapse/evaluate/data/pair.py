@@ -21,7 +21,7 @@ from uncollapse.data.listing import Items, find_items, image_names
 from uncollapse.data.load import load_images, load_items, split_items
 from uncollapse.data.parquet import ParquetRows
 from uncollapse.errors import DataError
-from uncollapse.evaluate.layouts import (
+from uncollapse.evaluate.data.layouts import (
     INAT,
     LIST,
     TORCHVISION,

@@ -22,7 +22,7 @@ from uncollapse.checkpoints.own import own_directions
 from uncollapse.checkpoints.prototypes import OWN, PrototypeSet, clean, find_prototypes, side_of
 from uncollapse.checkpoints.read import flatten, newest_of, read_tensors
 from uncollapse.errors import ConfigError, InputError
-from uncollapse.evaluate.encoders import EvalEncoder, is_vit, reset
+from uncollapse.evaluate.encoder import EvalEncoder, is_vit, reset
 
 TIMM = "timm:"
 SIZE = 224

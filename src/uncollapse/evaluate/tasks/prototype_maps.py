@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from uncollapse.data.images import ImageSet, subset
-from uncollapse.evaluate.encoders import EvalEncoder
+from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.extract import batches
 from uncollapse.evaluate.features import Features
 from uncollapse.figures import panels as figures

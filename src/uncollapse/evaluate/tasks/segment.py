@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from uncollapse.data.images import decode, open_image, upright, upright_size
 from uncollapse.data.listing import image_names
 from uncollapse.errors import DataError
-from uncollapse.evaluate.encoders import EvalEncoder
-from uncollapse.evaluate.finetune import shown
+from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.result import Result, bootstrap95
+from uncollapse.evaluate.tasks.finetune import shown
 from uncollapse.progress import Report
 
 SOURCE = "linear segmentation of DINOv2 (Oquab et al. 2023): batch norm and a linear layer on the last patch tokens"

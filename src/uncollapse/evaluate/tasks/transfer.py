@@ -40,8 +40,8 @@ def transfer(extract: Extract, sets: Sequence[str], seed: int = 0, device: torch
     Raises:
         DataError: no set given, or none that worked.
     """
-    from uncollapse.evaluate.knn import knn
-    from uncollapse.evaluate.linear import linear
+    from uncollapse.evaluate.tasks.knn import knn
+    from uncollapse.evaluate.tasks.linear import linear
 
     wanted = list(dict.fromkeys(sets))
     if not wanted:
