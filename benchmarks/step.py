@@ -20,7 +20,8 @@ from common import Cost, Row, describe, measure, print_rows
 from uncollapse.config.load import load_config
 from uncollapse.prototypes.build import build_prototypes
 from uncollapse.prototypes.sets import JointPrototypes, Prototypes
-from uncollapse.state import TrainState, build_state, update_teacher
+from uncollapse.training.optim import update_teacher
+from uncollapse.training.state import TrainState, build_state
 
 ARMS = ("joint", "koleo", "decoupled", "decoupled-paper")
 GLOBALS = 2

@@ -22,7 +22,7 @@ from uncollapse.config.schema import ARMS, arm_keys
 from uncollapse.config.tiny import tiny
 from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.run_folder.log import read_rows
-from uncollapse.train import train
+from uncollapse.training.run import train
 
 FILE = Path(__file__).with_suffix(".json")
 STEPS = 12

@@ -263,7 +263,7 @@ def test_a_real_run_has_one_verdict_in_report_and_diagnose(tmp_path: Path) -> No
     from uncollapse.config.load import load_config
     from uncollapse.config.tiny import tiny
     from uncollapse.diagnosis.run import diagnose_file
-    from uncollapse.train import train
+    from uncollapse.training.run import train
 
     config = tiny(load_config("demo", {"data.path": "builtin:digits"}))
     train(config, tmp_path / "run", 4, say=lambda line: None, accelerator="cpu")

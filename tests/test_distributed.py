@@ -15,7 +15,7 @@ from uncollapse.distributed import shard
 from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
 from uncollapse.run_folder.checkpoint import load_checkpoint
 
-multiprocessing.set_forkserver_preload(["uncollapse.train", "uncollapse.summary", "timm", "ranks"])
+multiprocessing.set_forkserver_preload(["uncollapse.training.run", "uncollapse.training.summary", "timm", "ranks"])
 KINDS = ("joint", "joint-sinkhorn", "koleo", "decoupled")
 STEPS = 4
 
@@ -80,7 +80,7 @@ def recipe(kind):
 
 def trained(folder, kinds=KINDS):
     """The state after some steps of every kind, as one flat dictionary."""
-    from uncollapse.train import train
+    from uncollapse.training.run import train
 
     out = {}
     for kind in kinds:

@@ -14,7 +14,7 @@ from uncollapse.losses import koleo as diversity
 from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
 from uncollapse.prototypes.sets import JointPrototypes
 from uncollapse.run_folder.checkpoint import load_checkpoint
-from uncollapse.train import train
+from uncollapse.training.run import train
 
 
 def brute_force(w):

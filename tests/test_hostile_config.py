@@ -10,7 +10,7 @@ from uncollapse.config.load import load_config, set_key
 from uncollapse.config.tiny import tiny
 from uncollapse.diagnosis.run import diagnose_file
 from uncollapse.errors import InputError
-from uncollapse.state import build_state, state_dicts
+from uncollapse.training.state import build_state, state_dicts
 
 
 def own_run(changes: dict) -> dict:

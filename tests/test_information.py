@@ -15,7 +15,7 @@ from uncollapse.measure.unique import cosine_argmax
 from uncollapse.measure.usage import prototype_argmax, usage_counts
 from uncollapse.models.embed import extract, project_views
 from uncollapse.models.network import build_encoder
-from uncollapse.train import train
+from uncollapse.training.run import train
 
 DIM = 64
 

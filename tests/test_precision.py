@@ -10,7 +10,7 @@ from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError
 from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.run_folder.log import read_rows
-from uncollapse.train import train
+from uncollapse.training.run import train
 
 
 def small_vit(**keys):

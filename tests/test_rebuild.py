@@ -204,7 +204,7 @@ def test_what_cannot_be_rebuilt_is_named(change, says):
 @pytest.mark.parametrize("kind", ["joint", "decoupled", "fixed"])
 def test_our_own_runs_end_to_end(kind, tmp_path):
     from uncollapse.run_folder.checkpoint import save_checkpoint
-    from uncollapse.state import build_state, state_dicts
+    from uncollapse.training.state import build_state, state_dicts
 
     config = tiny(load_config("demo", {"prototypes.kind": kind}))
     state = build_state(config)

@@ -10,7 +10,7 @@ from uncollapse.cli import main
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import DataError
-from uncollapse.train import train
+from uncollapse.training.run import train
 
 
 def finished(out, **keys):

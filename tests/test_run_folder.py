@@ -17,11 +17,11 @@ from uncollapse.cli import main
 from uncollapse.config.load import dump_config, load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import CheckpointError, ConfigError, TrainingError
-from uncollapse.loop import Loop
 from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.run_folder.held import held
 from uncollapse.run_folder.log import RunLog, read_rows
-from uncollapse.train import train
+from uncollapse.training.loop import Loop
+from uncollapse.training.run import train
 
 
 def config(**keys):
@@ -280,7 +280,7 @@ def test_a_checkpoint_of_something_else_is_no_run(copy):
 
 
 def test_a_failed_evaluation_leaves_the_training(tmp_path, monkeypatch):
-    import uncollapse.summary
+    import uncollapse.training.summary
 
     def fail(*args):
         raise RuntimeError("no memory for it")
@@ -293,7 +293,7 @@ def test_a_failed_evaluation_leaves_the_training(tmp_path, monkeypatch):
 
 
 def test_nan_before_any_later_checkpoint_names_one_that_exists(tmp_path, monkeypatch):
-    import uncollapse.loop as loop
+    import uncollapse.training.loop as loop
 
     def poison(teacher, student, momentum):
         next(student.parameters()).data[0] = float("nan")

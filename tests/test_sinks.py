@@ -11,7 +11,7 @@ from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError
 from uncollapse.run_folder.log import read_rows
-from uncollapse.train import train
+from uncollapse.training.run import train
 
 
 def run(out, steps, resume=False, **keys):

@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from uncollapse import evaluate_cli
-from uncollapse.alarms import LossWatch
 from uncollapse.evaluate.result import Result
 from uncollapse.progress import run_bars
 from uncollapse.report.words import meaning
+from uncollapse.training.alarms import LossWatch
 
 
 def test_an_ascii_terminal_gets_ascii_instead_of_a_traceback() -> None:

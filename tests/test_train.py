@@ -21,8 +21,9 @@ from uncollapse.config.tiny import tiny
 from uncollapse.errors import TrainingError
 from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.run_folder.log import read_rows
-from uncollapse.state import assert_separate, build_state, clip_each
-from uncollapse.train import train
+from uncollapse.training.optim import clip_each
+from uncollapse.training.run import train
+from uncollapse.training.state import assert_separate, build_state
 
 
 def tiny_demo(arm="joint", **overrides):
@@ -160,7 +161,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 
 
 def test_gone_bad_weights_are_never_saved_over_good_ones(tmp_path, monkeypatch):
-    import uncollapse.loop as loop
+    import uncollapse.training.loop as loop
 
     plain = loop.update_teacher
 
@@ -180,7 +181,7 @@ def test_gone_bad_weights_are_never_saved_over_good_ones(tmp_path, monkeypatch):
 
 def test_full_disk_loses_nothing(tmp_path, monkeypatch):
     """No checkpoint can be written to the run's own folder: training ends, and its state is put elsewhere."""
-    import uncollapse.loop as loop
+    import uncollapse.training.loop as loop
 
     save, spare = loop.save_checkpoint, tmp_path / "spare"
     spare.mkdir()

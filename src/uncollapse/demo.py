@@ -43,7 +43,7 @@ def _start_worker(messages: Any, stopped: Any, threads: int) -> None:
 
 
 def _train_arm(arm: str, seed: int, out: str, max_steps: int | None, overrides: dict[str, Any]) -> dict[str, Any]:
-    from uncollapse.train import train
+    from uncollapse.training.run import train
 
     config = load_config("demo", {**overrides, **arm_keys(arm), "seed": seed})
     started = Path(out) / "config.yaml"

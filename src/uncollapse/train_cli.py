@@ -97,7 +97,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from uncollapse.report.page import write_report
     from uncollapse.report.table import print_table
     from uncollapse.run_folder.read import read_run
-    from uncollapse.train import train
+    from uncollapse.training.run import train
 
     main_rank = os.environ.get("RANK", "0") == "0"
     with training_bar(show=main_rank) as (say, progress):

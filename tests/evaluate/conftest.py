@@ -10,7 +10,7 @@ from uncollapse.config.tiny import tiny
 from uncollapse.evaluate.catalogue import TASKS
 from uncollapse.evaluate.result import Result
 from uncollapse.run_folder.checkpoint import save_checkpoint
-from uncollapse.state import build_state, state_dicts
+from uncollapse.training.state import build_state, state_dicts
 
 
 @pytest.fixture

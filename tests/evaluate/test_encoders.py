@@ -16,7 +16,7 @@ from uncollapse.evaluate.encoder import EvalEncoder, is_vit, reset
 from uncollapse.evaluate.source import open_encoder
 from uncollapse.models.backbones import Conv3
 from uncollapse.run_folder.checkpoint import save_checkpoint
-from uncollapse.state import build_state, state_dicts
+from uncollapse.training.state import build_state, state_dicts
 
 
 def vit(seed=0, depth=5, **options) -> VisionTransformer:

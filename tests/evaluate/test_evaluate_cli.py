@@ -15,7 +15,7 @@ from uncollapse.evaluate.catalogue import TASKS, Task, chosen
 from uncollapse.measure.catalogue import number
 from uncollapse.report.numbers import interval
 from uncollapse.run_folder.checkpoint import save_checkpoint
-from uncollapse.state import build_state, state_dicts
+from uncollapse.training.state import build_state, state_dicts
 
 # ------------------------------------------------------------------------------------------ what it does
 

@@ -25,7 +25,7 @@ from uncollapse.models.embed import extract, nearest_images, project_views
 from uncollapse.models.network import build_encoder
 from uncollapse.prototypes.build import initial_prototypes
 from uncollapse.run_folder.files import write_atomically
-from uncollapse.state import TrainState
+from uncollapse.training.state import TrainState
 
 FIT_VIEWS, FEWEST_FIT, MOST_FIT = 2, 2000, 20_000
 """Views of each training image that view information is fitted on; 8 images for each prototype, within these bounds."""

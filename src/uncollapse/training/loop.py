@@ -17,7 +17,6 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from uncollapse.alarms import LossWatch
 from uncollapse.config.load import dump_config
 from uncollapse.config.schema import Config, arm_name
 from uncollapse.data.batched import multicrop
@@ -32,10 +31,12 @@ from uncollapse.run_folder.checkpoint import newest_step, save_checkpoint
 from uncollapse.run_folder.held import identity
 from uncollapse.run_folder.log import RunLog
 from uncollapse.schedules import cosine, linear_epochs
-from uncollapse.signals import StopRequest, deaths_wait
-from uncollapse.state import TrainState, clip_each, non_finite, state_dicts, update_teacher
-from uncollapse.stopwatch import Stopwatch
 from uncollapse.targets.softmax import SoftmaxTargets
+from uncollapse.training.alarms import LossWatch
+from uncollapse.training.interrupt import StopRequest, deaths_wait
+from uncollapse.training.optim import clip_each, update_teacher
+from uncollapse.training.state import TrainState, non_finite, state_dicts
+from uncollapse.training.stopwatch import Stopwatch
 
 Progress = Callable[[int, int, float], None]
 """Called after every step with (steps done, steps to do, loss)."""

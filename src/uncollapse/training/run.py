@@ -20,16 +20,16 @@ from uncollapse.data.fingerprint import image_digests
 from uncollapse.data.images import ImageSet, MemoryImages
 from uncollapse.data.load import described, load_images
 from uncollapse.errors import ConfigError, TrainingError
-from uncollapse.loop import Loop, Progress
 from uncollapse.measure.monitor import PrototypeMonitor
-from uncollapse.resume import check_same_run, refuse_foreign
 from uncollapse.run_folder import held as runfolder
 from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.run_folder.log import RunLog
 from uncollapse.run_folder.sinks import refuse_missing_wandb
 from uncollapse.shown import shown
-from uncollapse.state import build_state, load_state_dicts, refuse_misfit
+from uncollapse.training.loop import Loop, Progress
+from uncollapse.training.resume import check_same_run, refuse_foreign
+from uncollapse.training.state import build_state, load_state_dicts, refuse_misfit
 
 
 def train(
@@ -150,7 +150,7 @@ def _train(
             log.close()
     if not main:
         return {}
-    from uncollapse.summary import finish_run
+    from uncollapse.training.summary import finish_run
 
     seconds = loop.all_seconds()
     try:

@@ -1,0 +1,51 @@
+"""The optimiser, clipping, and the teacher's moving average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from uncollapse.config.schema import Config
+
+
+def build_optimizer(config: Config, encoder: nn.Module, prototypes: nn.Module) -> torch.optim.Optimizer:
+    """Groups as DINO has them: matrices decay; biases, 1-D tensors and such do not; prototypes on their own."""
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in encoder.named_parameters():
+        (plain if parameter.ndim == 1 or name.endswith(".bias") else decay).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decay, "role": "decay", "weight_decay": 0.0},
+        {"params": plain, "role": "plain", "weight_decay": 0.0},
+    ]
+    learned = [p for p in prototypes.parameters() if p.requires_grad]
+    if learned:
+        groups.append({"params": learned, "role": "prototypes", "weight_decay": 0.0})
+    name, lr = config.optim.name, config.optim.lr
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    from timm.optim.lars import Lars
+
+    for group in groups:
+        # timm adapts a tensor's rate only where it decays; DINO's LARS adapts all but 1-D tensors.
+        group["always_adapt"] = group["role"] != "plain"
+    optimizer: torch.optim.Optimizer = Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
+    return optimizer
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """EMA over parameters in order; batch-norm statistics are the teacher's own, as in DINO."""
+    torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 1 - momentum)
+
+
+def clip_each(parameters: list[nn.Parameter], limit: float) -> None:
+    """Scales every gradient tensor on its own to a norm of at most ``limit``, as DINO, iBOT and EsViT do."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            norm = parameter.grad.norm()
+            parameter.grad.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
