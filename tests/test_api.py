@@ -24,8 +24,8 @@ def test_no_name_is_hidden_by_a_module_of_the_same_name():
 
 def test_import_and_help_do_not_load_torch():
     script = (
-        "import sys, uncollapse.cli\n"
-        "try: uncollapse.cli.main(['train', '--help'])\n"
+        "import sys, uncollapse.cli.main\n"
+        "try: uncollapse.cli.main.main(['train', '--help'])\n"
         "except SystemExit: pass\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError
@@ -51,7 +51,7 @@ def test_version(capsys):
 
 def test_bad_paths_are_named_before_anything_heavy_is_imported(tmp_path):
     code = (
-        "import sys\nfrom uncollapse.cli import main\n"
+        "import sys\nfrom uncollapse.cli.main import main\n"
         "try:\n    main(['train', 'dino-small32', '--data', 'nowhere'])\n"
         "except SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)"
     )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from made_runs import make_run, make_summary
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 from uncollapse.errors import ConfigError
 from uncollapse.figures import panels as figures
 from uncollapse.report.page import report_folders, write_report

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 from uncollapse.config.schema import ARMS
 
 
@@ -41,7 +41,7 @@ def test_demo_refuses_a_folder_with_something_else(tmp_path, capsys):
 def test_a_stopped_demo_names_the_whole_command(tmp_path, capsys, monkeypatch):
     from concurrent.futures import Future
 
-    import uncollapse.demo as demo
+    import uncollapse.cli.demo as demo
 
     class Pool:
         """Begins nothing."""

@@ -12,7 +12,7 @@ import torch
 
 import uncollapse
 from layouts import EPS, LAYOUTS, S, T, planted
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 from uncollapse.diagnosis.run import SWEEP, diagnose, diagnose_file, failures, in_order
 from uncollapse.diagnosis.text import names_of, shortened
 from uncollapse.errors import InputError
@@ -327,8 +327,8 @@ def test_a_damaged_file_exits_2(tmp_path, capsys):
 
 def test_help_does_not_load_torch():
     script = (
-        "import sys, uncollapse.cli\n"
-        "try: uncollapse.cli.main(['diagnose', '--help'])\n"
+        "import sys, uncollapse.cli.main\n"
+        "try: uncollapse.cli.main.main(['diagnose', '--help'])\n"
         "except SystemExit: pass\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from layouts import T
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 
 ODD = ["m[/x]", "[va]", "[bold]b[/bold]", "\x1b[31mred", "two\nlines", os.fsdecode(b"\xff"), "‮txt", "a\\"]
 
@@ -69,10 +69,10 @@ def test_failures_name_the_file_on_one_line(odd, capsys):
 
 @pytest.mark.parametrize("name", ODD)
 def test_evaluate_prints_any_name(name, capsys):
+    from uncollapse.cli.evaluate import print_results
     from uncollapse.evaluate.encoder import EvalEncoder
     from uncollapse.evaluate.result import Result
     from uncollapse.evaluate.run import Evaluated
-    from uncollapse.evaluate_cli import print_results
     from uncollapse.models.backbones import Conv3
 
     found = Evaluated(EvalEncoder(Conv3(4), 16, name=name), notes=[f"{name} said so"])

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from uncollapse.checkpoints.pretrained import start_from
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError, InputError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import DataError

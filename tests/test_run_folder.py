@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 from uncollapse.config.load import dump_config, load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import CheckpointError, ConfigError, TrainingError

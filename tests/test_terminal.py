@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from uncollapse import evaluate_cli
+from uncollapse.cli import evaluate as evaluate_cli
 from uncollapse.evaluate.result import Result
 from uncollapse.progress import run_bars
 from uncollapse.report.words import meaning
@@ -21,7 +21,7 @@ from uncollapse.training.alarms import LossWatch
 
 
 def test_an_ascii_terminal_gets_ascii_instead_of_a_traceback() -> None:
-    code = "from uncollapse.terminal import tolerate_any_encoding as t; t(); print('ε ± 3 – \\u4e2d', flush=True)"
+    code = "from uncollapse.cli.terminal import tolerate_any_encoding as t; t(); print('ε ± 3 – \\u4e2d', flush=True)"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
     assert done.stdout.decode("ascii").strip() == r"eps +- 3 - \u4e2d"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 from uncollapse.config.load import build_config, load_config
 from uncollapse.config.schema import ARMS, arm_keys
 from uncollapse.config.tiny import tiny

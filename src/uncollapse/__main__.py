@@ -1,4 +1,4 @@
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 
 if __name__ == "__main__":
     main()

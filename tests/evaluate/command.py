@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 
 
 def images(folder, classes, each, size=12, seed=0):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from command import failing, images
 
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.evaluate import extract as extraction

@@ -8,7 +8,7 @@ import torch
 from command import failing, images
 from PIL import Image
 
-from uncollapse.cli import main
+from uncollapse.cli.main import main
 from uncollapse.evaluate.catalogue import TASKS
 
 

@@ -175,7 +175,7 @@ def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
     load_config("demo", overrides)
-    from uncollapse.demo import run_demo
+    from uncollapse.cli.demo import run_demo
 
     run_demo(
         arguments.out, arguments.seeds, arguments.arms, arguments.max_steps, arguments.jobs, overrides, arguments.again
