@@ -1,4 +1,4 @@
-"""Weighted kNN (`uncollapse.measure.nearest`) beside faiss, scikit-learn and the plain form: 2,000 queries, d = 384, k = 20.
+"""Weighted kNN beside faiss, scikit-learn and the plain form: 2,000 queries, d = 384, k = 20.
 
     OMP_NUM_THREADS=1 python benchmarks/knn.py
 

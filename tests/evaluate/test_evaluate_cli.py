@@ -12,8 +12,7 @@ from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.evaluate import extract as extraction
 from uncollapse.evaluate.catalogue import TASKS, Task, chosen
-from uncollapse.measure.catalogue import number
-from uncollapse.report.numbers import interval
+from uncollapse.report.numbers import interval, metric_text
 from uncollapse.run_folder.checkpoint import save_checkpoint
 from uncollapse.training.state import build_state, state_dicts
 
@@ -248,7 +247,7 @@ def test_the_protocols_themselves_from_one_end_to_the_other(run, capsys):
     ],
 )
 def test_metrics_as_text(name, value, text):
-    assert number(name, value) == text
+    assert metric_text(name, value) == text
 
 
 @pytest.mark.parametrize(

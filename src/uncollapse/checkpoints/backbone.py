@@ -48,7 +48,7 @@ class Tokens(nn.Module):
         return found.flatten(1, 2) if found.ndim == 4 else found[:, self.model.num_prefix_tokens :]
 
 
-def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
+def count_of(weights: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the largest number that the pattern finds at the start of a name."""
     numbers = {int(m[1]) for n in weights if (m := re.match(pattern, n))}
     if numbers and max(numbers) >= len(weights):
@@ -56,7 +56,7 @@ def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
     return 1 + max(numbers, default=-1)
 
 
-def _ratio(rows: int, width: int) -> float:
+def ratio(rows: int, width: int) -> float:
     """An MLP ratio that int(width · ratio) makes into ``rows`` again, of this width and of its doubles."""
     return rows / width * (1 + 1e-9)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.checkpoints.backbone import Backbone, ClassToken, Tokens, _count, _ratio, load
+from uncollapse.checkpoints.backbone import Backbone, ClassToken, Tokens, count_of, load, ratio
 from uncollapse.checkpoints.files import line_of
 from uncollapse.checkpoints.within import Within
 from uncollapse.errors import InputError
@@ -137,7 +137,7 @@ def _vit(weights: dict[str, Tensor], where: str) -> tuple[nn.Module, int, int, s
     weights, gated = _gates_packed(weights)
     weights.pop("mask_token", None)
     weights.pop("masked_embed", None)
-    depth = _count(weights, r"blocks\.(\d+)\.")
+    depth = count_of(weights, r"blocks\.(\d+)\.")
     head = WIDE_HEADS.get(width, HEAD_DIM)
     side = round((weights["pos_embed"].shape[1] - 1) ** 0.5) if "pos_embed" in weights else 0
     learned = side > 0 and weights["pos_embed"].shape[1] == side * side + 1
@@ -159,7 +159,7 @@ def _vit(weights: dict[str, Tensor], where: str) -> tuple[nn.Module, int, int, s
         weights["pos_embed"] = weights["pos_embed"][:, 1:]
     model = VisionTransformer(
         img_size=side * patch, patch_size=patch, embed_dim=width, depth=depth, num_heads=width // head,
-        mlp_ratio=_ratio(weights["blocks.0.mlp.fc1.weight"].shape[0], width), num_classes=0, global_pool="token",
+        mlp_ratio=ratio(weights["blocks.0.mlp.fc1.weight"].shape[0], width), num_classes=0, global_pool="token",
         qkv_bias="blocks.0.attn.qkv.bias" in weights, proj_bias="blocks.0.attn.proj.bias" in weights,
         dynamic_img_size=True, init_values=1.0 if "blocks.0.ls1.gamma" in weights else None, **options,
     )  # fmt: skip
@@ -187,7 +187,7 @@ def _dinov3(weights: dict[str, Tensor], where: str) -> Backbone:
     periods = weights.pop("rope_embed.periods")
     head = 4 * len(periods)
     weights, gated = _gates_packed(weights)
-    depth = _count(weights, r"blocks\.(\d+)\.")
+    depth = count_of(weights, r"blocks\.(\d+)\.")
     if not depth or width % head or "cls_token" not in weights or "blocks.0.mlp.fc1.weight" not in weights:
         raise InputError(f"{where}: DINOv3's transformer was not understood (heads of {head}, {depth} blocks); --data "
                          "cannot run it")  # fmt: skip
@@ -201,7 +201,7 @@ def _dinov3(weights: dict[str, Tensor], where: str) -> Backbone:
     rows = weights["blocks.0.mlp.fc1.weight"].shape[0]
     model: Any = Eva(
         img_size=16 * patch, patch_size=patch, embed_dim=width, depth=depth, num_heads=width // head, num_classes=0,
-        global_pool="token", qkv_bias=biased, swiglu_mlp=gated, mlp_ratio=_ratio(rows // 2 if gated else rows, width),
+        global_pool="token", qkv_bias=biased, swiglu_mlp=gated, mlp_ratio=ratio(rows // 2 if gated else rows, width),
         init_values=1.0 if "blocks.0.ls1.gamma" in weights else None, num_reg_tokens=count, use_abs_pos_emb=False,
         use_rot_pos_emb=True, rope_type="dinov3", rope_rotate_half=True, use_fc_norm=False, dynamic_img_size=True,
         norm_layer=norm,
@@ -236,8 +236,8 @@ def _swin(weights: dict[str, Tensor], where: str) -> Backbone:
     from timm.models.swin_transformer import SwinTransformer
 
     weights = {n: t for n, t in weights.items() if not n.endswith(("attn_mask", "masked_embed"))}
-    stages = _count(weights, r"layers\.(\d+)\.blocks\.")
-    depths = tuple(_count(weights, rf"layers\.{i}\.blocks\.(\d+)\.") for i in range(stages))
+    stages = count_of(weights, r"layers\.(\d+)\.blocks\.")
+    depths = tuple(count_of(weights, rf"layers\.{i}\.blocks\.(\d+)\.") for i in range(stages))
     tables = [weights.get(f"layers.{i}.blocks.0.attn.relative_position_bias_table") for i in range(stages)]
     embed = weights.get("patch_embed.proj.weight")
     if not stages or 0 in depths or embed is None or embed.ndim != 4 or any(t is None for t in tables):
@@ -251,7 +251,7 @@ def _swin(weights: dict[str, Tensor], where: str) -> Backbone:
     rows = weights["layers.0.blocks.0.mlp.fc1.weight"].shape[0]
     model = SwinTransformer(
         img_size=size, patch_size=patch, embed_dim=width, depths=depths, window_size=max(windows),
-        num_heads=tuple(t.shape[1] for t in tables if t is not None), mlp_ratio=_ratio(rows, width),
+        num_heads=tuple(t.shape[1] for t in tables if t is not None), mlp_ratio=ratio(rows, width),
         qkv_bias="layers.0.blocks.0.attn.qkv.bias" in weights, num_classes=0,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
     )  # fmt: skip
@@ -281,8 +281,8 @@ def _xcit(weights: dict[str, Tensor], where: str) -> Backbone:
     from timm.models.xcit import Xcit
 
     width = weights["cls_token"].shape[-1] if "cls_token" in weights else 0
-    convolutions = _count(weights, r"patch_embed\.proj\.(\d+)\.0\.") // 2 + 1
-    depth = _count(weights, r"blocks\.(\d+)\.")
+    convolutions = count_of(weights, r"patch_embed\.proj\.(\d+)\.0\.") // 2 + 1
+    depth = count_of(weights, r"blocks\.(\d+)\.")
     temperature = weights.get("blocks.0.attn.temperature")
     if not width or convolutions not in (3, 4) or temperature is None or "blocks.0.mlp.fc1.weight" not in weights:
         raise InputError(f"{where}: an XCiT that was not understood ({convolutions} convolutions, {depth} blocks); "
@@ -290,9 +290,9 @@ def _xcit(weights: dict[str, Tensor], where: str) -> Backbone:
     patch = 2**convolutions
     model = Xcit(
         img_size=224, patch_size=patch, num_classes=0, embed_dim=width, depth=depth, num_heads=len(temperature),
-        mlp_ratio=_ratio(weights["blocks.0.mlp.fc1.weight"].shape[0], width),
+        mlp_ratio=ratio(weights["blocks.0.mlp.fc1.weight"].shape[0], width),
         qkv_bias="blocks.0.attn.qkv.bias" in weights,
-        cls_attn_layers=_count(weights, r"cls_attn_blocks\.(\d+)\."),
+        cls_attn_layers=count_of(weights, r"cls_attn_blocks\.(\d+)\."),
         use_pos_embed="pos_embeder.token_projection.weight" in weights,
         # Of XCiT's sizes only nano, 128 wide, norms the class token alone in its last blocks.
         tokens_norm=width != 128,
@@ -315,7 +315,7 @@ def _resnet(weights: dict[str, Tensor], where: str) -> tuple[nn.Module, int, int
     from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
     weights = {n: t.float() for n, t in weights.items()}
-    layers = [_count(weights, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]
+    layers = [count_of(weights, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]
     bottleneck = "layer1.0.conv3.weight" in weights
     block: Any = Bottleneck if bottleneck else BasicBlock
     model = ResNet(block, tuple(layers), num_classes=0)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncollapse.checkpoints.backbone import Backbone, _count, load
+from uncollapse.checkpoints.backbone import Backbone, count_of, load
 from uncollapse.errors import InputError
 
 EPSILON = 1e-5
@@ -103,7 +103,7 @@ def capi_backbone(weights: Mapping[str, Tensor], where: str) -> Backbone:
         name = re.sub(r"^encoder\.(blocks\.\d+)\.residual([12])\.norm\.", r"\1.norm\2.", name)
         name = re.sub(r"^encoder\.(blocks\.\d+)\.residual[12]\.fn\.(rope\.)?", r"\1.", name)
         ours[name] = tensor
-    depth = _count(ours, r"blocks\.(\d+)\.")
+    depth = count_of(ours, r"blocks\.(\d+)\.")
     frequencies, hidden, registers = (ours.get(n) for n in ("blocks.0.freqs", "blocks.0.fc1.weight", "registers"))
     if frequencies is None or hidden is None or registers is None or width % max(1, frequencies.shape[-1]):
         raise InputError(f"{where}: CAPI's encoder was not understood (no rotary frequencies, registers or MLP)")

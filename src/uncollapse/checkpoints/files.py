@@ -107,7 +107,7 @@ def file_kind(path: Path) -> str:
     )
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load, load_file
 
     try:
@@ -128,19 +128,19 @@ _UNPACKED = 1 << 30
 """Bytes that an npz may unpack to, where that is more than 16 times the file: zeros shrink a thousandfold."""
 
 
-def _numpy(path: Path) -> Any:
+def read_numpy(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Mapped, an array that claims to be larger than its file is refused instead of allocated.
             loaded = np.load(path, allow_pickle=False, mmap_mode="c")
         if isinstance(loaded, np.ndarray):
-            return _tensor(loaded)
+            return tensor_of_array(loaded)
         with loaded:
             infos = loaded.zip.infolist()
             if sum(info.file_size for info in infos) > max(_UNPACKED, 16 * path.stat().st_size):
                 raise InputError(f"{path}: an npz that unpacks to far more than its size; save it uncompressed")
-            return {name: _tensor(loaded[name]) for name in loaded.files}
+            return {name: tensor_of_array(loaded[name]) for name in loaded.files}
     except InputError:
         raise
     except MemoryError:
@@ -152,13 +152,13 @@ def _numpy(path: Path) -> Any:
         raise InputError(f"{path}: a damaged numpy file, or one that holds objects ({line})") from None
 
 
-def _tensor(array: np.ndarray) -> Any:
+def tensor_of_array(array: np.ndarray) -> Any:
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         return array  # text, complex, 80 bits: nothing that torch has
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
-def _trusted(path: Path) -> Any:
+def read_trusted(path: Path) -> Any:
     """``torch.load`` as it is, which runs what the file says."""
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": False}
     if zipfile.is_zipfile(path):

@@ -1,8 +1,8 @@
 """Other people's files, read without running anything in them: what they hold, recognised by content.
 
-A checkpoint is a pickle, and unpickling runs whatever the file says. Here it is read as data (`uncollapse.checkpoints.pickled`,
-`uncollapse.checkpoints.torchfile`); names beyond a list of harmless ones need the user's word (``trust``). Whatever is wrong with
-a file, an `InputError` says so.
+A checkpoint is a pickle, and unpickling runs whatever the file says. Here it is read as data (`pickled`, `torchfile`);
+names beyond a list of harmless ones need the user's word (``trust``). Whatever is wrong with a file, an `InputError`
+says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncollapse.checkpoints.files import OPTIMIZERS, _numpy, _safetensors, _tensor, _trusted, damage_is_said, file_kind
+from uncollapse.checkpoints.files import (
+    OPTIMIZERS,
+    damage_is_said,
+    file_kind,
+    read_numpy,
+    read_safetensors,
+    read_trusted,
+    tensor_of_array,
+)
 from uncollapse.checkpoints.pickled import Record
 from uncollapse.checkpoints.torchfile import array_of, read_torch
 from uncollapse.errors import InputError
@@ -44,14 +52,14 @@ def read_tensors(path: Path, trust: bool = False, only: Callable[[str], bool] | 
             return read_sharded(path, only)
     kind = file_kind(path)
     if kind == "safetensors":
-        return _safetensors(path)
+        return read_safetensors(path)
     if kind in ("npy", "npz"):
-        found = _numpy(path)
+        found = read_numpy(path)
         if isinstance(found, np.ndarray):
             raise InputError(f"{path}: an array of {found.dtype}; prototypes are floating-point numbers")
         return found
     if trust:
-        return _trusted(path)
+        return read_trusted(path)
     with damage_is_said(path):
         return read_torch(path)
 
@@ -82,7 +90,7 @@ def flatten(loaded: Any, where: object = "file") -> dict[str, Tensor]:
         if isinstance(value, Record):
             value = array_of(value)
         elif isinstance(value, np.ndarray):
-            value = _tensor(value)
+            value = tensor_of_array(value)
         if isinstance(value, Tensor):
             found[path] = value.detach()
             return True

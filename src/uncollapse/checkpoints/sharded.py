@@ -1,8 +1,8 @@
 """Folders of torch.distributed.checkpoint: many ranks' shards put together again, without running what is in them.
 
 DINOv3's training code writes such folders (``ckpt/199``), and so does every trainer that shards with FSDP. Their index
-is a pickle, which is read as data (`uncollapse.checkpoints.pickled`): its classes are records of their fields, and other names are
-refused. So are the shards, each a file of ``torch.save`` inside a larger one.
+is a pickle, which is read as data (`pickled`): its classes are records of their fields, and other names are refused.
+So are the shards, each a file of ``torch.save`` inside a larger one.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from uncollapse.errors import ConfigError
 from uncollapse.shown import shown
 
 
-def _diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
+def run_diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     if overrides:
         raise ConfigError(f"diagnose takes no {', '.join('--' + name for name in overrides)}")
     under: float | None = arguments.fail_under

@@ -222,8 +222,7 @@ def print_results(found: Sequence[Evaluated], key: str) -> None:
     """On stdout, task by task: headline with its interval, protocol, other metrics, and the control's below them."""
     from rich.console import Console
 
-    from uncollapse.measure.catalogue import number
-    from uncollapse.report.numbers import interval
+    from uncollapse.report.numbers import interval, metric_text
 
     console = Console()
     counts = f": {found[0].n_train:,} training and {found[0].n_test:,} test images" if found[0].n_train else ""
@@ -233,7 +232,7 @@ def print_results(found: Sequence[Evaluated], key: str) -> None:
         for one in found:
             for result in (r for r in one.results if r.task == task):
                 metrics = [
-                    f"{shown(name)} {number(name, value)}"
+                    f"{shown(name)} {metric_text(name, value)}"
                     + (f" ({ends})" if (ends := _ends(result, i, interval)) else "")
                     for i, (name, value) in enumerate(result.metrics.items())
                 ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from uncollapse import __version__
-from uncollapse.cli.diagnose import _diagnose
+from uncollapse.cli.diagnose import run_diagnose
 from uncollapse.cli.evaluate import add_parser as add_evaluate
 from uncollapse.cli.terminal import tolerate_any_encoding
 from uncollapse.cli.train import add_parsers as add_train
@@ -122,7 +122,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "or unused, mostly unused, or collapsed (below half unique)",
     )  # fmt: skip
     diagnose.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    diagnose.set_defaults(run=_diagnose)
+    diagnose.set_defaults(run=run_diagnose)
 
     add_evaluate(commands)
 

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 from uncollapse.config.schema import DataConfig
-from uncollapse.data.images import Files, ImageSet, LazyImages, MemoryImages, bad_message, open_image, subset, to_rgb
+from uncollapse.data.decode import open_image, to_rgb
+from uncollapse.data.images import Files, ImageSet, LazyImages, MemoryImages, bad_message, subset
 from uncollapse.data.listing import Items, find_items
 from uncollapse.data.parquet import ParquetRows
 from uncollapse.errors import DataError

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from uncollapse.data.images import MAX_BYTES
+from uncollapse.data.decode import MAX_BYTES
 from uncollapse.errors import DataError
 from uncollapse.shown import shown
 

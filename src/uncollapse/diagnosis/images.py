@@ -25,7 +25,7 @@ from uncollapse.measure.information import ViewInformation
 from uncollapse.measure.sweep import wide_of
 from uncollapse.measure.usage import prototype_argmax, prototype_report
 from uncollapse.measure.verdict import judge
-from uncollapse.models.embed import VIEWS, extract, nearest_images, project_views
+from uncollapse.models.embed import VIEWS, embed, nearest_images, project_views
 from uncollapse.models.network import Encoder
 
 TEMPERATURES = {"MSN": 0.025, "SwAV": 0.05, "CAPI": 0.06, "CARP": 1.0}
@@ -147,7 +147,7 @@ def look(
     head = rebuilt.head[:-1] if unnormalised else rebuilt.head  # type: ignore[index]
     encoder = Encoder(backbone, head).to(device)
     w = d.vectors.float().cpu()
-    features, raw, _ = extract(encoder, held, config, device)
+    features, raw, _ = embed(encoder, held, config.views, config.data.workers, device)
     lost = int((~torch.isfinite(raw).all(1) | (raw == 0).all(1)).sum())
     if lost:
         raise InputError(
@@ -155,11 +155,11 @@ def look(
             "encoder's weights are damaged, or training diverged"
         )
     z = F.normalize(raw, dim=1)
-    z_views = project_views(encoder, held, config, device)
+    z_views = project_views(encoder, held, config.views, config.seed, config.data.workers, device)
     each = backbone.each if isinstance(backbone, _SomePatches) else 1
     matching = z_views.shape[1] == len(z)  # not where images turned out to be unreadable
     aligned = matching and not rebuilt.tokens
-    z_train = project_views(encoder, train, config, device)
+    z_train = project_views(encoder, train, config.views, config.seed, config.data.workers, device)
     report = prototype_report(w, z, z_views if aligned else None, z_train, list(d.unique))
     of_training = prototype_argmax(z_train.flatten(0, 1), w).unique()
     argmax = prototype_argmax(z, w)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from uncollapse.diagnosis.result import Diagnosis
 from uncollapse.diagnosis.text import columns, facts, names_of, rows_of
 from uncollapse.figures import panels as figures
-from uncollapse.figures.style import _RC, MAX_POINTS, _panel, _svg
+from uncollapse.figures.style import MAX_POINTS, RC, Curve, panel, svg
 from uncollapse.measure.catalogue import MEASURES, Measure
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.shown import shown
@@ -80,7 +80,7 @@ def _over(found: Sequence[Diagnosis]) -> Panels:
         # Of several matrices of one kind in a file, the n-th goes with the n-th of the other files.
         nth = sum(d.source.file == e.source.file and str(d.source) == str(e.source) for e in found[:i])
         sets.setdefault((str(d.source), nth), []).append(d)
-    curves: dict[str, list[figures.Curve]] = {}
+    curves: dict[str, list[Curve]] = {}
     for (kind, nth), points in sets.items():
         if len(points) > 1:
             x = np.array([place[d.source.file] for d in points], dtype=float)
@@ -100,7 +100,7 @@ def _sweep(d: Diagnosis) -> Panels:
     if d.sweep is None:
         return []
     names = {"unique": "greedy cover", "components": "components", "no_neighbour": "no neighbour"}
-    curves: dict[str, list[figures.Curve]] = {}
+    curves: dict[str, list[Curve]] = {}
     for name, label in names.items():
         points = getattr(d.sweep, name)
         curves[label] = [(np.array(list(points)), 100 * np.array(list(points.values())) / d.prototypes)]
@@ -143,13 +143,13 @@ def _heat(d: Diagnosis) -> Panels:
     distance = 1 - (cos + cos.T) / 2
     np.fill_diagonal(distance, 0)
     order = leaves_list(linkage(squareform(distance, checks=False), "average"))
-    with mpl.rc_context(_RC):
-        figure, axes = _panel("Cosine between prototypes")
+    with mpl.rc_context(RC):
+        figure, axes = panel("Cosine between prototypes")
         axes.grid(visible=False)
         shown = axes.imshow(cos[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         figure.colorbar(shown, ax=axes, shrink=0.8)
-        image = _svg(figure)
+        image = svg(figure)
     high = float((cos[np.triu_indices(len(cos), 1)] > 1 - d.epsilon).mean())
     return [(image, f"Heat-map of cosines; {100 * high:.1f} % of the pairs shown lie within ε = {d.epsilon:g}.")]
 
@@ -159,14 +159,14 @@ def _spectrum(d: Diagnosis) -> Panels:
     if not len(sizes):
         return []
     rank = np.unique(np.geomspace(1, len(sizes), MAX_POINTS).astype(int))
-    with mpl.rc_context(_RC):
-        figure, axes = _panel("Group sizes")
+    with mpl.rc_context(RC):
+        figure, axes = panel("Group sizes")
         axes.plot(rank, sizes[rank - 1], color="#0072B2", marker="o", markersize=2, markevery=[-1])
         axes.set(xscale="log", yscale="log", xlabel="rank of the group", ylabel="prototypes in it")
         axes.set_ylim(0.8, max(2.0, 1.3 * float(sizes[0])))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        image = _svg(figure)
+        image = svg(figure)
     return [(image, f"{len(sizes):,} groups; the largest has {int(sizes[0]):,} prototypes.")]
 
 
@@ -177,8 +177,8 @@ def _map(d: Diagnosis) -> Panels:
     values, axes_of = torch.linalg.eigh(torch.cov(unit.T))
     points = ((unit - unit.mean(0)) @ axes_of.flip(1)[:, :2]).numpy()
     held = float(values.flip(0)[:2].sum() / values.sum().clamp_min(1e-300))
-    with mpl.rc_context(_RC):
-        figure, axes = _panel("First two principal axes")
+    with mpl.rc_context(RC):
+        figure, axes = panel("First two principal axes")
         top = max(2.0, float(size.max()))
         shown = axes.scatter(
             points[:, 0], points[:, 1], c=size.numpy(), s=5, cmap="viridis", norm=LogNorm(1, top), linewidths=0,
@@ -188,7 +188,7 @@ def _map(d: Diagnosis) -> Panels:
         bar = figure.colorbar(shown, ax=axes, shrink=0.8, label="prototypes on this direction")
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         bar.ax.minorticks_off()
-        image = _svg(figure)
+        image = svg(figure)
     return [(image, f"Map of the prototypes; the two axes hold {100 * held:.0f} % of the variance.")]
 
 

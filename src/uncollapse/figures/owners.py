@@ -6,35 +6,38 @@ from typing import Any
 
 import numpy as np
 
-from uncollapse.evaluate.features import Ints
-from uncollapse.evaluate.tasks.prototypes import SPLITS, Ownership, splits
+from uncollapse.figures import style
+from uncollapse.measure.shots import SPLITS, Ints, splits
 
 
-def draw_owners(o: Ownership) -> tuple[str, str]:
-    """A picture of who owns what, and its alternative text.
+def draw_owners(train: Ints, owned: Ints, distinct: Ints) -> tuple[str, str]:
+    """A picture of which class owns how many prototypes, and its alternative text.
 
-    For each class, from the one with the most training images to the one with the fewest: how many prototypes it
-    owns, and how many once ε-duplicates are merged. Beyond 400 classes, means of neighbouring ones.
+    From the class with the most training images to the one with the fewest. Beyond 400 classes, means of neighbouring
+    ones.
+
+    Args:
+        train: ``(C,)`` training images of each class.
+        owned: ``(C,)`` prototypes that each class owns.
+        distinct: ``(C,)`` the same once ε-duplicates are merged.
     """
     import matplotlib as mpl
     from matplotlib.ticker import MaxNLocator
 
-    from uncollapse.figures import panels as figures
-
-    order = np.argsort(-o.class_train, kind="stable")
-    order = order[o.class_train[order] > 0]
-    owned, distinct = o.owned()[order], o.owned_distinct()[order]
-    with mpl.rc_context(figures._RC):
-        figure, axes = figures._panel("Prototypes that each class owns", width=6.6)
+    order = np.argsort(-train, kind="stable")
+    order = order[train[order] > 0]
+    owned, distinct = owned[order], distinct[order]
+    with mpl.rc_context(style.RC):
+        figure, axes = style.panel("Prototypes that each class owns", width=6.6)
         rank = np.arange(1, len(order) + 1)
-        x, every = figures.smooth(rank, owned, figures.MAX_POINTS)
-        _, merged = figures.smooth(rank, distinct, figures.MAX_POINTS)
-        axes.vlines(x, merged, every, color=figures.FAINT, linewidth=1.2)
+        x, every = style.smooth(rank, owned, style.MAX_POINTS)
+        _, merged = style.smooth(rank, distinct, style.MAX_POINTS)
+        axes.vlines(x, merged, every, color=style.FAINT, linewidth=1.2)
         axes.plot(
             x,
             every,
             "o",
-            color=figures.styles(["joint"])["joint"][0],
+            color=style.styles(["joint"])["joint"][0],
             markersize=5.5,
             fillstyle="none",
             label="prototypes",
@@ -43,7 +46,7 @@ def draw_owners(o: Ownership) -> tuple[str, str]:
             x,
             merged,
             "o",
-            color=figures.styles(["decoupled"])["decoupled"][0],
+            color=style.styles(["decoupled"])["decoupled"][0],
             markersize=2.6,
             label="duplicates merged",
         )
@@ -51,9 +54,9 @@ def draw_owners(o: Ownership) -> tuple[str, str]:
         axes.set_ylim(-0.03 * max(1, every.max()), 1.12 * max(1, every.max()))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _mark_splits(axes, o.class_train[order])
+        _mark_splits(axes, train[order])
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
-        picture = figures._svg(figure)
+        picture = style.svg(figure)
     none = int((owned == 0).sum())
     alt = (
         f"Prototypes owned by each of {len(order)} classes, from most to fewest training images: {owned.mean():.3g} "

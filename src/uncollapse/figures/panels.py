@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
-from uncollapse.figures.style import _RC, INK, MAX_POINTS, Array, Curve, Style, _legend, _panel, _svg, styles
+from uncollapse.figures.style import INK, MAX_POINTS, RC, Array, Curve, Style, legend, panel, styles, svg
 
 _PART_COLOURS = ["#77AADD", "#99DDFF", "#EE8866", "#44BB99", "#BBCC33", "#EEDD88", "#FFAABB", "#AAAA88"]
 
@@ -34,8 +34,8 @@ def line_panel(
 ) -> str:
     """One line per arm (mean over seeds) with a band (range over seeds); ``reference`` is a level to mark."""
     look = look or styles(curves)
-    with mpl.rc_context(_RC):
-        figure, axes = _panel(title)
+    with mpl.rc_context(RC):
+        figure, axes = panel(title)
         for arm, runs in curves.items():
             colour, dashes = look[arm]
             x, lowest, middle, highest = _over_seeds(runs)
@@ -55,8 +55,8 @@ def line_panel(
             pad = 0.03 * (high - low)
             axes.set_ylim(low - pad, high + pad)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        _legend(figure, axes)
-        return _svg(figure)
+        legend(figure, axes)
+        return svg(figure)
 
 
 def usage_spectrum(
@@ -64,8 +64,8 @@ def usage_spectrum(
 ) -> str:
     """Held-out images per used prototype, from the busiest to the least busy; one thin line per seed."""
     look = look or styles(counts)
-    with mpl.rc_context(_RC):
-        figure, axes = _panel("Usage spectrum", width=6.6)
+    with mpl.rc_context(RC):
+        figure, axes = panel("Usage spectrum", width=6.6)
         for arm, runs in counts.items():
             colour, dashes = look[arm]
             for seed, usage in enumerate(runs):
@@ -79,7 +79,7 @@ def usage_spectrum(
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=2.2, borderaxespad=0.2)
-        return _svg(figure)
+        return svg(figure)
 
 
 def circle_density(points: Array, bins: int = 720, kappa: float = 150.0) -> NDArray[np.float64]:
@@ -99,7 +99,7 @@ def circle(arm: str, points: Array, used: NDArray[np.bool_] | None, top: float, 
 
     ``top`` is the density (relative to uniform) that reaches the rim, shared by all arms of a report.
     """
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(RC):
         colour = colour or styles([arm])[arm][0]
         figure = Figure(figsize=(2.7, 2.95), layout="constrained")
         axes = figure.add_subplot()
@@ -127,13 +127,13 @@ def circle(arm: str, points: Array, used: NDArray[np.bool_] | None, top: float, 
             axes.plot(chosen[:, 0] * 0.9, chosen[:, 1] * 0.9, "o", color=colour, markersize=2.8, alpha=0.6,
                       markeredgewidth=0)  # fmt: skip
             axes.text(0, 0, f"{int(used.sum()):,}\nused", ha="center", va="center", fontsize=9)
-        return _svg(figure)
+        return svg(figure)
 
 
 def step_parts(parts: Mapping[str, Mapping[str, float]], look: Mapping[str, Style] | None = None) -> str:
     """Stacked bars: milliseconds of each part of one training step, one bar per arm."""
     look = look or styles(parts)
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(RC):
         figure = Figure(figsize=(9.6, 0.9 + 0.38 * len(parts)), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(axis="y", visible=False)
@@ -153,7 +153,7 @@ def step_parts(parts: Mapping[str, Mapping[str, float]], look: Mapping[str, Styl
             label.set_color(look.get(label.get_text(), (INK, ""))[0])
             label.set_fontweight("bold")
         figure.legend(loc="outside upper center", ncols=8, handlelength=1, columnspacing=1.2, fontsize=8)
-        return _svg(figure)
+        return svg(figure)
 
 
 def image_strip(images: NDArray[np.uint8], largest: int = 64, smallest: int = 40, gap: int = 3) -> str:

@@ -29,7 +29,7 @@ _STYLES: dict[str, Style] = {
     "fixed": ("#7A7A7A", ":"),
 }
 _SPARE = ["#E69F00", "#000000", "#8C510A", "#B40F5D", "#5B8F00", "#6A3D9A", "#00797A", "#A0522D", "#3B3B98", "#C19A00"]
-_RC: dict[Any, Any] = {
+RC: dict[Any, Any] = {
     "svg.hashsalt": "uncollapse",  # same data, same bytes
     "text.parse_math": False,  # a dollar in an arm's name is a dollar
     "font.size": 8.5,
@@ -85,14 +85,14 @@ def smooth(x: Array, y: Array, points: int = 200) -> Curve:
     return np.array([x[g].mean() for g in groups]), np.array([y[g].mean() for g in groups])
 
 
-def _panel(title: str, width: float = 3.9) -> tuple[Figure, Axes]:
+def panel(title: str, width: float = 3.9) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, 3.0), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title)
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
     """Below the panel, and only where there is more than one line to tell apart."""
     if len(axes.get_legend_handles_labels()[0]) > 1:
         figure.legend(
@@ -101,7 +101,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
         )  # fmt: skip
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -61,7 +61,7 @@ def fused_dino_loss(
         targets: one ``(n, K)`` per teacher view, or :class:`SoftmaxTargets` with z ``(T, n, D)``; no gradient.
         temperature: the student's, above 0.
         bias: ``(K,)`` added to the logits after the temperature; gets a gradient where it requires one.
-        group: ranks that share the prototypes out; :func:`uncollapse.losses.cross_entropy.fused_cross_entropy` says what
+        group: ranks that share the prototypes out; :func:`fused_cross_entropy` says what
             every rank passes and gets.
 
     Raises:
@@ -101,7 +101,7 @@ def fused_patch_loss(
         temperature: the student's, above 0.
         row_weight: ``(M,)``, a, 0 or above; from :func:`patch_weights`.
         bias: ``(K,)`` added to the logits after the temperature; gets a gradient where it requires one.
-        group: ranks that share the prototypes out, as in :func:`uncollapse.losses.cross_entropy.fused_cross_entropy`; M may
+        group: ranks that share the prototypes out, as in :func:`fused_cross_entropy`; M may
             differ from rank to rank, and the loss is the mean over ranks.
 
     Returns:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 
-def _entropy(counts: np.ndarray) -> float:
+def entropy(counts: np.ndarray) -> float:
     """Plug-in entropy in nats of the distribution proportional to counts."""
     p = counts[counts > 0].astype(np.float64)
     p /= p.sum()
@@ -24,13 +24,13 @@ def effective_rank(z: Tensor) -> float:
     Raises:
         ValueError: ``z`` is not such a matrix.
     """
-    z = _finite(z).double()
+    z = finite(z).double()
     z = z / z.abs().max().clamp_min(1e-300)
     gram = z.T @ z if len(z) > z.shape[1] else z @ z.T
     values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     if float(values.sum()) == 0:
         raise ValueError("z is all zero and has no rank; check that the encoder's output is alive")
-    return float(np.exp(_entropy(values.cpu().numpy())))
+    return float(np.exp(entropy(values.cpu().numpy())))
 
 
 def uniformity(z: Tensor, max_points: int = 4096, seed: int = 0) -> float:
@@ -46,7 +46,7 @@ def uniformity(z: Tensor, max_points: int = 4096, seed: int = 0) -> float:
     Raises:
         ValueError: fewer than two rows, or a zero or non-finite row.
     """
-    z = _finite(z)
+    z = finite(z)
     if len(z) < 2:
         raise ValueError(f"uniformity compares pairs of rows, got {len(z)}; pass at least 2")
     if len(z) > max_points:
@@ -79,7 +79,7 @@ def alignment(z_views: Tensor) -> float:
     """
     if z_views.ndim != 3 or len(z_views) < 2:
         raise ValueError(f"alignment compares views: need (V, n, D) with V >= 2, got {tuple(z_views.shape)}")
-    flat = _finite(z_views.flatten(0, 1)).double()
+    flat = finite(z_views.flatten(0, 1)).double()
     if not bool((flat.abs().amax(1) > 0).all()):
         raise ValueError("z has a zero row, which has no direction; check that the encoder's output is alive")
     unit = torch.nn.functional.normalize(flat, dim=1, eps=0.0).view(z_views.shape)
@@ -89,7 +89,7 @@ def alignment(z_views: Tensor) -> float:
     return float((2 - 2 * cosines).mean().clamp_min(0))
 
 
-def _finite(z: Tensor) -> Tensor:
+def finite(z: Tensor) -> Tensor:
     if z.ndim != 2 or not z.is_floating_point() or 0 in z.shape:
         raise ValueError(f"z must be a non-empty floating (n, D) tensor, got {tuple(z.shape)} of {z.dtype}")
     if not bool(torch.isfinite(z).all()):

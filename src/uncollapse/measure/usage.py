@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncollapse.measure.geometry import _entropy, effective_rank, uniformity
+from uncollapse.measure.geometry import effective_rank, entropy, uniformity
 from uncollapse.measure.information import ViewInformation, view_information
 from uncollapse.measure.unique import EPSILONS, cosine_argmax, greedy_cover, nearest_kept, unique_prototypes
 
@@ -90,7 +90,7 @@ def _effective(counts: Tensor, nearest: Tensor) -> float:
     if int(counts.sum()) == 0 or int(counts.min()) < 0:
         raise ValueError("counts must be non-negative and not all zero; count at least one image")
     together = torch.zeros_like(counts).index_add_(0, nearest.to(counts.device), counts)
-    return float(np.exp(_entropy(together.cpu().numpy())))
+    return float(np.exp(entropy(together.cpu().numpy())))
 
 
 def _check_counts(counts: Tensor, w: Tensor) -> None:

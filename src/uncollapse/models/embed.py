@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncollapse.config.schema import Config
+from uncollapse.config.schema import ViewConfig
 from uncollapse.data.batched import multicrop
 from uncollapse.data.images import ImageSet, MemoryImages
 from uncollapse.data.views import ViewSpec, view_specs
@@ -22,8 +22,8 @@ VIEW_STEP = 2**31
 
 
 @torch.no_grad()
-def extract(
-    encoder: Encoder, images: ImageSet, config: Config, device: torch.device
+def embed(
+    encoder: Encoder, images: ImageSet, views: ViewConfig, workers: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of unaugmented images: backbone features ``(n, d)``, projections ``(n, D)`` and labels ``(n,)``, on the CPU.
 
@@ -31,8 +31,7 @@ def extract(
     """
     encoder.eval()
     features, projections, read = [], [], []
-    views = config.views
-    for indices, batch in eval_batches(images, views.global_size, views.mean, views.std, 256, config.data.workers):
+    for indices, batch in eval_batches(images, views.global_size, views.mean, views.std, 256, workers):
         read.append(indices)
         f = encoder.backbone(batch.to(device))
         features.append(f.float().cpu())
@@ -44,19 +43,19 @@ def extract(
 
 @torch.no_grad()
 def project_views(
-    encoder: Encoder, images: ImageSet, config: Config, device: torch.device, views: int = VIEWS
-) -> Tensor:
-    """Projections ``(views, n, D)`` of global views, keyed by the seed: equal views for every arm."""
+    encoder: Encoder, images: ImageSet, views: ViewConfig, seed: int, workers: int, device: torch.device,
+    count: int = VIEWS,
+) -> Tensor:  # fmt: skip
+    """Projections ``(count, n, D)`` of first global views, keyed by the seed: equal views for every arm."""
     encoder.eval()
-    first = view_specs(config.views)[0]
-    specs: list[ViewSpec] = [first] * views
+    specs: list[ViewSpec] = view_specs(views)[:1] * count
     n = len(images)
     chunks = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
     if isinstance(images, MemoryImages):
-        batches: Iterator[list[Tensor]] = (multicrop(images, c, config.seed, VIEW_STEP, specs, c) for c in chunks)
+        batches: Iterator[list[Tensor]] = (multicrop(images, c, seed, VIEW_STEP, specs, c) for c in chunks)
     else:
         plan = [(VIEW_STEP, c, c) for c in chunks]
-        batches = view_loader(images, plan, specs, config.seed, config.data.workers)
+        batches = view_loader(images, plan, specs, seed, workers)
     rows = []
     for batch in batches:
         rows.append(torch.stack([encoder.head(encoder.backbone(v.to(device))).float().cpu() for v in batch]))

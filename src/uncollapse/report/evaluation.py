@@ -9,8 +9,7 @@ import numpy as np
 
 from uncollapse.figures.style import Style
 from uncollapse.measure.catalogue import Row, number
-from uncollapse.measure.catalogue import number as finite
-from uncollapse.report.numbers import interval
+from uncollapse.report.numbers import interval, metric_text
 from uncollapse.report.words import meaning
 from uncollapse.run_folder.read import Arms, RunRecord
 
@@ -44,7 +43,7 @@ def probed_by_evaluate(run: RunRecord) -> Row:
     out: Row = {}
     for task, name in (("knn", "top1"), ("linear", "top1")):
         content = encoder.get("tasks", {}).get(task, {})
-        if finite(content.get(name)) is not None and content.get("n") == summary.get("n_held_out"):
+        if number(content.get(name)) is not None and content.get("n") == summary.get("n_held_out"):
             out |= {task: content[name], f"{task}_ci95": content.get("ci95")}
     if "linear" in out:
         content = encoder["tasks"]["linear"]
@@ -93,18 +92,7 @@ def _owned(classes: Any) -> Any:
             return None
         arrays.append(np.array(found, dtype=np.int64))
     alike = len({len(found) for found in arrays}) == 1
-    return _Owned(*arrays) if alike and arrays[0].any() else None
-
-
-class _Owned:
-    def __init__(self, train: np.ndarray, prototypes: np.ndarray, distinct: np.ndarray) -> None:
-        self.class_train, self.prototypes, self.distinct = train, prototypes, distinct
-
-    def owned(self) -> Any:
-        return self.prototypes
-
-    def owned_distinct(self) -> Any:
-        return self.distinct
+    return tuple(arrays) if alike and arrays[0].any() else None
 
 
 def _pictures(runs: list[tuple[str, RunRecord]], key: str) -> list[Row]:
@@ -117,7 +105,7 @@ def _pictures(runs: list[tuple[str, RunRecord]], key: str) -> list[Row]:
             if (counts := _owned(classes)) is not None:
                 from uncollapse.figures.owners import draw_owners
 
-                src, alt = draw_owners(counts)
+                src, alt = draw_owners(*counts)
                 found.append({"src": src, "alt": alt, "caption": f"{name}: {OWNERS}"})
             drawn = [p for pictures in encoder.get("pictures", {}).values() for p in pictures if "src" in p]
             found += [{"src": p["src"], "alt": p["alt"], "caption": f"{name}: {p['caption']}"} for p in drawn]
@@ -133,10 +121,10 @@ def _row(arm: str, colour: str, label: str, task: str, content: Row) -> Row:
         "colour": colour,
         "metric": metric,
         "meaning": meaning(metric),
-        "value": number(metric, value),
+        "value": metric_text(metric, value),
         "interval": interval(content.get("ci95")),
         "others": [
-            (n, number(n, v), interval((content.get("ci95_of") or {}).get(n)), meaning(n))
+            (n, metric_text(n, v), interval((content.get("ci95_of") or {}).get(n)), meaning(n))
             for n, v in others
             if isinstance(v, int | float) or v is None
         ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from uncollapse.measure.catalogue import number as finite
+from uncollapse.measure.catalogue import number
 
 COUNTS = re.compile(r"(^n_|_clusters$|^count|_count$|^prototypes$|_prototypes$|^classes$|_classes$)")
 """Names of metrics that are counts, whatever their value."""
@@ -13,9 +13,9 @@ PLAIN = re.compile(r"((prototypes|distinct)_per_class|_bits|_nats|_ratio)$")
 """Names of metrics that are no shares, even where they lie between 0 and 1."""
 
 
-def number(name: str, value: float | None) -> str:
+def metric_text(name: str, value: float | None) -> str:
     """A metric as text: shares in per cent, counts whole, the rest to four digits; a dash for what is missing."""
-    value = finite(value)
+    value = number(value)
     if value is None:
         return "–"
     if COUNTS.search(name) or (float(value).is_integer() and abs(value) > 1):
@@ -26,7 +26,7 @@ def number(name: str, value: float | None) -> str:
 def interval(ci95: Any) -> str:
     """``40.0–60.0`` for shares, plain numbers else; empty for an interval that could not be had."""
     low, high = ci95 if isinstance(ci95, list | tuple) and len(ci95) == 2 else (None, None)
-    low, high = finite(low), finite(high)
+    low, high = number(low), number(high)
     if low is None or high is None:
         return ""
     shares = -1 <= low <= high <= 1

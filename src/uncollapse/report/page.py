@@ -14,7 +14,7 @@ import numpy as np
 
 from uncollapse.errors import ConfigError
 from uncollapse.figures import panels as figures
-from uncollapse.figures.style import Curve
+from uncollapse.figures.style import Curve, Style, smooth
 from uncollapse.measure.catalogue import EFFECTIVE, UNIQUE, Measure, Row, at_epsilon, entry, measured, number, percent
 from uncollapse.measure.unique import EPSILONS
 from uncollapse.report.arms import CONTROL, group
@@ -122,7 +122,7 @@ def _fitted_on(rows: Sequence[Row]) -> str:
     return " / ".join(dict.fromkeys(text for text in found if text))
 
 
-def _figures(arms: Arms, look: Mapping[str, figures.Style]) -> dict[str, Panels]:
+def _figures(arms: Arms, look: Mapping[str, Style]) -> dict[str, Panels]:
     """The panels of every figure; a figure that nothing was recorded for has none."""
     step, share = "training step", "unique prototypes (%)"
 
@@ -169,7 +169,7 @@ def _figures(arms: Arms, look: Mapping[str, figures.Style]) -> dict[str, Panels]
 
 def _lines(
     arms: Arms,
-    look: Mapping[str, figures.Style],
+    look: Mapping[str, Style],
     read: Callable[[RunRecord], Curve],
     title: str,
     x_label: str,
@@ -200,7 +200,7 @@ def _logged(run: RunRecord, name: str) -> Curve:
     points = {
         row["step"]: v for row in run.metrics if row.get("kind") == "step" and (v := number(row.get(name))) is not None
     }
-    return figures.smooth(*_curve(points))
+    return smooth(*_curve(points))
 
 
 def _sweep(run: RunRecord, eps: float) -> Curve:
@@ -225,7 +225,7 @@ def _effective_curve(run: RunRecord) -> Curve:
     return _curve({eps: n for eps in EPSILONS if (n := at_epsilon(given, eps)) is not None})
 
 
-def _circles(arms: Arms, look: Mapping[str, figures.Style]) -> Panels:
+def _circles(arms: Arms, look: Mapping[str, Style]) -> Panels:
     given = {arm: [run for run in runs if len(run.arrays.get("circle", ()))] for arm, runs in arms.items()}
     first = {arm: runs[0] for arm, runs in given.items() if runs}
     points = {arm: run.arrays["circle"] for arm, run in first.items()}
@@ -240,7 +240,7 @@ def _circles(arms: Arms, look: Mapping[str, figures.Style]) -> Panels:
     return panels
 
 
-def _usage(arms: Arms, look: Mapping[str, figures.Style]) -> Panels:
+def _usage(arms: Arms, look: Mapping[str, Style]) -> Panels:
     given = {arm: [r.arrays["usage"] for r in runs if "usage" in r.arrays] for arm, runs in arms.items()}
     counts = {arm: found for arm, found in given.items() if found}
     if not counts:
@@ -254,7 +254,7 @@ def _usage(arms: Arms, look: Mapping[str, figures.Style]) -> Panels:
     return [(figures.usage_spectrum(counts, labels, look), alt)]
 
 
-def _cost(arms: Arms, look: Mapping[str, figures.Style]) -> Panels:
+def _cost(arms: Arms, look: Mapping[str, Style]) -> Panels:
     parts: dict[str, dict[str, float]] = {}
     for arm, runs in arms.items():
         given = [found for run in runs if (found := run.summary.get("step_parts"))]

@@ -21,7 +21,7 @@ from uncollapse.measure.probes import confidence95, knn_predictions, linear_accu
 from uncollapse.measure.random_start import random_likeness
 from uncollapse.measure.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
 from uncollapse.measure.usage import PrototypeReport, prototype_report, usage_counts
-from uncollapse.models.embed import extract, nearest_images, project_views
+from uncollapse.models.embed import embed, nearest_images, project_views
 from uncollapse.models.network import build_encoder
 from uncollapse.prototypes.build import initial_prototypes
 from uncollapse.run_folder.files import write_atomically
@@ -42,7 +42,7 @@ def finish_run(
     ``digests`` are those of `image_digests` for both sets, made when the run began.
     """
     vectors = state.prototypes.vectors("teacher").cpu()
-    features, z, labels = extract(state.teacher, held_out, config, device)
+    features, z, labels = embed(state.teacher, held_out, config.views, config.data.workers, device)
     report = prototype_report(vectors, z)
     information, notes = _information(config, state, vectors, train_images, held_out, device)
     probes, correct = _probes(config, state, train_images, held_out, features, labels, device)
@@ -89,8 +89,8 @@ def _information(
     chosen = np.random.default_rng([config.seed, 2]).permutation(len(train_images))
     fitting = subset(train_images, np.sort(chosen[: max(FEWEST_FIT, 8 * len(vectors))][:MOST_FIT]))
     try:
-        z_views = project_views(state.teacher, held_out, config, device)
-        z_fit = project_views(state.teacher, fitting, config, device, FIT_VIEWS)
+        z_views = project_views(state.teacher, held_out, config.views, config.seed, config.data.workers, device)
+        z_fit = project_views(state.teacher, fitting, config.views, config.seed, config.data.workers, device, FIT_VIEWS)
         found = view_information(z_views, vectors, z_fit)
     except Exception as error:  # the training is done, and no measure may cost it
         return None, [f"no view information: {_in_words(error)}"]
@@ -143,7 +143,7 @@ def _probes(
     chosen = np.random.default_rng([config.seed, 2]).permutation(len(train_images))
     bank = subset(train_images, np.sort(chosen[: config.log.evaluate_train]))
     try:
-        bank_features, _, bank_labels = extract(state.teacher, bank, config, device)
+        bank_features, _, bank_labels = embed(state.teacher, bank, config.views, config.data.workers, device)
     except Exception as error:
         found["notes"].append(f"no probes: {_in_words(error)}")
         return found, correct
@@ -171,7 +171,7 @@ def _probes(
 
     def untrained() -> Tensor:
         encoder = build_encoder(config, drop_path=False).to(device)
-        raw = [extract(encoder, images, config, device)[0] for images in (bank, held_out)]
+        raw = [embed(encoder, images, config.views, config.data.workers, device)[0] for images in (bank, held_out)]
         return knn_predictions(raw[0], bank_labels, raw[1], labels, k)
 
     measure("knn", lambda: knn_predictions(bank_features, bank_labels, features, labels, k), "kNN accuracy")

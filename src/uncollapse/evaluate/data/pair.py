@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from uncollapse.config.schema import DataConfig
-from uncollapse.data.images import Files, ImageSet, LazyImages, MemoryImages, open_image, subset
+from uncollapse.data.decode import open_image
+from uncollapse.data.images import Files, ImageSet, LazyImages, MemoryImages, subset
 from uncollapse.data.listing import Items, find_items, image_names
 from uncollapse.data.load import load_images, load_items, split_items
 from uncollapse.data.parquet import ParquetRows

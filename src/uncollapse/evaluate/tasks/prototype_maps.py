@@ -285,7 +285,7 @@ def draw_groups(pictures: list[GroupPicture], gap: int = 4) -> tuple[str, str]:
     sides = [[p for p in pictures if p.duplicates > 1], [p for p in pictures if p.duplicates == 1]]
     rows, most = max(map(len, sides)), max(len(p.indices) for p in pictures)
     columns = [side for side in sides if side]
-    with mpl.rc_context({**figures._RC, "axes.grid": False}):
+    with mpl.rc_context({**figures.RC, "axes.grid": False}):
         figure = Figure(figsize=(0.62 * most * len(columns) + 0.2, 1.62 * rows + 0.45), layout="constrained")
         grid = figure.subplots(rows, len(columns), squeeze=False)
         for column, side in enumerate(columns):
@@ -296,7 +296,7 @@ def draw_groups(pictures: list[GroupPicture], gap: int = 4) -> tuple[str, str]:
                     strip = _strip(side[row], most, gap)
                     axes.imshow(strip, interpolation="none")
                     axes.set_title(_title(side[row]), fontsize=8, fontweight="normal")
-        picture = figures._svg(figure)
+        picture = figures.svg(figure)
     return picture, _alt(columns, pictures[0].kind)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from uncollapse.evaluate.features import Features, Ints, labelled
 from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
 from uncollapse.measure.probes import confidence95
+from uncollapse.measure.shots import SPLITS, splits
 from uncollapse.measure.unique import greedy_cover, nearest_kept
 from uncollapse.measure.usage import prototype_argmax
 
@@ -22,7 +23,6 @@ FEWEST = 5
 """Held-out images that a prototype needs before its own purity and entropy are looked at."""
 SHUFFLES = 20
 """Random assignments with the same group sizes, behind the purity of chance."""
-SPLITS = ("many", "medium", "few")
 
 
 @dataclass(frozen=True)
@@ -250,11 +250,6 @@ def _by_split(
             found[f"{name}_distinct_per_class"] = float(distinct[of_class].mean())
             found[f"{name}_top1"] = _mean(accuracy[of_class & (total > 0)])
     return found
-
-
-def splits(class_train: Ints) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Classes with many (> 100), medium (20 to 100) and few (1 to 19) training images: three (C,) masks."""
-    return class_train > 100, (class_train >= 20) & (class_train <= 100), (class_train > 0) & (class_train < 20)
 
 
 def _random_purity(cluster: Ints, truth: Ints, seed: int) -> float:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from uncollapse.data.images import decode, open_image, upright, upright_size
+from uncollapse.data.decode import decode, open_image, upright, upright_size
 from uncollapse.data.listing import image_names
 from uncollapse.errors import DataError
 from uncollapse.evaluate.encoder import EvalEncoder

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from test_encoder import head
 
 import encoders
 from layouts import EPS, S, T, X, norm_old, prefixed
-from test_rebuild import head
 from uncollapse.checkpoints.prototypes import find_prototypes
 from uncollapse.diagnosis.images import PATCHES, _marginal, _shared, _SomePatches
 from uncollapse.diagnosis.page import write_page

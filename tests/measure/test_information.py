@@ -13,7 +13,7 @@ from uncollapse.config.load import load_config
 from uncollapse.data.load import load_images
 from uncollapse.measure.unique import cosine_argmax
 from uncollapse.measure.usage import prototype_argmax, usage_counts
-from uncollapse.models.embed import extract, project_views
+from uncollapse.models.embed import embed, project_views
 from uncollapse.models.network import build_encoder
 from uncollapse.training.run import train
 
@@ -175,10 +175,12 @@ def test_an_untrained_encoder_with_its_own_projections_stays_below_a_trained_one
     images, held_out = load_images("builtin:digits", config.data, config.seed)
     encoder = build_encoder(config, drop_path=False)
     cpu = torch.device("cpu")
-    projections, unseen = (extract(encoder, part, config, cpu)[1] for part in (images, held_out))
+    projections, unseen = (embed(encoder, part, config.views, 0, cpu)[1] for part in (images, held_out))
     w = projections[torch.randperm(len(projections), generator=torch.Generator().manual_seed(0))[:1024]]
     own = view_information(
-        project_views(encoder, held_out, config, cpu), w, project_views(encoder, images, config, cpu)
+        project_views(encoder, held_out, config.views, config.seed, 0, cpu),
+        w,
+        project_views(encoder, images, config.views, config.seed, 0, cpu),
     )
     counts = usage_counts(prototype_argmax(unseen, w), 1024)
     assert effective_prototypes(counts, w) > 2 * trained["effective"]["0.025"]

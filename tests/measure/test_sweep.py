@@ -94,7 +94,7 @@ def test_a_bfloat16_product_changes_nothing(monkeypatch):
     expected = complete_sweep(w, EPSILONS)
     product = "uncollapse.measure.close_pairs.Rows.product"
     monkeypatch.setattr(product, lambda self, a, b: a.bfloat16().float() @ b.bfloat16().float().T)
-    monkeypatch.setattr("uncollapse.numerics.rounding", lambda dim: 2.0**-6)
+    monkeypatch.setattr("uncollapse.measure.close_pairs.rounding", lambda dim: 2.0**-6)
     assert complete_sweep(w, EPSILONS) == expected
 
 

@@ -285,7 +285,7 @@ def test_a_failed_evaluation_leaves_the_training(tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("no memory for it")
 
-    monkeypatch.setattr(uncollapse.summary, "extract", fail)
+    monkeypatch.setattr(uncollapse.training.summary, "embed", fail)
     with pytest.raises(TrainingError, match="trained and saved to step 2, but the evaluation failed"):
         run(tmp_path / "run", 2)
     monkeypatch.undo()

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_encoder import head, rebuilt_of
 
 import encoders
 from layouts import S, T, X, norm_old, prefixed
-from test_rebuild import head, rebuilt_of
 from uncollapse.checkpoints.backbones import backbone_of
 from uncollapse.checkpoints.encoder import rebuild_encoder
 from uncollapse.checkpoints.prototypes import find_prototypes

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from uncollapse.data.images import decode
+from uncollapse.data.decode import decode
 from uncollapse.errors import DataError
 
 

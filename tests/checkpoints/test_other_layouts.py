@@ -4,11 +4,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from test_encoder import head, rebuilt_of
 from timm.models.resnet import BasicBlock, ResNet
 
 import encoders
 from layouts import EPS, S, T, norm_old, prefixed
-from test_rebuild import head, rebuilt_of
 from uncollapse.checkpoints.backbones import backbone_of
 from uncollapse.diagnosis import run as diagnosis
 from uncollapse.diagnosis.run import diagnose, diagnose_file

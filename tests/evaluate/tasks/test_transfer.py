@@ -48,7 +48,7 @@ def stand_ins(monkeypatch):
 
     for name, shift in (("knn", 0.0), ("linear", 0.1)):
         module = SimpleNamespace(**{name: task(name, shift)})
-        monkeypatch.setitem(sys.modules, f"uncollapse.evaluate.{name}", module)
+        monkeypatch.setitem(sys.modules, f"uncollapse.evaluate.tasks.{name}", module)
 
 
 @pytest.mark.usefixtures("stand_ins")

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
+from test_encoder import head, vit
 
 from layouts import EPS, S, T, X, prefixed
-from test_rebuild import head, vit
 from uncollapse.checkpoints.read import flatten, read_tensors
 from uncollapse.checkpoints.sharded import INDEX
 from uncollapse.diagnosis.run import diagnose, diagnose_file

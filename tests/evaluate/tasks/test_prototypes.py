@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncollapse.evaluate.features import Features
-from uncollapse.evaluate.tasks.prototypes import FEWEST, ownership, prototype_owners, splits
+from uncollapse.evaluate.tasks.prototypes import FEWEST, ownership, prototype_owners
 from uncollapse.figures.owners import draw_owners
+from uncollapse.measure.shots import splits
 
 
 def features(labels, z, classes=()) -> Features:
@@ -174,7 +175,8 @@ def test_no_duplicates_only_duplicates_and_a_single_prototype(kind: str) -> None
         assert math.isnan(m["duplicates_top1"])
         assert m["distinct_top1"] == m["top1"] == m["top1_merged"]
     assert result.details["duplicates"]["images"] + result.details["distinct"]["images"] == 30
-    picture, alt = draw_owners(ownership(random(40, 0), random(30, 1), w))
+    o = ownership(random(40, 0), random(30, 1), w)
+    picture, alt = draw_owners(o.class_train, o.owned(), o.owned_distinct())
     assert picture.startswith("data:image/svg+xml;base64,")
     assert "4 classes" in alt
 

@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageFile
 
 from uncollapse.config.schema import DataConfig, ViewConfig
-from uncollapse.data.images import LazyImages, decode
+from uncollapse.data.decode import decode
+from uncollapse.data.images import LazyImages
 from uncollapse.data.load import load_images
 from uncollapse.data.views import view_specs
 from uncollapse.data.workers import eval_batches, view_loader
