@@ -139,7 +139,7 @@ def simulate(k: int, every: int, steps: int, device: torch.device, dim: int = 64
         logits = [prototypes.logits(z, "teacher") for z in z_teacher]
         targets = [centred_softmax(x, center, 0.04) for x in logits]
         center.lerp_(torch.cat(logits).mean(0), 0.1)
-        loss = fused_dino_loss(z_student, prototypes.affine("student")[0], targets, 0.1)
+        loss = fused_dino_loss(z_student, prototypes.affine("student", 0.1)[0], targets, 0.1)
         start = time.perf_counter()
         regulariser = prototypes.regulariser()
         seconds += time.perf_counter() - start

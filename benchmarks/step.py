@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common import Cost, Row, describe, measure, print_rows
 from uncollapse.config.load import load_config
+from uncollapse.models.drop_path import row_keys
 from uncollapse.prototypes.build import build_prototypes
 from uncollapse.prototypes.sets import JointPrototypes, Prototypes
 from uncollapse.training.optim import update_teacher
@@ -60,13 +61,14 @@ def _encoder_parts(state: TrainState, locals_: int, micro: int, images: int, dev
     small = [torch.randn(micro, 3, 96, 96, device=device) for _ in range(locals_)]
     times = images / micro
     kept: list[Tensor] = []
+    views = len(wide) + len(small)
 
     def teacher() -> None:
         with torch.no_grad():
             state.teacher(wide)
 
     def forward() -> None:
-        kept[:] = state.student([*wide, *small])
+        kept[:] = [state.student([*wide, *small], row_keys(0, 0, torch.arange(micro, device=device), views)).cls]
 
     def both() -> None:
         forward()
@@ -90,28 +92,30 @@ def _encoder_parts(state: TrainState, locals_: int, micro: int, images: int, dev
 
 
 def _prototype_parts(arm: str, k: int, z: Tensor, device: torch.device) -> dict[str, Cost]:
-    from uncollapse.methods.dino import DINO
+    from uncollapse.methods import dino
+    from uncollapse.methods.contract import At, Seen
 
     _, images, dim = z.shape
     config = load_config("dino-vits16", {"prototypes.kind": arm, "prototypes.count": k})
     prototypes: Prototypes = build_prototypes(config.prototypes, dim, GLOBALS * images, 0).to(device)
-    objective = DINO(k).to(device)
+    sets, memory = {"cls": prototypes}, {n: t.to(device) for n, t in dino.memory(config).items()}
+    at, teacher = At(0, 0.0, 0.0, 0, None), Seen({"cls": z[:GLOBALS]})
     learned = [p for p in prototypes.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-4) if learned else None
-    z_teacher, z_student = z[:GLOBALS], [v.clone().requires_grad_() for v in z]
+    z_student = [v.clone().requires_grad_() for v in z]
     flat = z[:GLOBALS].flatten(0, 1)
     parts: dict[str, Cost] = {}
     if not isinstance(prototypes, JointPrototypes):
         first = measure(lambda: prototypes.observe(flat, 0.5), 0)  # what it allocates and keeps shows only here
         again = measure(lambda: prototypes.observe(flat, 0.5), 5)
         parts["E- and M-step"] = Cost(again.seconds, first.peak)
-    parts["targets"] = measure(lambda: objective.targets(z_teacher, prototypes, 0.04), 5)
-    targets = objective.targets(z_teacher, prototypes, 0.04)
+    parts["targets"] = measure(lambda: dino.assign(config, teacher, sets, memory, at), 5)
+    targets = dino.assign(config, teacher, sets, memory, at)
 
     def loss() -> None:
         for tensor in [*z_student, *learned]:
             tensor.grad = None
-        objective.loss(z_student, targets, prototypes, 0.1).backward()
+        dino.objective(config, Seen({"cls": torch.stack(z_student)}), targets, sets, at)["cls"].backward()
 
     def regulariser() -> None:
         term = prototypes.regulariser()
@@ -121,7 +125,7 @@ def _prototype_parts(arm: str, k: int, z: Tensor, device: torch.device) -> dict[
     parts["loss, forward and backward"] = measure(loss, 3)
     if prototypes.regulariser() is not None:
         parts["KoLeo-Proto, forward and backward"] = measure(regulariser, 2)
-    parts["centre"] = measure(lambda: objective.update_center(flat.mean(0), prototypes), 5)
+    parts["centre"] = measure(lambda: dino.remember(config, teacher, sets, memory, at), 5)
     if optimizer is not None:
         parts["prototypes' optimiser and EMA"] = measure(
             lambda: (optimizer.step(), prototypes.update_teacher(0.996)), 3

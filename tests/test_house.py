@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "run_folder": {"config", "measure"},
     "models": {"config", "data"},
     "prototypes": {"config", "losses", "targets"},
-    "methods": {"config", "losses", "prototypes", "targets"},
+    "methods": {"config", "losses", "models", "prototypes", "targets"},
     "checkpoints": {"config", "models", "prototypes"},
     "report": {"config", "figures", "measure", "run_folder"},
     "diagnosis": {"checkpoints", "config", "data", "figures", "measure", "models", "run_folder"},

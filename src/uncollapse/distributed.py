@@ -60,6 +60,16 @@ def gather_rows(x: Tensor, group: Group) -> Tensor:
     return torch.cat(out)
 
 
+def gather_ragged(x: Tensor, group: Group) -> Tensor:
+    """As :func:`gather_rows` where ranks have other numbers of rows; no gradient."""
+    if group is None:
+        return x
+    sizes = gather_rows(torch.tensor([len(x)], device=x.device), group).tolist()
+    padded = torch.cat([x.detach(), x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
+    blocks = gather_rows(padded, group).split(max(sizes) or 1)
+    return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=False)])
+
+
 def logsumexp_over_ranks(x: Tensor, group: Group) -> Tensor:
     """``log Σ_ranks exp x``, element by element; no gradient."""
     if group is None:

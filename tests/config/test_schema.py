@@ -132,19 +132,19 @@ def test_any_valid_value_survives_the_file(lr, batch, flip, seed):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_an_arm_is_named_by_what_makes_it(arm):
-    assert arm_name(load_config("demo", arm_keys(arm)).prototypes) == arm
+    assert arm_name(load_config("demo", arm_keys(arm))) == arm
 
 
 def test_targets_are_the_modes_own_unless_the_recipe_says_otherwise():
     def targets(**keys):
-        return targets_of(load_config("demo", {f"prototypes.{k}": v for k, v in keys.items()}).prototypes)
+        return targets_of(load_config("demo", {f"prototypes.{k}": v for k, v in keys.items()}))
 
     assert targets(kind="joint") == targets(kind="decoupled-paper") == "centred"
     assert targets(kind="decoupled") == "posterior"
     assert targets(kind="decoupled", targets="sinkhorn") == "sinkhorn"
-    assert arm_name(
-        load_config("demo", {"prototypes.kind": "decoupled", "prototypes.targets": "centred"}).prototypes
-    ) == ("decoupled-centred")
+    assert arm_name(load_config("demo", {"prototypes.kind": "decoupled", "prototypes.targets": "centred"})) == (
+        "decoupled-centred"
+    )
     with pytest.raises(ConfigError, match=r"prototypes.targets: only a mixture has a posterior, joint has none"):
         targets(kind="joint", targets="posterior")
 

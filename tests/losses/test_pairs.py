@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from uncollapse.losses.cross_entropy import fused_cross_entropy
 from uncollapse.losses.logits import fused_dino_loss_on_logits
 from uncollapse.losses.pairs import dino_loss, fused_dino_loss, fused_patch_loss, patch_weights
-from uncollapse.methods.dino import DINO
-from uncollapse.prototypes.sets import FixedPrototypes
 from uncollapse.prototypes.vmf import vmf_bias
 from uncollapse.targets.sinkhorn import centred_softmax, sinkhorn, sinkhorn_offsets
 from uncollapse.targets.softmax import SoftmaxTargets
@@ -305,18 +303,6 @@ def test_centred_softmax_subtracts_before_dividing():
     torch.testing.assert_close(centred_softmax(logits, center, 0.07), expected)
 
 
-def test_center_follows_the_mean_of_raw_logits():
-    prototypes = FixedPrototypes(12, 5, torch.Generator().manual_seed(0))
-    objective = DINO(12, center_momentum=0.9)
-    expected = torch.zeros(12, dtype=torch.float64)
-    for step in range(4):
-        z = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(step))
-        objective.update_center(z.mean((0, 1)), prototypes)
-        logits = torch.stack([prototypes.weight.double() @ x.double() for x in z.reshape(-1, 5)])
-        expected = 0.9 * expected + 0.1 * logits.mean(0)
-    torch.testing.assert_close(objective.center.double(), expected, rtol=1e-5, atol=1e-6)
-
-
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), n=st.integers(1, 12), k=st.integers(2, 8))
 def test_sinkhorn_equals_a_float64_loop(seed, n, k):
@@ -332,12 +318,3 @@ def test_sinkhorn_balances_columns():
     scores = 5 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     mass = sinkhorn(scores, iterations=50).sum(0)
     torch.testing.assert_close(mass, torch.full((8,), 8.0), rtol=1e-3, atol=1e-3)
-
-
-def test_targets_without_a_set_of_their_own_are_centred_and_sharpened():
-    prototypes = FixedPrototypes(12, 5, torch.Generator().manual_seed(0))
-    objective = DINO(12)
-    z = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
-    objective.update_center(z.mean((0, 1)), prototypes)
-    expected = centred_softmax(prototypes.logits(z, "teacher"), objective.center, 0.04)
-    torch.testing.assert_close(objective.targets(z, prototypes, 0.04).dense(), expected)

@@ -87,7 +87,7 @@ def trained(folder, kinds=KINDS):
         train(recipe(kind), folder / kind, STEPS, say=lambda line: None, accelerator="cpu")
         if int(os.environ.get("RANK", "0")) == 0:
             saved = load_checkpoint(folder / kind / "checkpoints")
-            for part in ("student", "teacher", "objective"):
+            for part in ("student", "teacher", "memory"):
                 out |= {f"{kind} {part} {n}": t for n, t in saved[part].items()}
             out |= {f"{kind} prototypes {n}": t for n, t in saved["prototypes"]["cls"].items()}
     return out

@@ -46,7 +46,7 @@ def same(a, b):
 
 def learned(folder):
     state = load_checkpoint(Path(folder) / "checkpoints")
-    return {k: state[k] for k in ("step", "student", "teacher", "prototypes", "objective", "optimizer", "monitor")}
+    return {k: state[k] for k in ("step", "student", "teacher", "prototypes", "memory", "optimizer", "monitor")}
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -99,23 +99,23 @@ def test_decoupled_prototypes_are_out_of_every_optimisers_reach(tmp_path):
         state = build_state(tiny_demo(kind))
         ours = {p.data_ptr() for p in state.student.parameters()}
         assert {p.data_ptr() for g in state.optimizer.param_groups for p in g["params"]} == ours
-        assert not [p for p in state.prototypes.parameters() if p.requires_grad]
+        assert not [p for p in state.sets.parameters() if p.requires_grad]
 
 
 def test_what_moves_and_what_does_not(tmp_path):
     for kind in ARMS:
         config = tiny_demo(kind)
-        before = build_state(config).prototypes.vectors("student")
+        before = build_state(config).prototypes().vectors("student")
         run(config, tmp_path / kind, max_steps=3)
         state = build_state(config)
-        state.prototypes.load_state_dict(learned(tmp_path / kind)["prototypes"]["cls"])
-        moved = float((state.prototypes.vectors("student") - before).abs().max())
+        state.prototypes().load_state_dict(learned(tmp_path / kind)["prototypes"]["cls"])
+        moved = float((state.prototypes().vectors("student") - before).abs().max())
         assert (moved == 0) == (kind == "fixed"), (kind, moved)
 
 
 def test_frozen_prototypes_stay_during_the_first_epochs(tmp_path):
     config = tiny_demo(**{"prototypes.freeze_epochs": 1.0})
-    start = build_state(config).prototypes.state_dict()["student_v"]
+    start = build_state(config).prototypes().state_dict()["student_v"]
     run(config, tmp_path / "a", max_steps=3)
     assert torch.equal(learned(tmp_path / "a")["prototypes"]["cls"]["student_v"], start)
     run(config, tmp_path / "b", max_steps=46)
@@ -161,9 +161,9 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 
 
 def test_gone_bad_weights_are_never_saved_over_good_ones(tmp_path, monkeypatch):
-    import uncollapse.training.loop as loop
+    import uncollapse.training.step as step
 
-    plain = loop.update_teacher
+    plain = step.update_teacher
 
     def poison(teacher, student, momentum):
         plain(teacher, student, momentum)
@@ -172,7 +172,7 @@ def test_gone_bad_weights_are_never_saved_over_good_ones(tmp_path, monkeypatch):
             next(student.parameters()).data[0] = float("nan")
 
     calls: list[int] = []
-    monkeypatch.setattr(loop, "update_teacher", poison)
+    monkeypatch.setattr(step, "update_teacher", poison)
     config = tiny_demo(**{"log.checkpoint_steps": 2})
     with pytest.raises(TrainingError, match="NaN or infinite by step 6"):
         run(config, tmp_path / "run", max_steps=12)
@@ -201,15 +201,15 @@ def test_full_disk_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_a_nan_stops_the_run_and_keeps_the_last_good_weights(tmp_path, monkeypatch):
-    from uncollapse.methods.dino import DINO
+    from uncollapse.methods import dino
 
-    plain, calls = DINO.loss, []
+    plain, calls = dino.objective, []
 
-    def poisoned(self, *args):
+    def poisoned(*args):
         calls.append(1)
-        return plain(self, *args) * (float("nan") if len(calls) == 4 else 1.0)
+        return {"cls": plain(*args)["cls"] * (float("nan") if len(calls) == 4 else 1.0)}
 
-    monkeypatch.setattr(DINO, "loss", poisoned)
+    monkeypatch.setattr(dino, "objective", poisoned)
     config = tiny_demo(**{"log.checkpoint_steps": 0})
     with pytest.raises(TrainingError, match="NaN or infinite at step 3") as error:
         run(config, tmp_path / "bad", max_steps=8)
@@ -228,7 +228,7 @@ def test_a_loss_that_stays_at_ln_k_is_explained(tmp_path):
     config = tiny_demo(**{"optim.lr": 1e-12, "optim.min_lr": 0.0, "teacher.student_temperature": 100.0})
     config = replace(config, run=replace(config.run, epochs=5.0))
     train(config, tmp_path / "run", 210, say=lines.append, accelerator="cpu")
-    assert any("stayed at ln K" in line for line in lines)
+    assert any("stayed at ln 64 = 4.159" in line for line in lines)
     assert any(r["kind"] == "warning" for r in read_rows(tmp_path / "run" / "metrics.jsonl"))
 
 

@@ -28,8 +28,11 @@ def add_parsers(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="pre-train on your images",
-        epilog=f"Recipes that ship: {', '.join(recipe_names())}. Any key of a recipe can be set, e.g. "
-        "--optim.lr 1e-3 --views.local_count 4; `uncollapse recipe NAME` prints every key.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # else names are broken at their hyphens
+        epilog="Recipes that ship:\n  "
+        + "\n  ".join(recipe_names())
+        + "\n\nAny key of a recipe can be set, e.g. --optim.lr 1e-3 --views.local_count 4;\n"
+        "`uncollapse recipe NAME` prints every key.",
     )
     train.add_argument("recipe", nargs="?", help="a recipe's name or a YAML file")
     train.add_argument("--data", help="image folder, Parquet file or folder of them, or builtin:digits")
@@ -43,7 +46,7 @@ def add_parsers(commands: Any) -> None:
     train.set_defaults(run=_train)
 
     recipe = commands.add_parser("recipe", help="print a recipe with every key it leaves at its default")
-    recipe.add_argument("name", help=f"one of {', '.join(recipe_names())}, or a YAML file")
+    recipe.add_argument("name", help="a recipe's name (`uncollapse train --help` lists them) or a YAML file")
     recipe.set_defaults(run=_recipe)
 
 
@@ -104,7 +107,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         summary = train(config, out, arguments.max_steps, arguments.resume is not None, progress, say, arguments.device)
     if not main_rank:
         return
-    write_report([read_run(out)], out / "report.html", f"{arm_name(config.prototypes)} on {summary['data']}", [])
+    write_report([read_run(out)], out / "report.html", f"{arm_name(config)} on {summary['data']}", [])
     try:
         print_table([summary])
         for note in summary.get("notes", []):
@@ -134,7 +137,7 @@ def _new_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
         raise ConfigError("--data PATH: say where the images are (a folder, Parquet, or builtin:digits)")
     _must_exist(config, fresh=True)
     stem = Path(arguments.recipe).stem
-    return config, arguments.out or Path("runs") / f"{stem}-{arm_name(config.prototypes)}-seed{config.seed}"
+    return config, arguments.out or Path("runs") / f"{stem}-{arm_name(config)}-seed{config.seed}"
 
 
 def _must_exist(config: Config, fresh: bool) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from uncollapse.config.schema import Config
+from uncollapse.config.schema import Config, targets_of
 
 
 def impossible(config: Config) -> list[tuple[str, str]]:
     """(key, what is wrong with it) for each; empty where all is well."""
-    from uncollapse.config.schema import targets_of
-
     views, teacher, optim, run = config.views, config.teacher, config.optim, config.run
+    method, protos = config.method, config.prototypes
     problems = []
     for name in ("global_scale", "local_scale", "blur_sigma"):
         low, high = getattr(views, name)
@@ -25,10 +21,25 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(("teacher.momentum_end", f"must be at least teacher.momentum, {end} < {momentum}"))
     if optim.min_lr > lr:
         problems.append(("optim.min_lr", f"{optim.min_lr} exceeds the scaled learning rate {lr:g}"))
-    if targets_of(config.prototypes) == "posterior" and not config.prototypes.kind.startswith("decoupled"):
+    if targets_of(config) == "posterior" and not config.prototypes.kind.startswith("decoupled"):
         problems.append(("prototypes.targets", f"only a mixture has a posterior, {config.prototypes.kind} has none"))
     if run.batch % run.accumulate:
         problems.append(("run.accumulate", f"a batch of {run.batch} does not divide into {run.accumulate} equal parts"))
     if teacher.temperature > 1 or teacher.temperature_start > 1:
         problems.append(("teacher.temperature", "temperatures above 1 make every target uniform over cosines"))
+    if method.name == "carp" and method.block > protos.count:
+        problems.append(("method.block", f"blocks of {method.block} cannot be dealt from {protos.count} prototypes"))
+    if method.name == "swav" and method.queue % run.batch:
+        problems.append(("method.queue", f"{method.queue} is not a multiple of run.batch, {run.batch}"))
+    if method.name in ("swav", "carp") and run.accumulate > 1:
+        why = {"swav": "SwAV's codes come", "carp": "CARP's entropy comes"}[method.name]
+        problems.append(("run.accumulate", f"must be 1: {why} from the whole batch's student at once"))
+    if method.name == "ibot" and method.mask_ratio[0] > method.mask_ratio[1]:
+        problems.append(("method.mask_ratio", "the first number must not exceed the second"))
+    if method.name == "ibot" and not config.backbone.name.startswith(("vit_", "deit")):
+        problems.append(
+            ("backbone.name", f"iBOT hides patches, which {config.backbone.name} does not have; take a vit_*")
+        )
+    if protos.vmf and not config.head.normalise:
+        problems.append(("prototypes.vmf", "a vMF density is over unit vectors; head.normalise must be true"))
     return problems

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from uncollapse.config.impossible import impossible
+from uncollapse.config.methods import METHODS
 from uncollapse.config.plain_yaml import parse_yaml, read_yaml, shortened
 from uncollapse.config.schema import Config
 from uncollapse.errors import ConfigError
@@ -62,6 +64,8 @@ def set_key(content: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _known_keys(prefix: list[str]) -> list[str]:
+    if prefix == ["method"]:  # of any method: which one it is, a recipe may say later
+        return list(dict.fromkeys(f.name for record in METHODS.values() for f in dataclasses.fields(record)))
     cls: Any = Config
     for name in prefix:
         types = {f.name: f.default_factory for f in dataclasses.fields(cls)}
@@ -80,9 +84,18 @@ def all_keys(prefix: Sequence[str] = ()) -> list[str]:
 def _one_line(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
+    if location[:1] == ["method"] and len(location) > 2:
+        del location[1]  # which of the methods
+    if first["type"] == "union_tag_invalid":
+        location, first = (
+            ["method", "name"],
+            {**first, "msg": f"one of {', '.join(METHODS)}", "input": first["ctx"]["tag"]},
+        )
     key = ".".join(location)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _known_keys(location[:-1])
+        if location[0] == "method" and location[-1] in known:
+            return f"{source}: {key}: the method has no such key; it belongs to another one"
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         return f"{source}: unknown key {shortened(key)!r} ({hint})"
@@ -118,8 +131,6 @@ def build_config(content: dict[str, Any], source: str = "config", retired: bool 
         raise ConfigError(f"{source}: {near}: not UTF-8; reach it by another name, such as a symbolic link") from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
-    from uncollapse.config.impossible import impossible
-
     for key, problem in impossible(config):
         raise ConfigError(f"{source}: {key}: {problem}")
     return config
@@ -127,6 +138,8 @@ def build_config(content: dict[str, Any], source: str = "config", retired: bool 
 
 def _as_now(content: dict[str, Any], source: str, retired: bool) -> dict[str, Any]:
     """Keys of run folders of before under their names of today; what no longer exists is refused where it was used."""
+    if isinstance(method := content.get("method"), dict):
+        content = {**content, "method": {"name": "dino", **method}}
     prototypes = content.get("prototypes")
     if not isinstance(prototypes, dict):
         return content

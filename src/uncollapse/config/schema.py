@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from uncollapse.config.methods import DINO, OWN_TARGETS, Method
+
 PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "fixed"]
 KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed")
-TargetKind = Literal["centred", "sinkhorn", "posterior"]
+TargetKind = Literal["centred", "sinkhorn", "softmax", "posterior"]
 ARMS = ("joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fixed")
 """What a comparison should hold: every way to learn prototypes, and joint ones with balanced targets, which tell the
 effect of decoupling from that of balancing."""
@@ -97,6 +99,8 @@ class HeadConfig:
     layers: Positive = 3
     bottleneck: Positive = 256
     batch_norm: bool = False
+    normalise: bool = True
+    """Whether projections are put on the unit sphere; CARP's are not."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +128,13 @@ class MixtureConfig:
 class PrototypeConfig:
     kind: PrototypeKind = "joint"
     targets: TargetKind | None = None
-    """The teacher's target: DINO's centred softmax over cosines, the same balanced by Sinkhorn over the batch, or the
-    mixture's posterior. null: the mode's own, the posterior for ``decoupled`` and ``centred`` for all others."""
+    """The teacher's target: DINO's centred softmax over the teacher's logits, the same balanced by Sinkhorn over the
+    batch, plain softmax, or the mixture's posterior. null: the posterior for ``decoupled``, else the method's own."""
     count: Annotated[int, Field(ge=2)] = 65536
     learn_norm: bool = True
     """Whether the length of each prototype is learned (DINO's ``norm_last_layer=False``)."""
+    vmf: bool = False
+    """Whether logits have the von Mises–Fisher normaliser, which lengths of their own need."""
     freeze_epochs: Rate = 1.0
     """Joint prototypes get no gradient during these first epochs."""
     lr_scale: Rate = 1.0
@@ -206,6 +212,7 @@ class Config:
     """One run. See the recipes for complete examples."""
 
     seed: Count = 0
+    method: Method = field(default_factory=DINO)
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -222,19 +229,22 @@ for _cls in (DataConfig, ViewConfig, BackboneConfig, HeadConfig, MixtureConfig, 
     _cls.__pydantic_config__ = _strict  # type: ignore[union-attr]
 
 
-def targets_of(prototypes: PrototypeConfig) -> TargetKind:
-    """The teacher's target that is in force: the recipe's, or the mode's own."""
-    return prototypes.targets or _own_targets(prototypes.kind)
+def targets_of(config: Config) -> TargetKind:
+    """The teacher's target that is in force: the recipe's, the mode's, or the method's own."""
+    return config.prototypes.targets or _own_targets(config)
 
 
-def _own_targets(kind: PrototypeKind) -> TargetKind:
-    return "posterior" if kind == "decoupled" else "centred"
+def _own_targets(config: Config) -> TargetKind:
+    return "posterior" if config.prototypes.kind == "decoupled" else OWN_TARGETS[config.method.name]
 
 
-def arm_name(prototypes: PrototypeConfig) -> str:
-    """What a comparison calls such a run: its mode, and its targets where they are not the mode's own."""
-    targets = targets_of(prototypes)
-    return prototypes.kind if targets == _own_targets(prototypes.kind) else f"{prototypes.kind}-{targets}"
+def arm_name(config: Config) -> str:
+    """What a comparison calls such a run: its mode, and its targets where they are not the mode's own.
+
+    Runs of several methods are told apart by `Config.method` beside it.
+    """
+    targets, kind = targets_of(config), config.prototypes.kind
+    return kind if targets == _own_targets(config) else f"{kind}-{targets}"
 
 
 def arm_keys(arm: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from uncollapse.config.load import build_config, set_key
+from uncollapse.config.methods import CARP, DINO, IBOT, SwAV
 from uncollapse.config.schema import BackboneConfig, Config
 
 
@@ -30,6 +31,7 @@ def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
             local_count=min(2, views.local_count),
         ),
         head=replace(head, hidden=min(64, head.hidden), bottleneck=min(32, head.bottleneck)),
+        method=_tiny_method(config),
         prototypes=replace(protos, count=min(64, protos.count)),
         run=replace(run, batch=min(32, run.batch), epochs=min(2.0, run.epochs), accumulate=1),
         data=replace(config.data, workers=min(1, config.data.workers)),
@@ -45,6 +47,15 @@ def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
         optim = content["optim"]
         optim["min_lr"] = min(optim["min_lr"], optim["lr"] * content["run"]["batch"] / optim["lr_batch"])
     return build_config(content, "--tiny")
+
+
+def _tiny_method(config: Config) -> DINO | IBOT | SwAV | CARP:
+    method = config.method
+    if isinstance(method, CARP):
+        return replace(method, block=min(16, method.block))
+    if isinstance(method, SwAV):
+        return replace(method, queue=min(2 * min(32, config.run.batch), method.queue), queue_epoch=0.0)
+    return method
 
 
 def _tiny_backbone(backbone: BackboneConfig) -> BackboneConfig:

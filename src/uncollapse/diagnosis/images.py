@@ -145,7 +145,7 @@ def look(
     backbone = _SomePatches(rebuilt.backbone) if rebuilt.tokens else rebuilt.backbone
     unnormalised = d.source.family == "CARP" and isinstance(rebuilt.head, nn.Sequential)
     head = rebuilt.head[:-1] if unnormalised else rebuilt.head  # type: ignore[index]
-    encoder = Encoder(backbone, head).to(device)
+    encoder = Encoder(backbone, {"cls": head}).to(device)
     w = d.vectors.float().cpu()
     features, raw, _ = embed(encoder, held, config.views, config.data.workers, device)
     lost = int((~torch.isfinite(raw).all(1) | (raw == 0).all(1)).sum())
@@ -202,7 +202,7 @@ def look(
     d.verdict = judge(
         d.prototypes, d.zero_rows + d.non_finite_rows, d.dim, d.unique, d.random, report.used,
         report.effective[d.epsilon], len(z), unit, wide_of(d.sweep),
-        arm_name(rebuilt.config.prototypes) if rebuilt.config is not None else "",
+        arm_name(rebuilt.config) if rebuilt.config is not None else "",
     )  # fmt: skip
 
 

@@ -93,10 +93,13 @@ def fused_carp_loss(
 ) -> Tensor:
     """:func:`carp_loss` with a few blocks of prototypes in memory at a time and the gradient formed in forward.
 
+    :func:`fused_carp_terms` is the same with its second term told apart.
+
     Args:
         z: one ``(n, D)`` per student view, the teacher's views first.
         weight: ``(K, D)``; gets a gradient where it requires one (rows outside ``blocks`` get zeros).
-        targets: the teacher's side, z ``(T, n, D)``, softmax inside each block; temperature 1 in CARP. No gradient.
+        targets: the teacher's side, z ``(T, n, D')`` of any length, softmax inside each block; no gradient. Their
+            temperature is 1 in CARP.
         blocks: ``(blocks, N_B)`` int64 from :func:`random_blocks`, the same on all ranks.
         entropy_weight: of the second term; 1 in CARP.
         temperature: the student's, above 0; 1 in CARP.
@@ -112,6 +115,20 @@ def fused_carp_loss(
         ValueError: fewer student views than teacher views, no pair at all, an empty batch, shapes that do not fit, a
             temperature that is not above 0, or blocks that name other prototypes.
     """
+    return fused_carp_terms(z, weight, targets, blocks, entropy_weight, temperature, bias, group)[0]
+
+
+def fused_carp_terms(
+    z: Sequence[Tensor],
+    weight: Tensor,
+    targets: SoftmaxTargets,
+    blocks: Tensor,
+    entropy_weight: float = 1.0,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    group: Group = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fused_carp_loss`, and the part of it that the second term makes up, as a number without gradient."""
     above_zero(temperature)
     if targets.z.ndim != 3:
         raise ValueError(f"the targets' z must be (views, images, dimensions), got {tuple(targets.z.shape)}")
@@ -128,8 +145,8 @@ def fused_carp_loss(
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     fixed = [None if t is None else t.detach().to(dtype) for t in (bias, targets.z, targets.weight, targets.bias)]
     settings = (temperature, targets.temperature, entropy_weight, group, torch.is_grad_enabled())
-    loss: Tensor = _Carp.apply(x.to(dtype), weight.to(dtype), settings, blocks.to(x.device), *fixed)
-    return loss
+    loss, entropy = _Carp.apply(x.to(dtype), weight.to(dtype), settings, blocks.to(x.device), *fixed)
+    return loss, entropy
 
 
 def _check_blocks(blocks: Tensor, count: int) -> None:
@@ -141,35 +158,38 @@ def _check_blocks(blocks: Tensor, count: int) -> None:
 
 class _Carp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, weight: Tensor, settings: tuple[Any, ...], *fixed: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, weight: Tensor, settings: tuple[Any, ...], *fixed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         ctx.settings = settings
         ctx.needs = [settings[-1] and needed for needed in ctx.needs_input_grad[:2]]
         ctx.save_for_backward(z, weight, *fixed)
-        loss, ctx.gradients = _evaluate(z, weight, settings, fixed, ctx.needs)
-        return loss
+        loss, entropy, ctx.gradients = _evaluate(z, weight, settings, fixed, ctx.needs)
+        ctx.mark_non_differentiable(entropy)
+        return loss, entropy
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # Handed over already, and scaled in place there: a graph that is walked twice pays for it here.
             z, weight, *fixed = ctx.saved_tensors
-            _, gradients = _evaluate(z, weight, ctx.settings, fixed, ctx.needs)
+            _, _, gradients = _evaluate(z, weight, ctx.settings, fixed, ctx.needs)
         handed = [g if g is None else g.mul_(grad) for g in gradients]
         return *handed, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 def _evaluate(
     z: Tensor, weight: Tensor, settings: tuple[Any, ...], fixed: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     with torch.autocast(z.device.type, enabled=False), torch.no_grad():
         return _sum_blocks(z, weight, settings, fixed, needs)
 
 
 def _sum_blocks(
     z: Tensor, weight: Tensor, settings: tuple[Any, ...], fixed: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     temperature, teacher_temperature, entropy_weight, group, _ = settings
     blocks, bias, z_teacher, weight_teacher, bias_teacher = fixed
     assert blocks is not None
@@ -181,9 +201,10 @@ def _sum_blocks(
     eps = torch.finfo(z.dtype).eps
     each = 1 / (count * n * pair_count(views, seen))  # what one inner product counts
     rows = n * (views + seen)
-    x, y = z.reshape(views * n, dim) / temperature, z_teacher.reshape(seen * n, dim) / teacher_temperature
+    x, y = z.reshape(views * n, dim) / temperature, z_teacher.flatten(0, 1) / teacher_temperature
 
-    loss = torch.zeros((), dtype=torch.float64, device=z.device)
+    consistency = torch.zeros((), dtype=torch.float64, device=z.device)
+    entropy = torch.zeros_like(consistency)
     grad_z = torch.zeros_like(x) if needs[0] else None
     # Unless each prototype has its block, some rows are never written.
     grad_w = (torch.empty_like if blocks.numel() == len(weight) else torch.zeros_like)(weight) if needs[1] else None
@@ -197,7 +218,7 @@ def _sum_blocks(
         total = sum_over_ranks(p.sum((0, 1)) + q.sum((0, 1)), group)
         mean = total / (rows * rank_and_size(group)[1])
         log_mean = mean.clamp(eps, 1 - eps).log()
-        loss += entropy_weight / count * (mean.shape[0] * math.log(size) + (mean * log_mean).double().sum())
+        entropy += entropy_weight / count * (mean.shape[0] * math.log(size) + (mean * log_mean).double().sum())
         inside = (mean >= eps) & (mean <= 1 - eps)
         slope = (log_mean + inside) * (entropy_weight / (count * rows))
         # First term, then the softmax's own derivative: p (g - ⟨p, g⟩).
@@ -207,7 +228,7 @@ def _sum_blocks(
                 if v != j:
                     inner = torch.linalg.vecdot(p[v], q[j])
                     held = inner.clamp(eps, 1 - eps)
-                    loss -= each * held.log().double().sum()
+                    consistency -= each * held.log().double().sum()
                     g.addcmul_(q[j], torch.where(inner == held, 1 / held, 0).unsqueeze(-1), value=-each)
             g -= torch.linalg.vecdot(p[v], g).unsqueeze(-1)
             p[v].mul_(g)
@@ -216,7 +237,8 @@ def _sum_blocks(
             grad_z.addmm_(error, w, alpha=1 / temperature)
         if grad_w is not None:
             grad_w[chosen] = error.T @ x
-    return loss.to(z.dtype), [None if grad_z is None else grad_z.view_as(z), grad_w]
+    gradients = [None if grad_z is None else grad_z.view_as(z), grad_w]
+    return (consistency + entropy).to(z.dtype), entropy.to(z.dtype), gradients
 
 
 def _probabilities(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, size: int) -> Tensor:

@@ -15,7 +15,7 @@ class ProjectionHead(nn.Module):
     normal distribution of standard deviation 0.02 truncated at ±2, biases at zero (Caron et al., *Emerging
     Properties in Self-Supervised Vision Transformers*, 2021, and its released code).
 
-    Shapes: ``(n, features)`` → ``(n, bottleneck)``, float32, unit norm.
+    Shapes: ``(n, features)`` → ``(n, bottleneck)``, float32, unit norm unless ``normalise`` is false (CARP).
     """
 
     def __init__(
@@ -25,8 +25,10 @@ class ProjectionHead(nn.Module):
         bottleneck: int = 256,
         layers: int = 3,
         batch_norm: bool = False,
+        normalise: bool = True,
     ) -> None:
         super().__init__()
+        self.normalise = normalise
         widths = [features, *[hidden] * (layers - 1), bottleneck]
         modules: list[nn.Module] = []
         for i, (wide, narrow) in enumerate(itertools.pairwise(widths)):
@@ -42,4 +44,5 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         # fp32 from here on: cosines near 1 are what collapse is measured by, and bf16 cannot hold them.
-        return F.normalize(self.mlp(features).float(), dim=-1)
+        z: Tensor = self.mlp(features).float()
+        return F.normalize(z, dim=-1) if self.normalise else z

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from uncollapse.config.schema import Config, PrototypeConfig
-from uncollapse.prototypes.decoupled import _mixture, mixture_defaults
+from uncollapse.prototypes.decoupled import mixture_defaults, mixture_set
 from uncollapse.prototypes.sets import FixedPrototypes, JointPrototypes, Prototypes
 
 
-def build_prototypes(config: PrototypeConfig, dim: int, rows: int, seed: int) -> Prototypes:
+def build_prototypes(
+    config: PrototypeConfig, dim: int, rows: int, seed: int, unit: bool = True, followed: bool = True
+) -> Prototypes:
     """The set that ``config.kind`` names, started from ``seed`` alone.
 
     Args:
@@ -17,16 +19,28 @@ def build_prototypes(config: PrototypeConfig, dim: int, rows: int, seed: int) ->
         dim: D, length of a projection.
         rows: teacher projections per step over all ranks.
         seed: of the initial vectors.
+        unit: whether projections are unit vectors.
+        followed: whether a teacher follows the student, with a side of its own.
     """
     generator = torch.Generator().manual_seed(seed)
     if config.kind in ("joint", "koleo"):
         koleo = config.koleo_weight if config.kind == "koleo" else 0.0
-        return JointPrototypes(config.count, dim, config.learn_norm, koleo, generator, config.koleo_every)
+        return JointPrototypes(
+            config.count, dim, config.learn_norm, koleo, generator, config.koleo_every, config.vmf, followed
+        )
     if config.kind == "fixed":
         return FixedPrototypes(config.count, dim, generator)
-    return _mixture(mixture_defaults(config.kind, config.mixture), config.count, dim, rows, generator)
+    return mixture_set(mixture_defaults(config.kind, config.mixture), config.count, dim, rows, generator, unit)
 
 
-def initial_prototypes(config: Config) -> Prototypes:
-    """The prototype set before any step. Its seed differs from the encoder's, so that neither mirrors the other."""
-    return build_prototypes(config.prototypes, config.head.bottleneck, 2 * config.run.batch, config.seed + 7919)
+def initial_prototypes(config: Config, number: int = 0, levels: int = 1) -> Prototypes:
+    """A set before any step. Its seed differs from the encoder's, so that neither mirrors the other.
+
+    Args:
+        config: validated.
+        number: which of the method's sets; each starts elsewhere.
+        levels: how many levels of tokens share it. Each counts in a mixture as much as the two global views of a batch.
+    """
+    seed, rows = config.seed + 7919 * (1 + number), 2 * config.run.batch * levels
+    unit, followed = config.head.normalise, config.method.name != "swav"
+    return build_prototypes(config.prototypes, config.head.bottleneck, rows, seed, unit, followed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from uncollapse.config.schema import MixtureConfig
@@ -14,8 +15,12 @@ from uncollapse.targets.softmax import SoftmaxTargets
 class MixturePrototypes(Prototypes):
     """Prototypes that are the means of an online Gaussian mixture; no gradient ever reaches them."""
 
-    def __init__(self, mixture: OnlineMixture, anneal_start: float = 1.0, anneal_steps: float = 0.0) -> None:
+    def __init__(
+        self, mixture: OnlineMixture, anneal_start: float = 1.0, anneal_steps: float = 0.0, unit: bool = True
+    ) -> None:
+        """``unit``: whether projections come as unit vectors; else the mixture sees their directions."""
         super().__init__()
+        self.unit = unit
         self.mixture = mixture
         self.anneal_start = anneal_start
         self.anneal_steps = anneal_steps
@@ -26,21 +31,24 @@ class MixturePrototypes(Prototypes):
             return 1.0
         return self.anneal_start ** (1 - progress / self.anneal_steps)
 
-    def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
+    def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
         return self.mixture.directions(), None
 
     def means(self) -> Tensor:
         return self.mixture.mean.detach().float()
 
-    def observe(self, z: Tensor, progress: float, weight: Tensor | None = None, level: str = "cls") -> None:
-        self.mixture.observe(z, weight, self.beta(progress))
+    def observe(self, z: Tensor, progress: float, weight: Tensor | None = None) -> None:
+        self.mixture.observe(self._unit(z), weight, self.beta(progress))
 
     def posterior(self, z: Tensor, temperature: float) -> SoftmaxTargets:
         """The mixture's own responsibilities, as sharp as its variances or its own temperature make them.
 
         The teacher's temperature does not enter: offsets balance the components only as they were found.
         """
-        return self.mixture.targets(z)
+        return self.mixture.targets(self._unit(z))
+
+    def _unit(self, z: Tensor) -> Tensor:
+        return z if self.unit else F.normalize(z, dim=-1)
 
 
 def mixture_defaults(kind: str, chosen: MixtureConfig) -> MixtureConfig:
@@ -58,7 +66,9 @@ def mixture_defaults(kind: str, chosen: MixtureConfig) -> MixtureConfig:
     return MixtureConfig(**merged)
 
 
-def _mixture(config: MixtureConfig, count: int, dim: int, rows: int, generator: torch.Generator) -> MixturePrototypes:
+def mixture_set(
+    config: MixtureConfig, count: int, dim: int, rows: int, generator: torch.Generator, unit: bool
+) -> MixturePrototypes:
     assert config.covariance
     assert config.memory_steps
     assert config.balance
@@ -67,4 +77,4 @@ def _mixture(config: MixtureConfig, count: int, dim: int, rows: int, generator: 
         count, dim, rows, config.covariance, config.memory_steps, config.balance, config.temperature,
         bool(config.centred), generator=generator, top=config.top,
     )  # fmt: skip
-    return MixturePrototypes(mixture, config.anneal_start, config.anneal_steps or 0.0)
+    return MixturePrototypes(mixture, config.anneal_start, config.anneal_steps or 0.0, unit)

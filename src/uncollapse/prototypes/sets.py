@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
+from uncollapse.prototypes.vmf import vmf_bias
 from uncollapse.targets.softmax import SoftmaxTargets
 
 Side = Literal["student", "teacher"]
@@ -21,20 +22,22 @@ Side = Literal["student", "teacher"]
 class Prototypes(nn.Module):
     """What an objective may ask of a set. The defaults do nothing, which is right for most ways to learn."""
 
-    def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
-        """``weight (K, D)`` and optional ``bias (K,)`` with ``logits = z @ weight.T / temperature + bias``."""
-        raise NotImplementedError
+    def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
+        """``weight (K, D)`` and optional ``bias (K,)`` with ``logits = z @ weight.T / temperature + bias``.
 
-    def logits(self, z: Tensor, side: Side, temperature: float = 1.0) -> Tensor:
-        """``(n, D)`` projections → ``(n, K)`` logits. The temperature is in the call because a vMF normaliser
-        and a mixture's variance depend on it."""
-        weight, bias = self.affine(side)
-        logits = z @ weight.T / temperature
-        return logits if bias is None else logits + bias
+        The temperature is in the call because a vMF normaliser depends on it.
+        """
+        raise NotImplementedError
 
     def vectors(self, side: Side) -> Tensor:
         """``(K, D)`` unit vectors, detached: what diagnosis looks at."""
-        return F.normalize(self.affine(side)[0].detach().float(), dim=-1)
+        return F.normalize(self.affine(side, 1.0)[0].detach().float(), dim=-1)
+
+    def targets(self, z: Tensor, temperature: float, shift: Tensor | None = None) -> SoftmaxTargets:
+        """The teacher's targets for its projections ``z``, with ``shift (K,)`` added after the temperature."""
+        weight, bias = self.affine("teacher", temperature)
+        both = [part for part in (bias, shift) if part is not None]
+        return SoftmaxTargets(z, weight.detach(), temperature, sum(both[1:], both[0]).detach() if both else None)
 
     def means(self) -> Tensor:
         """``(K, D)``, detached: the centres of the clusters, where these are not the vectors in the logits."""
@@ -44,15 +47,15 @@ class Prototypes(nn.Module):
         """A term to add to the loss, already weighted."""
         return None
 
-    def observe(self, z: Tensor, progress: float, weight: Tensor | None = None, level: str = "cls") -> None:
+    def observe(self, z: Tensor, progress: float, weight: Tensor | None = None) -> None:
         """The decoupled update from the teacher's projections ``(n, D)`` of all ranks.
 
-        ``progress`` is the share of training done; ``weight (n,)`` and ``level`` let a head that class and
-        patch tokens share balance two of the one against hundreds of the other.
+        ``progress`` is the share of training done; ``weight (n,)`` is how much each counts, so that a set which class
+        and patch tokens share can balance two of the one against hundreds of the other.
         """
 
     def posterior(self, z: Tensor, temperature: float) -> SoftmaxTargets:
-        """The set's own target for teacher projections ``(T, n, D)``; only a mixture has one."""
+        """The set's own target for teacher projections ``(..., D)``; only a mixture has one."""
         raise NotImplementedError(f"{type(self).__name__} has no posterior")
 
     def after_step(self) -> None:
@@ -65,7 +68,9 @@ class Prototypes(nn.Module):
 class JointPrototypes(Prototypes):
     """Prototypes learned by the encoder's own gradient: DINO's weight-normalised last layer.
 
-    The student's rows are ``g · v / |v|``; the teacher's are an EMA of v and g. With a positive
+    The student's rows are ``g · v / |v|``; the teacher's are an EMA of v and g, or the same where the method has no
+    teacher (``followed`` false); then v is put back on the unit sphere after every step, as in SwAV. ``vmf`` adds the
+    log-normaliser of each row's von Mises-Fisher density to the logits. With a positive
     ``koleo_weight`` the student's rows are pushed apart by KoLeo-Proto, whose nearest neighbours are looked for every
     ``koleo_every`` steps; what is found serves until then and is checkpointed.
     """
@@ -77,24 +82,29 @@ class JointPrototypes(Prototypes):
 
     def __init__(
         self, count: int, dim: int, learn_norm: bool, koleo_weight: float, generator: torch.Generator,
-        koleo_every: int = 1,
+        koleo_every: int = 1, vmf: bool = False, followed: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         # The distribution of PyTorch's linear layer, which DINO's last layer keeps.
         start = (torch.rand(count, dim, generator=generator) * 2 - 1) / dim**0.5
+        start = start if followed else F.normalize(start, dim=-1)
         self.student_v = nn.Parameter(start)
         self.student_g = nn.Parameter(torch.ones(count, 1), requires_grad=learn_norm)
         self.register_buffer("teacher_v", start.clone())
         self.register_buffer("teacher_g", torch.ones(count, 1))
         self.koleo_weight, self.koleo_every = koleo_weight, koleo_every
+        self.vmf, self.followed = vmf, followed
         self._keeps_neighbours = koleo_weight > 0 and koleo_every > 1
         if self._keeps_neighbours:
             self.register_buffer("neighbours", torch.zeros(count, dtype=torch.long))
             self.register_buffer("neighbours_age", torch.zeros((), dtype=torch.long))
 
-    def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
+    def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
+        if not self.followed:
+            return self.student_v, None
         v, g = (self.student_v, self.student_g) if side == "student" else (self.teacher_v, self.teacher_g)
-        return F.normalize(v, dim=-1) * g, None
+        weight = F.normalize(v, dim=-1) * g
+        return weight, vmf_bias(weight, temperature) if self.vmf else None
 
     def regulariser(self) -> Tensor | None:
         if not self.koleo_weight:
@@ -105,6 +115,9 @@ class JointPrototypes(Prototypes):
         return self.koleo_weight * koleo_proto(self.student_v, neighbours=neighbours)
 
     def after_step(self) -> None:
+        if not self.followed:
+            with torch.no_grad():
+                self.student_v.copy_(F.normalize(self.student_v, dim=-1))
         if self._keeps_neighbours:
             self.neighbours_age += 1
 
@@ -123,5 +136,5 @@ class FixedPrototypes(Prototypes):
         super().__init__()
         self.register_buffer("weight", F.normalize(torch.randn(count, dim, generator=generator), dim=-1))
 
-    def affine(self, side: Side) -> tuple[Tensor, Tensor | None]:
+    def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
         return self.weight, None

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from uncollapse.checks import above_zero, fits
 
+_BLOCK = 1 << 23
+"""Probabilities in flight at once: 32 MiB of float32."""
+
 
 @dataclass(frozen=True)
 class SoftmaxTargets:
@@ -42,3 +45,29 @@ class SoftmaxTargets:
             dtype = torch.promote_types(torch.promote_types(self.z.dtype, self.weight.dtype), torch.float32)
             logits = self.z.to(dtype) @ self.weight.to(dtype).T / self.temperature
             return torch.softmax(logits if self.bias is None else logits + self.bias.to(dtype), dim=-1)
+
+
+@torch.no_grad()
+def entropies(targets: SoftmaxTargets) -> tuple[float, float]:
+    """Mean entropy of a row, and entropy of the mean row, in nats; a block of rows at a time.
+
+    The second is near ln K whenever the assignment is balanced, collapsed or not; it is logged to be compared with the
+    number of *unique* prototypes.
+    """
+    z, rows = targets.z.flatten(0, -2), max(64, _BLOCK // len(targets.weight))
+    total, mean = z.new_zeros(()), z.new_zeros(len(targets.weight))
+    for some in z.split(rows):
+        p = SoftmaxTargets(some, targets.weight, targets.temperature, targets.bias).dense()
+        total += torch.special.entr(p).sum()
+        mean += p.sum(0)
+    return float(total / len(z)), float(torch.special.entr(mean / len(z)).sum())
+
+
+@torch.no_grad()
+def log_marginal(targets: SoftmaxTargets) -> Tensor:
+    """``(K,)``: the log of the mean row, over this process's rows; a block of rows at a time."""
+    z, rows = targets.z.flatten(0, -2), max(64, _BLOCK // len(targets.weight))
+    parts = [
+        SoftmaxTargets(some, targets.weight, targets.temperature, targets.bias).dense().sum(0) for some in z.split(rows)
+    ]
+    return (torch.stack(parts).sum(0) / len(z)).clamp_min(torch.finfo(torch.float32).tiny).log()

@@ -7,39 +7,45 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from uncollapse.config.load import dump_config
 from uncollapse.config.schema import Config, arm_name
 from uncollapse.data.batched import multicrop
 from uncollapse.data.images import ImageSet, MemoryImages
+from uncollapse.data.masks import crop_masks
 from uncollapse.data.views import ViewSpec, view_specs
 from uncollapse.data.workers import view_loader
-from uncollapse.distributed import gather_rows, world
 from uncollapse.errors import TrainingError
-from uncollapse.measure.monitor import PrototypeMonitor, assignment_statistics, nearest_cosine
-from uncollapse.models.sync_norm import convert
+from uncollapse.measure.monitor import PrototypeMonitor, nearest_cosine
+from uncollapse.methods.contract import Batch
+from uncollapse.models.drop_path import row_keys
+from uncollapse.models.tokens import patches_of
 from uncollapse.run_folder.checkpoint import newest_step, save_checkpoint
 from uncollapse.run_folder.held import identity
 from uncollapse.run_folder.log import RunLog
-from uncollapse.schedules import cosine, linear_epochs
-from uncollapse.targets.softmax import SoftmaxTargets
+from uncollapse.targets.softmax import entropies
 from uncollapse.training.alarms import LossWatch
 from uncollapse.training.interrupt import StopRequest, deaths_wait
-from uncollapse.training.optim import clip_each, update_teacher
 from uncollapse.training.state import TrainState, non_finite, state_dicts
+from uncollapse.training.step import Done, Stepper
 from uncollapse.training.stopwatch import Stopwatch
 
 Progress = Callable[[int, int, float], None]
 """Called after every step with (steps done, steps to do, loss)."""
+
+
+def of_set(measure: str, name: str) -> str:
+    """What a log calls a measure of one of several sets, or of one of several targets; those of "cls" go without."""
+    return measure if name == "cls" else f"{measure}/{name}"
 
 
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
@@ -47,44 +53,30 @@ def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
     return np.random.default_rng([seed, 1, epoch]).permutation(images)
 
 
-def synchronise(encoder: nn.Module, device: torch.device) -> None:
-    """Makes batch norms see the batches of all ranks, so that a run does not depend on how many there are."""
-    if device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm
-
-        convert_sync_batchnorm(encoder)  # timm's keeps the activations that its own norms contain
-    else:
-        convert(encoder)
-
-
 class Loop:
     """One run's loop and the values its parts share."""
 
     def __init__(
-        self, config: Config, fabric: Fabric, state: TrainState, images: ImageSet, monitor: PrototypeMonitor,
-        log: RunLog | None, say: Callable[[str], None], out: Path, total: int, steps_per_epoch: int,
+        self, config: Config, fabric: Fabric, state: TrainState, images: ImageSet,
+        monitors: dict[str, PrototypeMonitor], log: RunLog | None, say: Callable[[str], None], out: Path,
+        total: int, steps_per_epoch: int,
     ) -> None:  # fmt: skip
         self.config, self.fabric, self.state, self.images = config, fabric, state, images
-        self.monitor, self.log, self.say, self.out = monitor, log, say, out
+        self.monitors, self.log, self.say, self.out = monitors, log, say, out
         self.total, self.steps_per_epoch = total, steps_per_epoch
         self.specs: list[ViewSpec] = view_specs(config.views)
         self.watch = Stopwatch(fabric.device)
         self.watch_seconds: dict[str, float] = {}
-        self.alarms = LossWatch(config.prototypes.count, arm=arm_name(config.prototypes))
+        self.alarms = LossWatch(config.prototypes.count, state.parts.uninformed, arm=arm_name(config))
         self.last_loss = math.nan
         self.digests: dict[str, str] = {}
         self.folder = identity(out)
         self.inside = False  # a step is under way: the state is neither of before nor of after
         self.stop_request = StopRequest(fabric.is_global_zero)
         self.stopping = False  # what all ranks agree on; a request that comes later waits for the next step
-        if fabric.world_size > 1:
-            for encoder in (state.student, state.teacher):
-                synchronise(encoder, fabric.device)
-        self.student = fabric.setup_module(state.student)
-        optimizer: Any = fabric.setup_optimizers(state.optimizer)
-        self.optimizer: torch.optim.Optimizer = optimizer
-        self.precision = fabric.strategy.precision  # holds the gradient scaler of 16-mixed
-        self.learned = [p for p in state.prototypes.parameters() if p.requires_grad]
+        self.take_step = Stepper(
+            config, fabric, state, monitors, self.watch, total, steps_per_epoch, self._check_finite
+        )
 
     # --- order of images -------------------------------------------------------------------------------
 
@@ -99,120 +91,34 @@ class Loop:
                 order, current = epoch_order(self.config.seed, epoch, len(self.images)), epoch
             yield step, order[within * batch + mine].tolist(), mine.tolist()
 
-    def _views(self, start: int, stop: int) -> Iterator[tuple[int, list[Tensor]]]:
-        config, device = self.config, self.fabric.device
-        plan = self._plan(start, stop)
+    def _batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+        config = self.config
+        plan = list(self._plan(start, stop))
         if isinstance(self.images, MemoryImages):
             for step, indices, positions in plan:
-                views = multicrop(self.images, indices, config.seed, step, self.specs, positions, device=device)
-                yield step, views
+                views = multicrop(
+                    self.images, indices, config.seed, step, self.specs, positions, device=self.fabric.device
+                )
+                yield step, self._batch(step, views, positions)
             return
-        loader = view_loader(self.images, plan, self.specs, config.seed, config.data.workers)
-        yield start, next(loader)
+        loader = view_loader(self.images, iter(plan), self.specs, config.seed, config.data.workers)
+        yield start, self._batch(start, next(loader), plan[0][2])
         with deaths_wait(lambda: self.inside) as check:
-            for step in range(start + 1, stop):
+            for step, _, positions in plan[1:]:
                 check()
-                yield step, next(loader)
+                yield step, self._batch(step, next(loader), positions)
 
-    # --- one step ---------------------------------------------------------------------------------------
-
-    def _set_rates(self, step: int) -> None:
-        config, optim = self.config, self.config.optim
-        lr = cosine(
-            step, self.total, optim.lr * config.run.batch / optim.lr_batch, optim.min_lr,
-            round(optim.warmup_epochs * self.steps_per_epoch),
-        )  # fmt: skip
-        decay = cosine(step, self.total, optim.weight_decay, optim.weight_decay_end)
-        for group in self.optimizer.param_groups:
-            own = group["role"] == "prototypes"
-            group["lr"] = lr * (config.prototypes.lr_scale if own else 1.0)
-            fixed = config.prototypes.weight_decay if own else None
-            group["weight_decay"] = 0.0 if group["role"] == "plain" else decay if fixed is None else fixed
-
-    def _gather(self, z: Tensor) -> Tensor:
-        """``(views, n, D)`` of every rank in the order one rank would have them: ``(views, batch, D)``."""
-        return gather_rows(z.transpose(0, 1), world()).transpose(0, 1)
-
-    def step(self, step: int, views: list[Tensor]) -> tuple[float, SoftmaxTargets]:
-        """Views to updated teacher, in the order the design fixes. Returns the loss and the targets."""
-        config, state, watch = self.config, self.state, self.watch
-        epoch = step // self.steps_per_epoch
-        progress = step / self.total
-        temperatures = config.teacher
-        tau = linear_epochs(
-            epoch, temperatures.temperature_start, temperatures.temperature,
-            temperatures.temperature_warmup_epochs,
-        )  # fmt: skip
-        self._set_rates(step)
-        torch.manual_seed(hash((config.seed, step, self.fabric.global_rank)) % 2**63)  # stochastic depth
-        parts = self._parts(len(views[0]))
-        if len(parts) == 1:
-            views = self._on_device(views)  # once; otherwise part by part, twice
-        with torch.no_grad(), self.fabric.autocast():
-            z_parts = [torch.stack(state.teacher(self._on_device(views[:2], part))) for part in parts]
-        z_teacher = torch.cat(z_parts, dim=1)
-        z_all = self._gather(z_teacher)
-        watch.lap("teacher")
-        self._check_finite(z_all, "the teacher's projections", step)
-        state.prototypes.observe(z_all.flatten(0, 1), progress)
-        targets = state.objective.targets(z_teacher, state.prototypes, tau, world())
-        watch.lap("prototypes")
-        self.monitor.observe_projections(z_all[0], state.prototypes.vectors("teacher"))
-        watch.lap("diagnosis")
-        self.optimizer.zero_grad()
-        loss = torch.zeros((), device=self.fabric.device)
-        for part in parts:
-            loss = loss + self._student_part(views, part, targets, last=part is parts[-1], of=len(parts))
-        value = self._agree(loss, step)
-        self._finish_gradients(step)
-        watch.lap("backward")
-        self.optimizer.step()
-        state.prototypes.after_step()
-        watch.lap("optimiser")
-        state.objective.update_center(z_all.mean((0, 1)), state.prototypes)
-        momentum = cosine(step, self.total, temperatures.momentum, temperatures.momentum_end)
-        update_teacher(state.teacher, state.student, momentum)
-        state.prototypes.update_teacher(momentum)
-        watch.lap("ema")
-        return value, targets
-
-    def _parts(self, n: int) -> list[slice]:
-        """This rank's ``n`` images in the parts that go through the student one after the other."""
-        size = n // self.config.run.accumulate
-        return [slice(i, i + size) for i in range(0, n, size)]
-
-    def _on_device(self, views: list[Tensor], part: slice = slice(None)) -> list[Tensor]:
-        return [v[part].to(self.fabric.device, non_blocking=True) for v in views]
-
-    def _student_part(self, views: list[Tensor], part: slice, targets: SoftmaxTargets, last: bool, of: int) -> Tensor:
-        """Adds the gradient of one part; returns its share of the loss. Ranks average gradients in the last one.
-
-        Targets, centre and mixture come from the whole batch, so the sum over parts is the gradient of the whole.
-        """
-        state, watch = self.state, self.watch
-        waits = nullcontext() if last or self.fabric.world_size == 1 else self.fabric.no_backward_sync(self.student)
-        with waits:
-            z_student = self.student(self._on_device(views, part))
-            with torch.autocast(self.fabric.device.type, enabled=False):
-                some = replace(targets, z=targets.z[:, part])
-                temperature = self.config.teacher.student_temperature
-                share = state.objective.loss(z_student, some, state.prototypes, temperature) / of
-                regulariser = state.prototypes.regulariser() if last else None
-            watch.lap("student")
-            self.fabric.backward(share if regulariser is None else share + regulariser)
-            watch.lap("backward")
-        return share.detach()
-
-    def _agree(self, loss: Tensor, step: int) -> float:
-        """The mean loss over ranks; a stop asked of one rank reaches all with it."""
-        both = torch.stack([loss.detach().float(), loss.new_tensor(float(self.stop_request.asked))])
-        if self.fabric.world_size > 1:
-            gathered: Any = self.fabric.all_reduce(both, reduce_op="mean")
-            both = gathered
-        self._check_finite(both, "the loss", step)
-        value, asked = both.tolist()
-        self.stopping = asked > 0
-        return float(value)
+    def _batch(self, step: int, views: list[Tensor], positions: list[int]) -> Batch:
+        config = self.config
+        groups: dict[str, list[Tensor]] = {}
+        for spec, view in zip(self.specs, views, strict=True):
+            groups.setdefault(spec.name, []).append(view)
+        keys = row_keys(config.seed, step, torch.tensor(positions), len(views))
+        masks: dict[str, Tensor] = {}
+        if (hide := self.state.parts.hide) is not None:
+            patches = patches_of(self.state.student.backbone, config.views.global_size)
+            masks["global"] = crop_masks(patches, len(groups["global"]), *hide, config.seed, step, positions)
+        return Batch(groups, masks, keys)
 
     def _check_finite(self, tensor: Tensor, what: str, step: int) -> None:
         """Stops before the bad values reach the weights."""
@@ -224,23 +130,9 @@ class Loop:
             kept = self._last_kept()
         raise TrainingError(
             f"{what} became NaN or infinite at step {step} (learning rate "
-            f"{self.optimizer.param_groups[0]['lr']:.3g}); {kept}. Try a lower optim.lr, optim.clip 3.0, or "
+            f"{self.take_step.optimizer.param_groups[0]['lr']:.3g}); {kept}. Try a lower optim.lr, optim.clip 3.0, or "
             f"run.precision 32-true, in a new run; {self.out} keeps everything up to here."
         )
-
-    def _finish_gradients(self, step: int) -> None:
-        """Averages the prototypes' gradients over ranks, clips, and freezes the prototypes at first."""
-        config = self.config
-        if self.fabric.world_size > 1:
-            for parameter in self.learned:
-                if parameter.grad is not None:
-                    parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]
-        self.precision.unscale_gradients(self.state.optimizer)
-        if config.optim.clip:
-            clip_each([*self.state.student.parameters(), *self.learned], config.optim.clip)
-        if step < round(config.prototypes.freeze_epochs * self.steps_per_epoch):
-            for parameter in self.learned:
-                parameter.grad = None
 
     # --- the run ----------------------------------------------------------------------------------------
 
@@ -257,12 +149,13 @@ class Loop:
             try:
                 if start == 0:
                     self._sweep(0)
-                for step, views in self._views(start, stop):
+                for step, batch in self._batches(start, stop):
                     self.watch.lap("views")
                     self.inside = True
-                    self.last_loss, targets = self.step(step, views)
+                    result = self.take_step(step, batch, self.stop_request.asked)
+                    self.last_loss, self.stopping = result.loss, result.asked
                     self.inside, done = False, step + 1
-                    self._after_step(done, stop, targets)
+                    self._after_step(done, stop, result)
                     if progress is not None:
                         progress(done, stop, self.last_loss)
                     if self.stopping:
@@ -277,14 +170,14 @@ class Loop:
                 f"the final checkpoint (step {stop}) could not be written to {self.out}. {self._rescue(stop)}"
             )
 
-    def _after_step(self, done: int, stop: int, targets: SoftmaxTargets) -> None:
+    def _after_step(self, done: int, stop: int, result: Done) -> None:
         log = self.config.log
         sweep_every = max(1, round(log.sweep_epochs * self.steps_per_epoch))
         if done % log.every_steps == 0 or done == stop:
-            self._log(done, targets)
+            self._log(done, result)
         if done % sweep_every == 0 or done == stop:
             self._sweep(done)
-        self._warn(self.alarms.loss(self.last_loss), done)
+        self._warn(self.alarms.loss(result.terms), done)
         self.watch.lap("diagnosis")
         due = log.checkpoint_steps and done % log.checkpoint_steps == 0
         if self.stopping or (due and done < stop):
@@ -313,22 +206,30 @@ class Loop:
         newest = newest_step(self.out / "checkpoints")
         return f"the newest checkpoint is of step {newest}" if newest is not None else "there is no checkpoint"
 
-    def _log(self, done: int, targets: SoftmaxTargets) -> None:
-        alive = self.monitor.alive()
+    def _log(self, done: int, result: Done) -> None:
+        alive = {name: monitor.alive() for name, monitor in self.monitors.items()}
         if self.log is not None:
-            vectors = self.state.prototypes.vectors("teacher")
-            self.log.row(
-                "step", done, epoch=round(done / self.steps_per_epoch, 4), loss=self.last_loss,
-                lr=self.optimizer.param_groups[0]["lr"], alive=alive, nearest_cosine=nearest_cosine(vectors),
-                time=time.time(), **assignment_statistics(replace(targets, z=targets.z[0]).dense()),
-            )  # fmt: skip
-        if self.monitor.window_full:
-            self._warn(self.alarms.alive(alive, self.monitor.window), done)
+            row: dict[str, Any] = {"epoch": round(done / self.steps_per_epoch, 4), "loss": result.loss}
+            row["lr"] = self.take_step.optimizer.param_groups[0]["lr"]
+            row["terms"] = result.terms
+            for name in self.monitors:
+                vectors = self.state.prototypes(name).vectors("teacher")
+                row[of_set("alive", name)] = alive[name]
+                row[of_set("nearest_cosine", name)] = nearest_cosine(vectors)
+            for name, targets in result.targets.items():
+                row[of_set("teacher_entropy", name)], row[of_set("marginal_entropy", name)] = entropies(targets)
+            self.log.row("step", done, time=time.time(), **row)
+        for name, monitor in self.monitors.items():
+            if monitor.window_full:
+                self._warn(self.alarms.alive(alive[name], monitor.window, name), done)
 
     def _sweep(self, done: int) -> None:
         if self.log is not None:
-            unique = self.monitor.sweep(self.state.prototypes.vectors("teacher"))
-            self.log.row("sweep", done, epoch=round(done / self.steps_per_epoch, 4), unique=unique)
+            found = {
+                of_set("unique", name): monitor.sweep(self.state.prototypes(name).vectors("teacher"))
+                for name, monitor in self.monitors.items()
+            }
+            self.log.row("sweep", done, epoch=round(done / self.steps_per_epoch, 4), **found)
 
     def _warn(self, message: str | None, done: int) -> None:
         if message and self.fabric.is_global_zero:
@@ -367,8 +268,12 @@ class Loop:
                 stacklevel=2,
             )
             return False
-        state = {**state_dicts(self.state), "monitor": self.monitor.state_dict(), "seconds": self.all_seconds()}
+        state = {
+            **state_dicts(self.state),
+            "monitor": {n: m.state_dict() for n, m in self.monitors.items()},
+            "seconds": self.all_seconds(),
+        }
         state["loss"], state["images"] = self.last_loss, self.digests
-        state["scaler"] = self.precision.state_dict()
+        state["scaler"] = self.take_step.precision.state_dict()
         state["config"] = asdict(self.config)
         return save_checkpoint((out or self.out) / "checkpoints", step, state, self.config.log.keep_checkpoints)

@@ -117,13 +117,19 @@ def _train(
         from uncollapse.checkpoints.pretrained import start_from
 
         notes += start_from(state.student, config.backbone.init)
-        state.teacher.load_state_dict(state.student.state_dict())
+        if state.teacher is not None:
+            state.teacher.load_state_dict(state.student.state_dict())
     refuse_misfit(state, config)
     state.to(fabric.device)
-    monitor = PrototypeMonitor(config.prototypes.count, config.run.batch, config.log.alive_window, fabric.device)
+    monitors = {
+        name: PrototypeMonitor(config.prototypes.count, config.run.batch, config.log.alive_window, fabric.device)
+        for name in state.parts.names()
+    }
     if saved is not None:
         load_state_dicts(state, saved)
-        monitor.load_state_dict(saved["monitor"])
+        watched = saved["monitor"]  # there was one, without a name, before
+        for name, monitor in monitors.items():
+            monitor.load_state_dict(watched.get(name, watched))
     if main and not resume:
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(runfolder.held(out))
@@ -134,10 +140,10 @@ def _train(
             say(line)
         _note_bad(out, [*train_images.bad, *held_out.bad], say)
     log = RunLog(out, start, config) if main else None
-    loop = Loop(config, fabric, state, train_images, monitor, log, say, out, total, steps_per_epoch)
+    loop = Loop(config, fabric, state, train_images, monitors, log, say, out, total, steps_per_epoch)
     loop.digests = digests
     if saved is not None:
-        loop.precision.load_state_dict(saved.get("scaler", {}))
+        loop.take_step.precision.load_state_dict(saved.get("scaler", {}))
         loop.watch_seconds, loop.last_loss = dict(saved["seconds"]), float(saved["loss"])
     torch.set_flush_denormal(True)  # sharp softmaxes are full of denormals, which a CPU handles 10 × slower
     try:
@@ -155,7 +161,7 @@ def _train(
     seconds = loop.all_seconds()
     try:
         return finish_run(
-            config, state, monitor, train_images, held_out, digests, out, stop, loop.last_loss, seconds, fabric.device
+            config, state, monitors, train_images, held_out, digests, out, stop, loop.last_loss, seconds, fabric.device
         )
     except Exception as error:
         raise TrainingError(
@@ -218,7 +224,8 @@ def banner(
         f"device      {fabric.world_size} × {device}, {run.precision}, {torch.get_num_threads()} threads",
         f"data        {shown(config.data.path)} ({where}): {described(train_images, held_out)}",
         f"encoder     {config.backbone.name} → {config.head.bottleneck}-d projections",
-        f"prototypes  {protos.count}, {arm_name(protos)}",
+        f"method      {config.method.name}",
+        f"prototypes  {protos.count}, {arm_name(config)}",
         f"optimiser   {optim.name}, learning rate {optim.lr:g} × {run.batch}/{optim.lr_batch} = {lr:g}",
         f"steps       {stop} of {total} ({run.epochs:g} epochs), effective batch {run.batch}"
         + (f" in {run.accumulate} parts" if run.accumulate > 1 else "")

@@ -1,4 +1,4 @@
-"""What a run trains: student, teacher, prototypes, objective and optimiser, built from the configuration."""
+"""What a run trains: student, teacher, sets of prototypes, memory and optimiser, built from the configuration."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.config.schema import Config, targets_of
+from uncollapse.config.schema import Config
 from uncollapse.errors import ConfigError
-from uncollapse.methods.dino import DINO
+from uncollapse.methods.contract import Memory, Parts, method_of
 from uncollapse.models.network import Encoder, build_encoder
 from uncollapse.prototypes.build import initial_prototypes
 from uncollapse.prototypes.sets import Prototypes
@@ -19,17 +19,31 @@ from uncollapse.training.optim import build_optimizer
 
 @dataclass
 class TrainState:
-    """Everything a checkpoint holds besides the step."""
+    """Everything a checkpoint holds besides the step. Sets, memory and what else has several are keyed by name."""
 
     student: Encoder
-    teacher: Encoder
-    prototypes: Prototypes
-    objective: DINO
+    teacher: Encoder | None
+    """None where the method has none; targets come from the student then."""
+    sets: nn.ModuleDict
+    memory: Memory
     optimizer: torch.optim.Optimizer
+    parts: Parts
+
+    @property
+    def evaluated(self) -> Encoder:
+        """The network that is looked at: the teacher, or the student where there is none."""
+        return self.student if self.teacher is None else self.teacher
+
+    def prototypes(self, name: str = "cls") -> Prototypes:
+        found: Any = self.sets[name]
+        prototypes: Prototypes = found
+        return prototypes
 
     def to(self, device: torch.device) -> TrainState:
-        for module in (self.student, self.teacher, self.prototypes, self.objective):
-            module.to(device)
+        for module in (self.student, self.teacher, self.sets):
+            if module is not None:
+                module.to(device)
+        self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
         return self
 
 
@@ -50,14 +64,19 @@ def build_state(config: Config) -> TrainState:
 
 
 def _built(config: Config) -> TrainState:
+    method = method_of(config)
+    parts = method.parts(config)
     student = build_encoder(config, drop_path=True)
-    teacher = build_encoder(config, drop_path=False)
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    assert_separate(student, teacher)
-    prototypes = initial_prototypes(config)
-    objective = DINO(config.prototypes.count, config.teacher.center_momentum, targets_of(config.prototypes))
-    return TrainState(student, teacher, prototypes, objective, build_optimizer(config, student, prototypes))
+    teacher = build_encoder(config, drop_path=False) if parts.teacher else None
+    if teacher is not None:
+        teacher.load_state_dict(student.state_dict())
+        teacher.requires_grad_(False)
+        assert_separate(student, teacher)
+    sets = nn.ModuleDict(
+        {name: initial_prototypes(config, i, len(parts.levels(name))) for i, name in enumerate(parts.names())}
+    )
+    optimizer = build_optimizer(config, student, sets)
+    return TrainState(student, teacher, sets, method.memory(config), optimizer, parts)
 
 
 @torch.no_grad()
@@ -69,7 +88,7 @@ def refuse_misfit(state: TrainState, config: Config) -> None:
     """
     views = config.views
     sizes = [views.global_size, *([views.local_size] if views.local_count else [])]
-    encoder = state.teacher.eval()
+    encoder = state.evaluated.eval()
     try:
         for size in sizes:
             try:
@@ -98,9 +117,9 @@ def assert_separate(student: nn.Module, teacher: nn.Module) -> None:
 def state_dicts(state: TrainState) -> dict[str, Any]:
     return {
         "student": state.student.state_dict(),
-        "teacher": state.teacher.state_dict(),
-        "prototypes": {"cls": state.prototypes.state_dict()},
-        "objective": state.objective.state_dict(),
+        **({} if state.teacher is None else {"teacher": state.teacher.state_dict()}),
+        "prototypes": {name: module.state_dict() for name, module in state.sets.items()},
+        "memory": dict(state.memory),
         "optimizer": state.optimizer.state_dict(),
     }
 
@@ -109,23 +128,25 @@ def load_state_dicts(state: TrainState, saved: dict[str, Any]) -> None:
     """Raises :class:`ConfigError` when the checkpoint belongs to another configuration."""
     try:
         state.student.load_state_dict(saved["student"])
-        state.teacher.load_state_dict(saved["teacher"])
-        state.prototypes.load_state_dict(saved["prototypes"]["cls"])
-        state.objective.load_state_dict(saved["objective"])
+        if state.teacher is not None:
+            state.teacher.load_state_dict(saved["teacher"])
+        for name, module in state.sets.items():
+            module.load_state_dict(saved["prototypes"][name])
+        memory: dict[str, Tensor] = saved["memory" if "memory" in saved else "objective"]  # its name of before
+        for name, tensor in state.memory.items():
+            if memory[name].shape != tensor.shape:
+                raise ValueError(f"{name} has the shape {tuple(memory[name].shape)}, not {tuple(tensor.shape)}")
+            tensor.copy_(memory[name])
         state.optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"the checkpoint does not fit config.yaml: {str(error).splitlines()[0]}") from None
 
 
 def non_finite(state: TrainState) -> list[str]:
     """Names of tensors of the state that hold NaN or infinity."""
-    modules = {
-        "student": state.student,
-        "teacher": state.teacher,
-        "prototypes": state.prototypes,
-        "objective": state.objective,
-    }
+    modules = {"student": state.student, "teacher": state.teacher, "prototypes": state.sets}
     named: list[tuple[str, Tensor]] = [
-        (f"{m}.{n}", t) for m, module in modules.items() for n, t in module.state_dict().items()
+        (f"{m}.{n}", t) for m, module in modules.items() if module is not None for n, t in module.state_dict().items()
     ]
+    named += [(f"memory.{n}", t) for n, t in state.memory.items()]
     return [name for name, tensor in named if tensor.is_floating_point() and not tensor.isfinite().all()]

@@ -21,6 +21,7 @@ from uncollapse.measure.probes import confidence95, knn_predictions, linear_accu
 from uncollapse.measure.random_start import random_likeness
 from uncollapse.measure.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
 from uncollapse.measure.usage import PrototypeReport, prototype_report, usage_counts
+from uncollapse.methods.contract import At, Seen, method_of
 from uncollapse.models.embed import embed, nearest_images, project_views
 from uncollapse.models.network import build_encoder
 from uncollapse.prototypes.build import initial_prototypes
@@ -34,21 +35,24 @@ K_NEIGHBOURS = 20
 
 
 def finish_run(
-    config: Config, state: TrainState, monitor: PrototypeMonitor, train_images: ImageSet, held_out: ImageSet,
-    digests: dict[str, str], out: Path, steps: int, loss: float, seconds: dict[str, float], device: torch.device,
+    config: Config, state: TrainState, monitors: dict[str, PrototypeMonitor], train_images: ImageSet,
+    held_out: ImageSet, digests: dict[str, str], out: Path, steps: int, loss: float, seconds: dict[str, float],
+    device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluates the teacher's side and writes ``summary.json`` and ``diagnosis.npz``; returns the summary.
 
     ``digests`` are those of `image_digests` for both sets, made when the run began.
     """
-    vectors = state.prototypes.vectors("teacher").cpu()
-    features, z, labels = embed(state.teacher, held_out, config.views, config.data.workers, device)
+    prototypes, monitor = state.prototypes(), monitors["cls"]
+    vectors = prototypes.vectors("teacher").cpu()
+    features, z, labels = embed(state.evaluated, held_out, config.views, config.data.workers, device)
     report = prototype_report(vectors, z)
     information, notes = _information(config, state, vectors, train_images, held_out, device)
     probes, correct = _probes(config, state, train_images, held_out, features, labels, device)
     total = sum(seconds.values())
     summary: dict[str, Any] = {
-        "name": arm_name(config.prototypes),
+        "name": arm_name(config),
+        "method": config.method.name,
         "seed": config.seed,
         "prototypes": len(vectors),
         "dim": vectors.shape[1],
@@ -59,7 +63,7 @@ def finish_run(
         **_jsonable(report),
         "random_start": dataclasses.asdict(random_likeness(vectors, EPSILONS[0])),
         "view_information": None if information is None else information.to_json(),
-        "unique_means": {f"{eps:g}": n for eps, n in epsilon_sweep(state.prototypes.means().cpu(), EPSILONS).items()},
+        "unique_means": {f"{eps:g}": n for eps, n in epsilon_sweep(prototypes.means().cpu(), EPSILONS).items()},
         **_used_by_target(config, state, z, vectors, device),
         "alive": monitor.alive(),
         "alive_window": min(monitor.window, monitor.calls),
@@ -89,8 +93,10 @@ def _information(
     chosen = np.random.default_rng([config.seed, 2]).permutation(len(train_images))
     fitting = subset(train_images, np.sort(chosen[: max(FEWEST_FIT, 8 * len(vectors))][:MOST_FIT]))
     try:
-        z_views = project_views(state.teacher, held_out, config.views, config.seed, config.data.workers, device)
-        z_fit = project_views(state.teacher, fitting, config.views, config.seed, config.data.workers, device, FIT_VIEWS)
+        z_views = project_views(state.evaluated, held_out, config.views, config.seed, config.data.workers, device)
+        z_fit = project_views(
+            state.evaluated, fitting, config.views, config.seed, config.data.workers, device, FIT_VIEWS
+        )
         found = view_information(z_views, vectors, z_fit)
     except Exception as error:  # the training is done, and no measure may cost it
         return None, [f"no view information: {_in_words(error)}"]
@@ -101,7 +107,9 @@ def _used_by_target(
     config: Config, state: TrainState, z: Tensor, vectors: Tensor, device: torch.device
 ) -> dict[str, Any]:
     """The same count by the target of training, which centring, Sinkhorn or the mixture's posterior decides."""
-    targets = state.objective.targets(z[None].to(device), state.prototypes, config.teacher.temperature)
+    seen, end = Seen({"cls": z[None].to(device)}), At(0, float(1 << 40), 1.0, config.seed, None)
+    sets = {name: state.prototypes(name) for name in state.parts.names()}
+    targets = next(iter(method_of(config).assign(config, seen, sets, state.memory, end).values()))
     weight, bias = targets.weight.float(), targets.bias
     hardest = []
     for part in targets.z[0].float().split(max(64, (1 << 22) // len(weight))):
@@ -143,7 +151,7 @@ def _probes(
     chosen = np.random.default_rng([config.seed, 2]).permutation(len(train_images))
     bank = subset(train_images, np.sort(chosen[: config.log.evaluate_train]))
     try:
-        bank_features, _, bank_labels = embed(state.teacher, bank, config.views, config.data.workers, device)
+        bank_features, _, bank_labels = embed(state.evaluated, bank, config.views, config.data.workers, device)
     except Exception as error:
         found["notes"].append(f"no probes: {_in_words(error)}")
         return found, correct

@@ -1,0 +1,71 @@
+"""What each objective has of its own, one record a method; what several share is in `schema`. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+Targets = Literal["centred", "sinkhorn", "softmax"]
+"""How a method makes the teacher's target of its logits, where the prototypes have no posterior of their own."""
+
+_Share = Annotated[float, Field(ge=0, le=1)]
+_strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class DINO:
+    """Caron et al. 2021; with ``prototypes.vmf`` DINO-vMF (Govindarajan et al. 2023)."""
+
+    name: Literal["dino"] = "dino"
+    center: Literal["logits", "probabilities"] = "logits"
+    """What the centre averages: raw logits (DINO), or the log of the teacher's probabilities (DINO-vMF)."""
+
+
+@dataclass(frozen=True)
+class IBOT:
+    """Zhou et al. 2022; with ``prototypes.vmf`` iBOT-vMF."""
+
+    name: Literal["ibot"] = "ibot"
+    center: Literal["logits", "probabilities"] = "logits"
+    shared: bool = True
+    """Whether class and patch tokens share their prototypes."""
+    patch_weight: Annotated[float, Field(ge=0)] = 1.0
+    masked_crops: _Share = 0.5
+    """Share of the global crops of which some patches are hidden from the student."""
+    mask_ratio: tuple[_Share, _Share] = (0.1, 0.5)
+    """Share of the patches that are hidden in such a crop: uniform between these."""
+    patch_temperature_start: Annotated[float, Field(gt=0)] = 0.04
+    """The teacher's first temperature over patches; it rises to ``teacher.temperature`` with the other."""
+
+
+@dataclass(frozen=True)
+class SwAV:
+    """Caron et al. 2020. It has no teacher: targets are the student's own projections of the global views."""
+
+    name: Literal["swav"] = "swav"
+    iterations: Annotated[int, Field(ge=1)] = 3
+    """Of Sinkhorn."""
+    queue: Annotated[int, Field(ge=0)] = 0
+    """Projections of earlier batches, over all ranks, that are balanced together with the batch; a multiple of it."""
+    queue_epoch: Annotated[float, Field(ge=0)] = 15.0
+    """Epoch from which the queue is used."""
+
+
+@dataclass(frozen=True)
+class CARP:
+    """Silva & Ramírez Rivera 2023."""
+
+    name: Literal["carp"] = "carp"
+    block: Annotated[int, Field(ge=2)] = 512
+    """Prototypes in each random block."""
+    entropy_weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+Method = Annotated[DINO | IBOT | SwAV | CARP, Field(discriminator="name")]
+METHODS: dict[str, type[DINO | IBOT | SwAV | CARP]] = {"dino": DINO, "ibot": IBOT, "swav": SwAV, "carp": CARP}
+OWN_TARGETS: dict[str, Targets] = {"dino": "centred", "ibot": "centred", "swav": "sinkhorn", "carp": "softmax"}
+
+for _cls in METHODS.values():
+    _cls.__pydantic_config__ = _strict  # type: ignore[union-attr]

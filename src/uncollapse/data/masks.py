@@ -1,0 +1,61 @@
+"""Which patches are hidden from the student: block masks, every random number keyed by (seed, step, position, view)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ATTEMPTS = 10
+ASPECT = (0.3, 1 / 0.3)
+_STREAM = 1 << 20
+"""Keeps the masks' generator apart from the views'."""
+
+
+def block_mask(rows: int, columns: int, count: int, random: np.random.Generator) -> np.ndarray:
+    """``(rows, columns)`` bool with at most ``count`` hidden patches, in rectangles (Bao et al. 2022, Algorithm 1).
+
+    As iBOT draws them: each block has at least ``(min(rows, columns) // 3)²`` patches and never more than are left; its
+    aspect ratio is log-uniform in 0.3..1/0.3; ten attempts at each, and no further block once all have failed.
+    """
+    mask = np.zeros((rows, columns), dtype=bool)
+    hidden, least = 0, (min(rows, columns) // 3) ** 2
+    while hidden < count:
+        left, placed = count - hidden, 0
+        for _ in range(ATTEMPTS):
+            area = random.uniform(least, max(least, left))
+            aspect = math.exp(random.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if not (0 < height < rows and 0 < width < columns):
+                continue
+            top, side = int(random.integers(rows - height + 1)), int(random.integers(columns - width + 1))
+            block = mask[top : top + height, side : side + width]
+            new = block.size - int(block.sum())
+            if 0 < new <= left:
+                block[:] = True
+                placed = new
+                break
+        if not placed:
+            break
+        hidden += placed
+    return mask
+
+
+def crop_masks(
+    patches: int, views: int, share: float, ratio: tuple[float, float], seed: int, step: int, positions: list[int]
+) -> Tensor:
+    """``(views, n, patches)`` bool, True where hidden; the crops at ``positions`` of the whole batch.
+
+    Each crop is masked with probability ``share``, and then hides a share of its patches uniform in ``ratio``. A crop's
+    mask depends on (seed, step, position, view) alone.
+    """
+    side = math.isqrt(patches)
+    masks = np.zeros((views, len(positions), side, side), dtype=bool)
+    for view in range(views):
+        for i, position in enumerate(positions):
+            random = np.random.default_rng([seed, step, position, view, _STREAM])
+            if random.random() < share:
+                masks[view, i] = block_mask(side, side, int(patches * random.uniform(*ratio)), random)
+    return torch.from_numpy(masks.reshape(views, len(positions), patches))

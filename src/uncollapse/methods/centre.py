@@ -1,0 +1,68 @@
+"""DINO's target and its centre, as every method that centres uses them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from uncollapse.config.schema import Config, targets_of
+from uncollapse.distributed import Group
+from uncollapse.methods.contract import At
+from uncollapse.prototypes.sets import Prototypes
+from uncollapse.schedules import linear_epochs
+from uncollapse.targets.sinkhorn import sinkhorn_offsets
+from uncollapse.targets.softmax import SoftmaxTargets, log_marginal
+
+CENTER = "center"
+
+
+def temperature_at(c: Config, at: At, start: float | None = None) -> float:
+    """The teacher's, constant within an epoch: a linear warm-up from ``start``, then ``teacher.temperature``."""
+    t = c.teacher
+    first = t.temperature_start if start is None else start
+    return linear_epochs(int(at.epoch), first, t.temperature, t.temperature_warmup_epochs)
+
+
+def assigned(
+    c: Config, z: Tensor, prototypes: Prototypes, center: Tensor, temperature: float, group: Group
+) -> SoftmaxTargets:
+    """The target that ``c`` asks for, of projections ``z (..., D)``.
+
+    ``centred``: ``softmax((logits - center) / τ)`` (Caron et al. 2021, Algorithm 1), or with a centre of probabilities
+    ``softmax(logits / τ - center)``. ``sinkhorn``: balanced over all rows and ranks together, as DINOv2 does it.
+    ``posterior``: the set's own. ``softmax``: none of these.
+    """
+    kind = targets_of(c)
+    if kind == "posterior":
+        return prototypes.posterior(z, temperature)
+    if kind == "sinkhorn":
+        weight, bias = prototypes.affine("teacher", temperature)
+        offsets = sinkhorn_offsets(z.flatten(0, -2), weight, temperature, bias=bias, group=group)
+        return prototypes.targets(z, temperature, offsets)
+    if kind == "centred":
+        return prototypes.targets(z, temperature, -center if of_probabilities(c) else -center / temperature)
+    return prototypes.targets(z, temperature)
+
+
+def of_probabilities(c: Config) -> bool:
+    return getattr(c.method, "center", "logits") == "probabilities"
+
+
+@torch.no_grad()
+def recentre(
+    c: Config, center: Tensor, z: Tensor, prototypes: Prototypes, temperature: float, mean: Tensor | None = None
+) -> None:
+    """After the loss: ``center ← m center + (1 - m) · new``, in place.
+
+    ``new`` is the mean of the raw teacher logits of ``z (..., D)`` (Caron et al. 2021, eq. 4), or the log of its mean
+    probabilities (Govindarajan et al. 2023). Logits are linear in z, so their mean is the logit of the mean projection
+    (``mean``, where that is known): no ``(n, K)`` array is read, and ranks exchange D numbers.
+    """
+    if targets_of(c) != "centred":
+        return
+    if of_probabilities(c):
+        new = log_marginal(prototypes.targets(z.flatten(0, -2), temperature))
+    else:
+        average = z.flatten(0, -2).mean(0) if mean is None else mean
+        new = (average.unsqueeze(0) @ prototypes.affine("teacher", temperature)[0].T).squeeze(0)
+    center.lerp_(new, 1 - c.teacher.center_momentum)

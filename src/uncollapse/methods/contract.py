@@ -1,0 +1,151 @@
+"""What a method and the training loop say to one another.
+
+A method is a module of plain functions (see `dino`, the shortest). The loop asks in this order and owns everything
+else: devices, precision, gathering over ranks, accumulation, logging of every named term, saving.
+
+    see_student, see_teacher, [observe], assign, objective, [teacher's average], step, remember, [teacher's average]
+
+Everything is keyed by name: views by group ("global", "local"), projections by level ("cls", "patch"), prototypes and
+heads by set. ``c`` is the run's `Config`; what a method has of its own is in ``c.method``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from uncollapse.config.schema import Config
+from uncollapse.distributed import Group
+from uncollapse.models.network import Encoder
+from uncollapse.prototypes.sets import Prototypes
+from uncollapse.targets.softmax import SoftmaxTargets
+
+Sets = Mapping[str, Prototypes]
+Memory = dict[str, Tensor]
+Targets = dict[str, SoftmaxTargets]
+
+
+class Batch(NamedTuple):
+    """A step's images as views, on the device. Views of a group are a list: their sizes differ between groups."""
+
+    views: Mapping[str, list[Tensor]]
+    """Group → one ``(n, 3, S, S)`` for each view."""
+    masks: Mapping[str, Tensor]
+    """Group → ``(V, n, P)`` bool, True where a patch is hidden from the student; groups without masks are missing."""
+    keys: Tensor
+    """``(V, n)`` int64, one for each image of each view, all groups in their order: what stochastic depth is drawn
+    from, so that it depends on (seed, step, place in the whole batch, view) and on nothing else."""
+
+    def to(self, device: torch.device) -> Batch:
+        views = {name: [v.to(device, non_blocking=True) for v in group] for name, group in self.views.items()}
+        masks = {name: mask.to(device, non_blocking=True) for name, mask in self.masks.items()}
+        return Batch(views, masks, self.keys.to(device, non_blocking=True))
+
+    def only(self, group: str) -> Batch:
+        """Without the views of other groups."""
+        return self._replace(views={group: self.views[group]})
+
+    def part(self, of: slice) -> Batch:
+        """The images ``of`` of every view."""
+        views = {name: [view[of] for view in group] for name, group in self.views.items()}
+        return Batch(views, {name: mask[:, of] for name, mask in self.masks.items()}, self.keys[:, of])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one side made of a batch, float32."""
+
+    z: dict[str, Tensor]
+    """Level → ``(V, n, D)`` for V views of every image, or ``(M, D)`` for M tokens."""
+    weight: dict[str, Tensor] = field(default_factory=dict)
+    """Level → ``(M,)``: how much each token counts in the loss."""
+    image: dict[str, Tensor] = field(default_factory=dict)
+    """Level → ``(M,)`` int64: the image that each token is of."""
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    """Level → ``(D,)``: mean over tokens that ``z`` leaves out too, where the method needs it."""
+
+
+class At(NamedTuple):
+    """The clock: where training is, for everything that changes with it."""
+
+    step: int
+    epoch: float
+    """Epochs done."""
+    progress: float
+    """Share of all steps done."""
+    seed: int
+    group: Group
+    """Ranks whose rows are balanced and averaged together; None: this process alone."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a method needs built, besides the backbone."""
+
+    sets: dict[str, str] = field(default_factory=lambda: {"cls": "cls"})
+    """Level → the set of prototypes it is compared with. Levels of one set share its projection head too."""
+    teacher: bool = True
+    """Whether there is a network that follows the student; else targets come from the student itself."""
+    average: str = "after"
+    """When the teacher follows: ``after`` the student's step, or ``before`` it."""
+    hide: tuple[float, tuple[float, float]] | None = None
+    """Which share of the global views has hidden patches, and between which shares of them; None: no masks."""
+    uninformed: dict[str, float] = field(default_factory=dict)
+    """Term → what it is when the student predicts all prototypes alike: where a loss that stays there is stuck."""
+
+    def levels(self, name: str) -> list[str]:
+        """The levels of a set."""
+        return [level for level, of in self.sets.items() if of == name]
+
+    def names(self) -> list[str]:
+        """The sets, the first level's first."""
+        return list(dict.fromkeys(self.sets.values()))
+
+
+class Method(Protocol):
+    """The functions of a method's module. None of them but ``remember`` changes anything."""
+
+    def parts(self, c: Config) -> Parts: ...
+
+    def memory(self, c: Config) -> Memory:
+        """What a method carries from step to step (centres, queues): moved to the device, kept in the checkpoint."""
+        ...
+
+    def see_student(self, c: Config, net: Encoder, batch: Batch) -> Seen: ...
+
+    def see_teacher(self, c: Config, net: Encoder, batch: Batch, student: Seen | None) -> Seen:
+        """Without gradient. ``student`` is what the student saw, for a method without a teacher; else None."""
+        ...
+
+    def assign(self, c: Config, teacher: Seen, sets: Sets, memory: Memory, at: At) -> Targets:
+        """Targets for the rows of ``teacher``, by name."""
+        ...
+
+    def objective(self, c: Config, student: Seen, targets: Targets, sets: Sets, at: At) -> dict[str, Tensor]:
+        """The terms of the loss by name, weighted: their sum is minimised."""
+        ...
+
+    def remember(self, c: Config, everyone: Seen, sets: Sets, memory: Memory, at: At) -> None:
+        """From the teacher's rows of all ranks: updates ``memory`` in place, once the student has learned."""
+        ...
+
+
+def method_of(c: Config) -> Method:
+    """The module of the method that ``c`` names."""
+    return cast(Method, import_module(f"uncollapse.methods.{c.method.name}"))
+
+
+def part_of(targets: SoftmaxTargets, images: slice, image: Tensor | None) -> SoftmaxTargets:
+    """The targets of some images; ``image (M,)`` says which image each row is of, where rows are tokens."""
+    if targets.z.ndim == 3:
+        rows = targets.z[:, images]
+    else:
+        assert image is not None
+        first, stop, _ = images.indices(1 << 62)
+        rows = targets.z[(image >= first) & (image < stop)]
+    return SoftmaxTargets(rows, targets.weight, targets.temperature, targets.bias)

@@ -1,0 +1,244 @@
+"""One training step, in the order the contract fixes; the loop around it knows no method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from uncollapse.config.schema import Config
+from uncollapse.distributed import gather_ragged, gather_rows, sum_over_ranks, world
+from uncollapse.measure.monitor import PrototypeMonitor
+from uncollapse.methods.contract import At, Batch, Seen, Targets, method_of, part_of
+from uncollapse.models.network import Encoder
+from uncollapse.models.sync_norm import convert
+from uncollapse.schedules import cosine
+from uncollapse.training.optim import clip_each, update_teacher
+from uncollapse.training.state import TrainState
+from uncollapse.training.stopwatch import Stopwatch
+
+
+class Done(NamedTuple):
+    """What a step leaves to be logged."""
+
+    loss: float
+    """Sum of the method's terms, mean over ranks; without what pushes prototypes apart."""
+    terms: dict[str, float]
+    """Every term by name, regularisers included."""
+    targets: Targets
+    asked: bool
+    """Whether some rank was asked to stop."""
+
+
+class Stepper:
+    """Takes the steps of one run."""
+
+    def __init__(
+        self, config: Config, fabric: Fabric, state: TrainState, monitors: dict[str, PrototypeMonitor],
+        watch: Stopwatch, total: int, steps_per_epoch: int, check_finite: Callable[[Tensor, str, int], None],
+    ) -> None:  # fmt: skip
+        self.config, self.fabric, self.state, self.monitors, self.watch = config, fabric, state, monitors, watch
+        self.total, self.steps_per_epoch, self.check_finite = total, steps_per_epoch, check_finite
+        self.method = method_of(config)
+        if fabric.world_size > 1:
+            for encoder in (state.student, state.teacher):
+                if encoder is not None:
+                    _synchronise(encoder, fabric.device)
+        self.student = fabric.setup_module(state.student)
+        optimizer: Any = fabric.setup_optimizers(state.optimizer)
+        self.optimizer: torch.optim.Optimizer = optimizer
+        self.precision = fabric.strategy.precision  # holds the gradient scaler of 16-mixed
+        self.learned = [p for p in state.sets.parameters() if p.requires_grad]
+
+    def __call__(self, step: int, batch: Batch, asked: bool) -> Done:
+        """Views to updated teacher; ``batch`` has this rank's images, ``asked`` is whether it was asked to stop."""
+        config, state, watch, method = self.config, self.state, self.watch, self.method
+        at = At(step, step / self.steps_per_epoch, step / self.total, config.seed, world())
+        self._set_rates(step)
+        images = batch.keys.shape[1]
+        size = images // config.run.accumulate
+        parts = [slice(i, i + size) for i in range(0, images, size)]
+        if len(parts) == 1:
+            batch = self._on_device(batch)  # once; otherwise part by part, twice
+        student = None if state.parts.teacher else self._see_student(batch)
+        teacher = self._see_teacher(batch, parts, student)
+        everyone = _of_all_ranks(teacher)
+        watch.lap("teacher")
+        for z in everyone.z.values():
+            self.check_finite(z, "the teacher's projections", step)
+        for name in state.parts.names():
+            state.prototypes(name).observe(*_observed(everyone, state.parts.levels(name), at.progress))
+        sets = {name: state.prototypes(name) for name in state.parts.names()}
+        targets = method.assign(config, teacher, sets, state.memory, at)
+        watch.lap("prototypes")
+        for name, monitor in self.monitors.items():
+            z = everyone.z[state.parts.levels(name)[0]]
+            monitor.observe_projections(z[0] if z.ndim == 3 else z, sets[name].vectors("teacher"))
+        watch.lap("diagnosis")
+        self.optimizer.zero_grad()
+        terms: dict[str, Tensor] = {}
+        for part in parts:
+            last = part is parts[-1]
+            with self._waits(last):
+                seen = student or self._see_student(self._on_device(batch.part(part)))
+                wanted = {n: part_of(t, part, teacher.image.get(n)) for n, t in targets.items()}
+                mine = wanted if len(parts) > 1 else targets
+                self._learn(seen, mine, at, len(parts), terms, last)
+        done = self._agree(terms, targets, asked, step)
+        momentum = cosine(step, self.total, config.teacher.momentum, config.teacher.momentum_end)
+        if state.parts.average == "before":
+            self._follow(momentum)
+        self._finish_gradients(step)
+        watch.lap("backward")
+        self.optimizer.step()
+        for prototypes in sets.values():
+            prototypes.after_step()
+        watch.lap("optimiser")
+        method.remember(config, everyone, sets, state.memory, at)
+        if state.parts.average == "after":
+            self._follow(momentum)
+        watch.lap("ema")
+        return done
+
+    # --- seeing -----------------------------------------------------------------------------------------
+
+    def _see_student(self, batch: Batch) -> Seen:
+        return self.method.see_student(self.config, cast(Encoder, self.student), batch)
+
+    def _see_teacher(self, batch: Batch, parts: list[slice], student: Seen | None) -> Seen:
+        state, method, config = self.state, self.method, self.config
+        net = state.evaluated
+        seen: list[Seen] = []
+        with torch.no_grad(), self.fabric.autocast():
+            for part in parts:
+                some = batch if len(parts) == 1 else self._on_device(batch.part(part).only("global"))
+                seen.append(method.see_teacher(config, net, some, student))
+        return seen[0] if len(seen) == 1 else _joined(seen, parts)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return batch.to(self.fabric.device)
+
+    def _waits(self, last: bool) -> AbstractContextManager[None]:
+        """Ranks average gradients in a batch's last part alone."""
+        alone = last or self.fabric.world_size == 1
+        return nullcontext() if alone else self.fabric.no_backward_sync(self.student)
+
+    # --- learning ---------------------------------------------------------------------------------------
+
+    def _learn(self, seen: Seen, targets: Targets, at: At, of: int, terms: dict[str, Tensor], last: bool) -> None:
+        """Adds the gradient of one part of ``of``, and its terms to ``terms``.
+
+        Targets, memory and mixture come from the whole batch, so the sum over parts is the gradient of the whole.
+        """
+        sets = {name: self.state.prototypes(name) for name in self.state.parts.names()}
+        with torch.autocast(self.fabric.device.type, enabled=False):
+            named = self.method.objective(self.config, seen, targets, sets, at)
+            named = {name: term / of for name, term in named.items()}
+            if last:
+                for name, prototypes in sets.items():
+                    regulariser = prototypes.regulariser()
+                    if regulariser is not None:
+                        named[f"regulariser/{name}"] = regulariser
+        self.watch.lap("student")
+        total = sum(named.values(), torch.zeros((), device=self.fabric.device))
+        self.fabric.backward(total)
+        self.watch.lap("backward")
+        for name, term in named.items():
+            terms[name] = terms.get(name, torch.zeros((), device=term.device)) + term.detach()
+
+    def _agree(self, terms: dict[str, Tensor], targets: Targets, asked: bool, step: int) -> Done:
+        """Means over ranks; a stop asked of one rank reaches all with them."""
+        own = [term for name, term in terms.items() if not name.startswith("regulariser/")]
+        loss = sum(own[1:], own[0])
+        every = torch.stack([loss.float(), loss.new_tensor(float(asked)), *(t.float() for t in terms.values())])
+        if self.fabric.world_size > 1:
+            gathered: Any = self.fabric.all_reduce(every, reduce_op="mean")
+            every = gathered
+        self.check_finite(every, "the loss", step)
+        value, stop, *rest = every.tolist()
+        return Done(value, dict(zip(terms, rest, strict=True)), targets, stop > 0)
+
+    def _finish_gradients(self, step: int) -> None:
+        """Averages the prototypes' gradients over ranks, clips, and freezes the prototypes at first."""
+        config = self.config
+        if self.fabric.world_size > 1:
+            for parameter in self.learned:
+                if parameter.grad is not None:
+                    parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]
+        self.precision.unscale_gradients(self.state.optimizer)
+        if config.optim.clip:
+            clip_each([*self.state.student.parameters(), *self.learned], config.optim.clip)
+        if step < round(config.prototypes.freeze_epochs * self.steps_per_epoch):
+            for parameter in self.learned:
+                parameter.grad = None
+
+    def _follow(self, momentum: float) -> None:
+        if self.state.teacher is None:
+            return
+        update_teacher(self.state.teacher, self.state.student, momentum)
+        for name in self.state.parts.names():
+            self.state.prototypes(name).update_teacher(momentum)
+
+    def _set_rates(self, step: int) -> None:
+        config, optim = self.config, self.config.optim
+        lr = cosine(
+            step, self.total, optim.lr * config.run.batch / optim.lr_batch, optim.min_lr,
+            round(optim.warmup_epochs * self.steps_per_epoch),
+        )  # fmt: skip
+        decay = cosine(step, self.total, optim.weight_decay, optim.weight_decay_end)
+        for group in self.optimizer.param_groups:
+            own = group["role"] == "prototypes"
+            group["lr"] = lr * (config.prototypes.lr_scale if own else 1.0)
+            fixed = config.prototypes.weight_decay if own else None
+            group["weight_decay"] = 0.0 if group["role"] == "plain" else decay if fixed is None else fixed
+
+
+def _observed(everyone: Seen, levels: list[str], progress: float) -> tuple[Tensor, float, Tensor | None]:
+    """Rows of all levels that share a set, the share of training done, and how much each row counts: levels alike."""
+    first = everyone.z[levels[0]].flatten(0, -2)
+    if len(levels) == 1:
+        return first, progress, None
+    rows = [everyone.z[level].flatten(0, -2) for level in levels]
+    weights = [torch.full((len(z),), len(first) / max(1, len(z)), device=z.device) for z in rows]
+    return torch.cat(rows), progress, torch.cat(weights)
+
+
+def _of_all_ranks(seen: Seen) -> Seen:
+    """Views in the order one rank would have them, tokens in rank order."""
+    group = world()
+    if group is None:
+        return seen
+    z = {
+        name: gather_rows(z.transpose(0, 1), group).transpose(0, 1) if z.ndim == 3 else gather_ragged(z, group)
+        for name, z in seen.z.items()
+    }
+    ranks = torch.distributed.get_world_size(group)
+    mean = {name: sum_over_ranks(mean.clone(), group) / ranks for name, mean in seen.mean.items()}
+    return Seen(z, mean=mean)
+
+
+def _joined(seen: list[Seen], parts: list[slice]) -> Seen:
+    """The whole batch's, of its parts one after the other."""
+
+    def cat(name: str) -> Tensor:
+        tensors = [s.z[name] for s in seen]
+        return torch.cat(tensors, dim=1 if tensors[0].ndim == 3 else 0)
+
+    image = {n: torch.cat([s.image[n] + p.start for s, p in zip(seen, parts, strict=True)]) for n in seen[0].image}
+    weight = {n: torch.cat([s.weight[n] for s in seen]) for n in seen[0].weight}
+    mean = {n: torch.stack([s.mean[n] for s in seen]).mean(0) for n in seen[0].mean}
+    return Seen({name: cat(name) for name in seen[0].z}, weight, image, mean)
+
+
+def _synchronise(encoder: nn.Module, device: torch.device) -> None:
+    """Makes batch norms see the batches of all ranks, so that a run does not depend on how many there are."""
+    if device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+
+        convert_sync_batchnorm(encoder)  # timm's keeps the activations that its own norms contain
+    else:
+        convert(encoder)
