@@ -134,7 +134,8 @@ class PrototypeConfig:
     learn_norm: bool = True
     """Whether the length of each prototype is learned (DINO's ``norm_last_layer=False``)."""
     vmf: bool = False
-    """Whether logits have the von Mises–Fisher normaliser, which lengths of their own need."""
+    """Whether logits have the von Mises–Fisher normaliser, which lengths of their own need. Prototypes of one length
+    (decoupled, fixed, SwAV's, or without ``learn_norm``) have one normaliser, which changes nothing."""
     freeze_epochs: Rate = 1.0
     """Joint prototypes get no gradient during these first epochs."""
     lr_scale: Rate = 1.0

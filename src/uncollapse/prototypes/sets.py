@@ -89,7 +89,7 @@ class JointPrototypes(Prototypes):
         start = (torch.rand(count, dim, generator=generator) * 2 - 1) / dim**0.5
         start = start if followed else F.normalize(start, dim=-1)
         self.student_v = nn.Parameter(start)
-        self.student_g = nn.Parameter(torch.ones(count, 1), requires_grad=learn_norm)
+        self.student_g = nn.Parameter(torch.ones(count, 1), requires_grad=learn_norm and followed)
         self.register_buffer("teacher_v", start.clone())
         self.register_buffer("teacher_g", torch.ones(count, 1))
         self.koleo_weight, self.koleo_every = koleo_weight, koleo_every

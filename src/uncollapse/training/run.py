@@ -231,6 +231,8 @@ def banner(
         + (f" in {run.accumulate} parts" if run.accumulate > 1 else "")
         + (f"; continuing after step {start}" if start else ""),
     ]
+    if protos.vmf and not (protos.kind in ("joint", "koleo") and protos.learn_norm and config.method.name != "swav"):
+        lines.append("note        prototypes.vmf changes nothing here: prototypes of one length have one normaliser")
     if fabric.device.type == "cuda" and torch.cuda.device_count() > fabric.world_size:
         lines.append(
             f"note        {fabric.world_size} of {torch.cuda.device_count()} GPUs used; for all of them: "

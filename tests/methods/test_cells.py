@@ -1,0 +1,95 @@
+"""Every method with every way to learn prototypes: what must move moves, what must not stays, every term is named."""
+
+import math
+
+import pytest
+import torch
+
+from steps import METHODS, Steps, small
+from uncollapse.config.schema import KINDS, targets_of
+from uncollapse.schedules import cosine
+
+TERMS = {"dino": {"cls"}, "swav": {"cls"}, "carp": {"consistency", "entropy"}, "ibot": {"cls", "patch"}}
+
+
+def parameters(module):
+    return {} if module is None else {n: p.detach().clone() for n, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_cell(method, kind):
+    c = small(method, kind)
+    steps = Steps(c)
+    state, start = steps.state, steps.snapshot()
+    done = [steps.take() for _ in range(2)]
+    before = steps.snapshot()
+    done.append(steps.take())
+    learned = kind in ("joint", "koleo")
+
+    # The loss: every term by name, regularisers beside it.
+    names = state.parts.names()
+    assert names == (["cls", "patch"] if method == "ibot-separate" else ["cls"])
+    regularisers = {f"regulariser/{name}" for name in names} if kind == "koleo" else set()
+    for d in done:
+        assert d.terms.keys() == TERMS[c.method.name] | regularisers
+        assert all(math.isfinite(term) for term in d.terms.values())
+        assert d.loss == pytest.approx(sum(v for n, v in d.terms.items() if n not in regularisers), abs=1e-5)
+
+    # The prototypes, by their way to learn.
+    optimised = {p.data_ptr() for group in state.optimizer.param_groups for p in group["params"]}
+    for name in names:
+        prototypes, other = state.prototypes(name), start.prototypes(name)
+        moved = (prototypes.vectors("student") - other.vectors("student")).abs().amax(1)
+        ours = {p.data_ptr() for p in prototypes.parameters() if p.requires_grad}
+        assert bool(ours) == learned
+        assert ours <= optimised
+        assert not optimised & {b.data_ptr() for b in prototypes.buffers()}
+        assert (moved > 0).all() if kind != "fixed" else (moved == 0).all()
+        if learned:
+            assert (prototypes.student_v.grad.abs().amax(1) > 0).all()
+
+    # The encoder learns, head by head.
+    now, then = parameters(state.student), parameters(start.student)
+    assert {n.split(".")[1] for n in now if n.startswith("heads.")} == set(names)
+    still = {n for n in now if torch.equal(now[n], then[n])}
+    assert not still, f"these never learn: {sorted(still)}"
+
+    # The teacher follows: after the student's step, or (CARP) before it, the prototypes' side of it too.
+    if c.method.name == "swav":
+        assert state.teacher is None
+    else:
+        followed = before if c.method.name == "carp" else state
+        momentum = cosine(2, steps.total, c.teacher.momentum, c.teacher.momentum_end)
+        was, towards = parameters(before.teacher), parameters(followed.student)
+        for n, t in parameters(state.teacher).items():
+            torch.testing.assert_close(t, momentum * was[n] + (1 - momentum) * towards[n], rtol=1e-5, atol=1e-7)
+        if learned:
+            for name in names:
+                old, ahead, new = (s.prototypes(name) for s in (before, followed, state))
+                expected = momentum * old.teacher_v + (1 - momentum) * ahead.student_v.detach()
+                torch.testing.assert_close(new.teacher_v, expected, rtol=1e-5, atol=1e-7)
+
+    # What is carried from step to step.
+    centred = targets_of(c) == "centred"
+    for name, tensor in state.memory.items():
+        changes = centred if name.startswith("center") else True
+        assert torch.equal(tensor, start.memory[name]) != changes, name
+    assert state.memory.keys() == {
+        "dino": {"center"}, "swav": {"queue", "filled"}, "carp": set(), "ibot": {"center", "center_patch"},
+    }[c.method.name]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["dino-vmf", "ibot-vmf"])
+@pytest.mark.parametrize("kind", ["decoupled", "decoupled-paper", "fixed"])
+def test_vmf_changes_nothing_where_prototypes_have_one_length(method, kind):
+    """One length, one normaliser: the pairing is allowed, and is that without it to the bit."""
+    with_it, without = (Steps(small(method, kind, **{"prototypes.vmf": vmf})) for vmf in (True, False))
+    for _ in range(2):
+        assert with_it.take().terms == without.take().terms
+
+
+def test_lengths_that_a_method_fixes_are_in_no_optimiser():
+    """SwAV puts its prototypes back on the unit sphere, whatever the recipe says about lengths."""
+    state = Steps(small("swav", **{"prototypes.learn_norm": True})).state
+    assert [n for n, p in state.sets.named_parameters() if p.requires_grad] == ["cls.student_v"]
