@@ -10,16 +10,17 @@ an inner product rather than a cross-entropy, with p̄_b the mean over all stude
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from uncollapse.checks import above_zero, fits, one_shape
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
-from uncollapse.losses.autograd import first_order
+from uncollapse.losses.autograd import with_gradient
 from uncollapse.losses.pairs import pair_count
 from uncollapse.numerics import exponent_floor
 from uncollapse.targets.softmax import SoftmaxTargets
@@ -144,8 +145,9 @@ def fused_carp_terms(
         )
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     fixed = [None if t is None else t.detach().to(dtype) for t in (bias, targets.z, targets.weight, targets.bias)]
-    settings = (temperature, targets.temperature, entropy_weight, group, torch.is_grad_enabled())
-    loss, entropy = _Carp.apply(x.to(dtype), weight.to(dtype), settings, blocks.to(x.device), *fixed)
+    rule = _Rule(temperature, targets.temperature, entropy_weight, group)
+    form = functools.partial(_sum_blocks, rule)
+    loss, entropy = with_gradient(form, (x.to(dtype), weight.to(dtype)), (blocks.to(x.device), *fixed))
     return loss, entropy
 
 
@@ -156,45 +158,18 @@ def _check_blocks(blocks: Tensor, count: int) -> None:
         raise ValueError(f"blocks name prototypes 0 to {count - 1}, got {int(blocks.min())} to {int(blocks.max())}")
 
 
-class _Carp(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, weight: Tensor, settings: tuple[Any, ...], *fixed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        ctx.settings = settings
-        ctx.needs = [settings[-1] and needed for needed in ctx.needs_input_grad[:2]]
-        ctx.save_for_backward(z, weight, *fixed)
-        loss, entropy, ctx.gradients = _evaluate(z, weight, settings, fixed, ctx.needs)
-        ctx.mark_non_differentiable(entropy)
-        return loss, entropy
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            # Handed over already, and scaled in place there: a graph that is walked twice pays for it here.
-            z, weight, *fixed = ctx.saved_tensors
-            _, _, gradients = _evaluate(z, weight, ctx.settings, fixed, ctx.needs)
-        handed = [g if g is None else g.mul_(grad) for g in gradients]
-        return *handed, *[None] * (len(ctx.needs_input_grad) - 2)
-
-
-def _evaluate(
-    z: Tensor, weight: Tensor, settings: tuple[Any, ...], fixed: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    with torch.autocast(z.device.type, enabled=False), torch.no_grad():
-        return _sum_blocks(z, weight, settings, fixed, needs)
+class _Rule(NamedTuple):
+    temperature: float
+    teacher_temperature: float
+    entropy_weight: float
+    group: Group
 
 
 def _sum_blocks(
-    z: Tensor, weight: Tensor, settings: tuple[Any, ...], fixed: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    temperature, teacher_temperature, entropy_weight, group, _ = settings
-    blocks, bias, z_teacher, weight_teacher, bias_teacher = fixed
-    assert blocks is not None
-    assert z_teacher is not None
-    assert weight_teacher is not None
+    rule: _Rule, tensors: Sequence[Any], needs: Sequence[bool]
+) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
+    temperature, teacher_temperature, entropy_weight, group = rule
+    z, weight, blocks, bias, z_teacher, weight_teacher, bias_teacher = tensors
     views, n, dim = z.shape
     seen = len(z_teacher)
     count, size = blocks.shape
@@ -238,7 +213,7 @@ def _sum_blocks(
         if grad_w is not None:
             grad_w[chosen] = error.T @ x
     gradients = [None if grad_z is None else grad_z.view_as(z), grad_w]
-    return (consistency + entropy).to(z.dtype), entropy.to(z.dtype), gradients
+    return ((consistency + entropy).to(z.dtype), entropy.to(z.dtype)), gradients
 
 
 def _probabilities(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, size: int) -> Tensor:

@@ -10,6 +10,7 @@ processor holds, and a compiled block costs seconds at the start and a C++ compi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from uncollapse.checks import above_zero, has_shape, usable_weights
 from uncollapse.distributed import Group, gather_rows, max_over_ranks, rank_and_size, sum_over_ranks
-from uncollapse.losses.autograd import first_order
+from uncollapse.losses.autograd import with_gradient
 from uncollapse.numerics import exponent_floor
 from uncollapse.targets.softmax import SoftmaxTargets
 
@@ -83,11 +84,12 @@ def fused_cross_entropy(
         pairing.detach().to(z.device, dtype),
         row_weight.detach().to(z.device, dtype),
         group,
-        torch.is_grad_enabled(),
     )
     parts = [None if x is None else x.detach().to(dtype) for x in parts]
     bias = None if bias is None else bias.to(dtype)
-    loss: Tensor = _CrossEntropy.apply(z.to(dtype), weight.to(dtype), bias, rule, *parts)
+    # One student view for one teacher view shares nothing: summing errors row by row saves two products.
+    form = functools.partial(_sum_matched if tuple(pairing.shape) == (1, 1) else _sum_blocks, rule)
+    loss: Tensor = with_gradient(form, (z.to(dtype), weight.to(dtype), bias), parts)
     return loss
 
 
@@ -135,52 +137,12 @@ class _Rule:
     pairing: Tensor
     row_weight: Tensor
     group: Group
-    gradients: bool
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, rule: _Rule, *parts: Tensor | None) -> Tensor:
-        ctx.needs = [rule.gradients and needed for needed in ctx.needs_input_grad[:3]]
-        loss, ctx.gradients = _evaluate(z, weight, bias, rule, parts, ctx.needs)
-        ctx.rule = rule
-        ctx.save_for_backward(z, weight, bias, *parts)
-        return loss
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            # Handed over already, and scaled in place there: a graph that is walked twice pays for it here.
-            z, weight, bias, *parts = ctx.saved_tensors
-            _, gradients = _evaluate(z, weight, bias, ctx.rule, parts, ctx.needs)
-        handed = [g if g is None else g.mul_(grad) for g in gradients]
-        return *handed, *[None] * (len(ctx.needs_input_grad) - 3)
-
-
-def _evaluate(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rule: _Rule,
-    parts: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor | None]]:
-    # One student view for one teacher view shares nothing: summing errors row by row saves two products.
-    form = _sum_matched if len(z) == rule.pairing.shape[1] == 1 else _sum_blocks
-    with torch.autocast(z.device.type, enabled=False), torch.no_grad():
-        return form(z, weight, bias, rule, parts, needs)
 
 
 def _sum_blocks(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rule: _Rule,
-    parts: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor | None]]:
+    rule: _Rule, tensors: Sequence[Any], needs: Sequence[bool]
+) -> tuple[tuple[Tensor], list[Tensor | None]]:
+    z, weight, bias, *parts = tensors
     pairing, group = rule.pairing, rule.group
     own = z.shape[1]
     x = gather_rows(z.transpose(0, 1), group).contiguous()  # (N, V, D), all ranks' images
@@ -233,7 +195,7 @@ def _sum_blocks(
             grad_b.addmv_(p.T, a)
 
     loss -= sum_over_ranks(shared, group)
-    return loss.to(x.dtype), [_own_share(grad_x, own, group), grad_w, grad_b]
+    return (loss.to(x.dtype),), [_own_share(grad_x, own, group), grad_w, grad_b]
 
 
 def _own_share(grad: Tensor | None, own: int, group: Group) -> Tensor | None:
@@ -246,14 +208,10 @@ def _own_share(grad: Tensor | None, own: int, group: Group) -> Tensor | None:
 
 
 def _sum_matched(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rule: _Rule,
-    parts: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor | None]]:
+    rule: _Rule, tensors: Sequence[Any], needs: Sequence[bool]
+) -> tuple[tuple[Tensor], list[Tensor | None]]:
     """The same as `_sum_blocks` for one view of each: the error ``p - t`` is formed in place of the logits."""
+    z, weight, bias, *parts = tensors
     group, own = rule.group, z.shape[1]
     x = gather_rows(z[0], group).contiguous()
     weights = gather_rows(rule.row_weight, group) / rank_and_size(group)[1] * rule.pairing[0, 0]
@@ -281,7 +239,11 @@ def _sum_matched(
         if grad_b is not None:
             grad_b += error.sum(0)
     loss = loss - sum_over_ranks(shared, group)
-    return loss.to(x.dtype), [_own_share(None if grad_x is None else grad_x.unsqueeze(1), own, group), grad_w, grad_b]
+    return (loss.to(x.dtype),), [
+        _own_share(None if grad_x is None else grad_x.unsqueeze(1), own, group),
+        grad_w,
+        grad_b,
+    ]
 
 
 def _target_blocks(

@@ -8,7 +8,8 @@ not depend on the block size, the number of ranks, or the matrix-product precisi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from uncollapse.checks import above_zero
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
-from uncollapse.losses.autograd import first_order
+from uncollapse.losses.autograd import with_gradient
 from uncollapse.numerics import rounding
 
 _TIE = 4e-15
@@ -66,7 +67,7 @@ def koleo_proto(
             f"neighbours must be int64 of shape {tuple(w.shape[:1])}, one per row of w, got {neighbours.dtype} of "
             f"shape {tuple(neighbours.shape)}; pass what nearest_neighbours returned for this matrix"
         )
-    out: Tensor = _KoLeo.apply(w, neighbours, eps, block, group)
+    out: Tensor = with_gradient(functools.partial(_value, eps, block, group), [w], [neighbours])
     return out
 
 
@@ -95,26 +96,17 @@ def nearest_neighbours(w: Tensor, block: int | None = None, group: Group = None)
         return _search(_unit(w, shards)[0], shards, block)
 
 
-class _KoLeo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, neighbours: Tensor | None, eps: float, block: int | None, group: Group) -> Tensor:
-        with torch.autocast(w.device.type, enabled=False):
-            shards = _Shards(w, group)
-            unit, length = _unit(w, shards)
-            if neighbours is None:
-                neighbours = _search(unit, shards, block)
-            value, grad = _pairs(unit, neighbours, eps, shards, ctx.needs_input_grad[0])
-            if grad is not None:
-                # Not in half precision: the factor that a gradient scaler comes with need not fit.
-                ctx.save_for_backward(_through_normalisation(grad, unit, length))
-                ctx.dtype = w.dtype
-        return value
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return (upstream.to(grad.dtype) * grad).to(ctx.dtype), None, None, None, None
+def _value(
+    eps: float, block: int | None, group: Group, tensors: Sequence[Any], needs: Sequence[bool]
+) -> tuple[tuple[Tensor], list[Tensor | None]]:
+    w, neighbours = tensors
+    shards = _Shards(w, group)
+    unit, length = _unit(w, shards)
+    value, grad = _pairs(
+        unit, _search(unit, shards, block) if neighbours is None else neighbours, eps, shards, needs[0]
+    )
+    # Not in half precision: the factor that a gradient scaler comes with need not fit. Autograd narrows it afterwards.
+    return (value,), [None if grad is None else _through_normalisation(grad, unit, length)]
 
 
 class _Shards:

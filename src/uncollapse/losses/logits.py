@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
-from typing import Any
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from uncollapse.checks import above_zero, one_shape
-from uncollapse.losses.autograd import first_order
+from uncollapse.losses.autograd import with_gradient
 from uncollapse.losses.pairs import pair_count
 from uncollapse.numerics import exponent_floor
 
@@ -40,72 +39,48 @@ def fused_dino_loss_on_logits(
     pair_count(len(student_logits), len(targets))
     one_shape([*student_logits, *targets], "logits and targets (images, prototypes)")
     dtype = reduce(torch.promote_types, (t.dtype for t in (*student_logits, *targets)), torch.float32)
-    tensors = [t.to(dtype) for t in (*student_logits, *targets)]
-    loss: Tensor = _OnLogits.apply(len(student_logits), temperature, torch.is_grad_enabled(), *tensors)
+    form = partial(_one_pass, temperature)
+    loss: Tensor = with_gradient(form, [t.to(dtype) for t in student_logits], [t.to(dtype) for t in targets])
     return loss
 
 
-class _OnLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, views: int, temperature: float, gradients: bool, *tensors: Tensor) -> Tensor:
-        ctx.needs = [gradients and needed for needed in ctx.needs_input_grad[3 : 3 + views]]
-        ctx.temperature = temperature
-        ctx.save_for_backward(*tensors)
-        loss, ctx.gradients = _one_pass(tensors[:views], tensors[views:], temperature, ctx.needs)
-        return loss
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            # Handed over already, and scaled in place there: a graph that is walked twice pays for it here.
-            views = len(ctx.needs)
-            _, gradients = _one_pass(ctx.saved_tensors[:views], ctx.saved_tensors[views:], ctx.temperature, ctx.needs)
-        # The gradient is as large as all logits: a pass over it to multiply by 1 is worth a look at a number, which
-        # on a GPU would be worth a wait instead.
-        as_it_is = grad.device.type == "cpu" and float(grad) == 1
-        handed = [g if g is None or as_it_is else g.mul_(grad) for g in gradients]
-        return None, None, None, *handed, *[None] * (len(ctx.needs_input_grad) - 3 - len(handed))
-
-
 def _one_pass(
-    logits: Sequence[Tensor], targets: Sequence[Tensor], temperature: float, needs: Sequence[bool]
-) -> tuple[Tensor, list[Tensor | None]]:
-    with torch.no_grad(), torch.autocast(logits[0].device.type, enabled=False):
-        n, k = logits[0].shape
-        scale = 1 / (temperature * n * pair_count(len(logits), len(targets)))
-        gradients = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
-            for x, needed in zip(logits, needs, strict=True)
-        ]
-        loss = torch.zeros((), dtype=torch.float64, device=logits[0].device)
-        floor = temperature * exponent_floor(logits[0].dtype)
-        few = n if logits[0].is_cuda else max(1, _NEAR // k)
-        spare = logits[0].new_empty(0 if all(needs) else few, k)
-        for start in range(0, n, few):
-            rows = slice(start, start + few)
-            shown = [t[rows] * -scale for t in targets]
-            everyone = reduce(torch.add, shown)
-            whole = everyone.sum(-1, keepdim=True)
-            for v, view in enumerate(logits):
-                x, gradient = view[rows], gradients[v]
-                out = spare[: len(x)] if gradient is None else gradient[rows]
-                minus, mass = everyone, whole
-                if v < len(shown):
-                    others = [*shown[:v], *shown[v + 1 :]]
-                    if not others:
-                        out.zero_()
-                        continue
-                    minus = reduce(torch.add, others)
-                    mass = minus.sum(-1, keepdim=True)
-                top = x.amax(-1, keepdim=True)
-                torch.sub(x, top, out=out).clamp_(min=floor)
-                if temperature != 1:
-                    out.mul_(1 / temperature)
-                total = out.exp_().sum(-1, keepdim=True)
-                log_sum = top + temperature * total.log()
-                loss += torch.linalg.vecdot(minus, x).double().sum() - (mass * log_sum).double().sum()
-                if gradient is not None:
-                    torch.addcmul(minus, out, -mass / total, out=out)
-        return loss.to(logits[0].dtype), gradients
+    temperature: float, tensors: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[tuple[Tensor], list[Tensor | None]]:
+    logits, targets = tensors[: len(needs)], tensors[len(needs) :]
+    n, k = logits[0].shape
+    scale = 1 / (temperature * n * pair_count(len(logits), len(targets)))
+    gradients = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
+        for x, needed in zip(logits, needs, strict=True)
+    ]
+    loss = torch.zeros((), dtype=torch.float64, device=logits[0].device)
+    floor = temperature * exponent_floor(logits[0].dtype)
+    few = n if logits[0].is_cuda else max(1, _NEAR // k)
+    spare = logits[0].new_empty(0 if all(needs) else few, k)
+    for start in range(0, n, few):
+        rows = slice(start, start + few)
+        shown = [t[rows] * -scale for t in targets]
+        everyone = reduce(torch.add, shown)
+        whole = everyone.sum(-1, keepdim=True)
+        for v, view in enumerate(logits):
+            x, gradient = view[rows], gradients[v]
+            out = spare[: len(x)] if gradient is None else gradient[rows]
+            minus, mass = everyone, whole
+            if v < len(shown):
+                others = [*shown[:v], *shown[v + 1 :]]
+                if not others:
+                    out.zero_()
+                    continue
+                minus = reduce(torch.add, others)
+                mass = minus.sum(-1, keepdim=True)
+            top = x.amax(-1, keepdim=True)
+            torch.sub(x, top, out=out).clamp_(min=floor)
+            if temperature != 1:
+                out.mul_(1 / temperature)
+            total = out.exp_().sum(-1, keepdim=True)
+            log_sum = top + temperature * total.log()
+            loss += torch.linalg.vecdot(minus, x).double().sum() - (mass * log_sum).double().sum()
+            if gradient is not None:
+                torch.addcmul(minus, out, -mass / total, out=out)
+    return (loss.to(logits[0].dtype),), gradients
