@@ -51,14 +51,29 @@ def make_summary(arm: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
 
 
 def make_run(
-    root: Path, arm: str, seed: int = 0, name: str = "", config: dict[str, Any] | None = None, **changes: Any
+    root: Path,
+    arm: str,
+    seed: int = 0,
+    name: str = "",
+    config: dict[str, Any] | None = None,
+    method: str = "",
+    **changes: Any,
 ) -> Path:
-    """Write a run folder the way training does: its numbers are arranged, its shapes are real."""
-    folder = root / (name or f"{arm}-{seed}")
+    """Write a run folder the way training does: its numbers are arranged, its shapes are real.
+
+    Args:
+        arm: the mode.
+        method: none is a folder of before there were several.
+    """
+    folder = root / (name or f"{f'{method}-' if method else ''}{arm}-{seed}")
     folder.mkdir(parents=True)
     summary = make_summary(arm, seed, **changes)
     keys = {"prototypes.kind": arm.removesuffix("-sinkhorn"), "prototypes.count": summary["prototypes"], "seed": seed}
     keys |= {"data.path": str(root / "images")} | (config or {})
+    if method:
+        summary["method"] = method
+        keys |= {"method.name": method.removesuffix("-vmf"), "prototypes.vmf": method.endswith("-vmf")}
+        keys |= {"method.block": 32} if method == "carp" else {}
     (folder / "config.yaml").write_text(dump_config(load_config("demo", keys)))
     (folder / "summary.json").write_text(json.dumps(summary))
     rng = np.random.default_rng([seed, *arm.encode()])

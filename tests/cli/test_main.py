@@ -77,6 +77,15 @@ def test_another_backbone_leaves_the_old_ones_options_behind(tmp_path):
     assert load_config(recipe, typed).backbone.options == {"in_chans": 3}
 
 
+def test_a_run_of_another_method_has_a_folder_and_a_title_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "demo", "--data", "builtin:digits", "--tiny", "--max-steps", "1", "--device", "cpu"]
+    main([*words, "--method.name", "carp", "--prototypes", "decoupled", "--views.local_count", "0"])
+    assert "method      carp\nprototypes  64, decoupled" in capsys.readouterr().out
+    page = (tmp_path / "runs" / "demo-carp-decoupled-seed0" / "report.html").read_text()
+    assert "<h1>carp decoupled on " in page
+
+
 def test_what_is_typed_wins_over_tiny():
     typed = {"prototypes.count": 100_000, "backbone.name": "resnet18", "run.batch": 48, "data.path": "builtin:digits"}
     config = tiny(load_config("dino-vits16", typed), typed)

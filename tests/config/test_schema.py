@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from uncollapse.config.load import build_config, dump_config, load_config, recipe_names
 from uncollapse.config.plain_yaml import parse_value
-from uncollapse.config.schema import ARMS, KINDS, Config, arm_keys, arm_name, targets_of
+from uncollapse.config.schema import ARMS, KINDS, Config, arm_keys, method_name, mode_name, targets_of
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError
 
@@ -132,7 +132,14 @@ def test_any_valid_value_survives_the_file(lr, batch, flip, seed):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_an_arm_is_named_by_what_makes_it(arm):
-    assert arm_name(load_config("demo", arm_keys(arm))) == arm
+    assert mode_name(load_config("demo", arm_keys(arm))) == arm
+
+
+def test_a_method_with_von_mises_fisher_prototypes_has_a_name_of_its_own():
+    shipped = {"demo": "dino", "dino-vmf-vits16": "dino-vmf", "ibot-vits16": "ibot", "ibot-vmf-vits16": "ibot-vmf",
+               "swav-small32": "swav", "carp-small32": "carp"}  # fmt: skip
+    assert {recipe: method_name(load_config(recipe)) for recipe in shipped} == shipped
+    assert method_name(load_config("demo", {"method.center": "probabilities"})) == "dino-vmf"
 
 
 def test_targets_are_the_modes_own_unless_the_recipe_says_otherwise():
@@ -142,7 +149,7 @@ def test_targets_are_the_modes_own_unless_the_recipe_says_otherwise():
     assert targets(kind="joint") == targets(kind="decoupled-paper") == "centred"
     assert targets(kind="decoupled") == "posterior"
     assert targets(kind="decoupled", targets="sinkhorn") == "sinkhorn"
-    assert arm_name(load_config("demo", {"prototypes.kind": "decoupled", "prototypes.targets": "centred"})) == (
+    assert mode_name(load_config("demo", {"prototypes.kind": "decoupled", "prototypes.targets": "centred"})) == (
         "decoupled-centred"
     )
     with pytest.raises(ConfigError, match=r"prototypes.targets: only a mixture has a posterior, joint has none"):

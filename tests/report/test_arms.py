@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from made_runs import ARMS, HELD_OUT, make_run, make_summary
 from uncollapse.checkpoints.prototypes import PrototypeSet
@@ -102,10 +104,59 @@ def test_no_two_arms_share_a_colour() -> None:
     kinds = ["joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fixed"]
     names = [f"{kind}, K = {total}" for kind in kinds for total in (256, 5000)]
     found = figures.styles(names)
-    assert len({colour for colour, _ in found.values()}) == len(names)
+    assert len({style.colour for style in found.values()}) == len(names)
     assert figures.styles(kinds)["joint"] == figures.styles(["joint"])["joint"]
     many = figures.styles([f"arm {i}" for i in range(40)])
     assert len(set(many.values())) == 40
+
+
+def test_with_several_methods_the_hue_says_the_mode_and_the_line_the_method() -> None:
+    modes = ["joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper"]
+    methods = ["dino", "dino-vmf", "ibot", "ibot-vmf", "swav", "carp"]
+    found = figures.styles([f"{method} {mode}" for method in methods for mode in [*modes, "fixed"]])
+    assert len({style.colour for style in found.values()}) == 36
+    for mode in modes:
+        own = colorsys.rgb_to_hls(*to_rgb(figures.styles([mode])[mode].colour))[0]
+        hues = [colorsys.rgb_to_hls(*to_rgb(found[f"{method} {mode}"].colour))[0] for method in methods]
+        assert max(abs(hue - own) for hue in hues) < 0.02, "a fiftieth of the circle"
+    for part in ("dashes", "marker"):
+        of = [{getattr(found[f"{method} {mode}"], part) for mode in modes} for method in methods]
+        assert all(len(one) == 1 for one in of)
+        assert len(set.union(*of)) == len(methods)
+    # what tells configurations apart takes nothing from that
+    both = figures.styles(["dino joint, K = 256", "carp joint, K = 256", "carp joint, K = 5,000"])
+    assert len({style.colour for style in both.values()}) == 3
+    assert both["carp joint, K = 256"].colour == figures.styles(["dino joint", "carp joint"])["carp joint"].colour
+
+
+def test_an_arm_is_a_method_and_a_mode(tmp_path: Path) -> None:
+    """Old folders name no method and are DINO's; every arm is measured by the joint and fixed ones of its method."""
+    own = {"optim.lr": 0.001, "head.normalise": False, "teacher.temperature": 1.0, "run.batch": 256}
+    runs = [read_run(make_run(tmp_path, mode, method="carp", config=own)) for mode in ("fixed", "decoupled", "joint")]
+    runs += [read_run(make_run(tmp_path, mode)) for mode in ("decoupled", "joint")]
+    runs += [read_run(make_run(tmp_path, "joint", method="dino-vmf"))]
+    grouping = group(runs)
+    names = ["dino joint", "dino decoupled", "dino-vmf joint", "carp joint", "carp decoupled", "carp fixed"]
+    assert list(grouping.arms) == names
+    assert any("methods also differ" in note and "optim.lr" in note for note in grouping.notes)
+
+    def against(arm: str) -> list[str]:
+        return [c.against for c in verdict(arm, grouping).comparisons]
+
+    assert against("dino decoupled") == ["dino joint"]
+    assert against("carp decoupled") == ["carp joint", "carp fixed"]
+    assert against("carp joint") == ["carp fixed"]
+    assert against("dino-vmf joint") == against("dino joint") == against("carp fixed") == []
+    short = [line for line in takeaways(grouping) if line.startswith("view information")]
+    assert [line.split(" ", 3)[2:] for line in short] == [
+        ["dino", "joint 3.99 bits; better: dino decoupled (4.40)."],
+        ["carp", "joint 3.99 bits; better: carp decoupled (4.40)."],
+    ]
+    # one method alone needs no name
+    assert list(group(runs[:3]).arms) == ["joint", "decoupled", "fixed"]
+    assert list(group([*runs[:3], *(read_run(make_run(tmp_path, "joint", 0, "slow", {**own, "optim.lr": 0.1},
+            "carp")),)]).arms) == ["joint, learning rate = 0.001", "joint, learning rate = 0.1",
+            "decoupled, learning rate = 0.001", "fixed, learning rate = 0.001"]  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------- comparing

@@ -203,6 +203,21 @@ def test_missing_entries_and_odd_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_several_methods_stand_on_one_page(tmp_path: Path) -> None:
+    made = (("dino", "joint"), ("dino", "fixed"), ("carp", "joint"), ("carp", "decoupled"))
+    runs = [read_run(make_run(tmp_path, mode, method=method)) for method, mode in made]
+    page = Page(render(runs, tmp_path / "report.html", ""))
+    head = next(row for row in page.rows if row[0] == ["measure"])
+    assert [cell[0] for cell in head[1:]] == [f"{method} {mode}" for method, mode in made]
+    assert page.cell("carp decoupled", "used") == "133"
+    assert "No control was run of carp. Random" in page.text
+    assert "method: dino / carp" in page.text
+    one = Page(render([runs[-1]], tmp_path / "report.html", ""))
+    assert "carp decoupled on digits" in one.text
+    assert [cell[0] for cell in next(row for row in one.rows if row[0] == ["measure"])] == ["measure", "decoupled"]
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_no_runs_at_all(tmp_path: Path) -> None:
     assert "no runs" in render([], tmp_path / "report.html")
 

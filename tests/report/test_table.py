@@ -135,6 +135,18 @@ def test_names_and_cells_stay_whole_where_there_is_room() -> None:
     assert "\n±" not in text.replace(" ", "")
 
 
+def test_methods_are_told_apart_where_there_are_several() -> None:
+    one = make_all(ARMS[:3])
+    other = [s | {"method": "carp", "used": 7} for s in make_all(("joint", "fixed"))]
+    names = ("dino joint", "dino koleo", "dino decoupled", "carp joint", "carp fixed")
+    text = printed([*one, *other], 200)
+    table = read_back(text, names)
+    assert [table[name]["used"] for name in names] == ["40", "80", "120", "7", "7"]
+    assert "No control of dino here" in text
+    assert "dino joint: " in text
+    assert list(read_back(printed(other, 80), ("joint", "fixed"))["fixed"]) == list(table["carp fixed"])
+
+
 def test_what_was_not_measured_is_a_dash() -> None:
     summaries = make_all()
     for s in summaries[:1]:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from uncollapse.config.load import load_config
-from uncollapse.config.schema import arm_keys
+from uncollapse.config.schema import arm_keys, method_name
 from uncollapse.errors import ConfigError
 from uncollapse.progress import run_bars
 from uncollapse.report.page import write_report
@@ -90,8 +90,9 @@ def run_demo(
     runs = [(arm, seed) for seed in range(seeds) for arm in arms]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(jobs or cores, len(runs))
+    method = method_name(load_config("demo", overrides))
     console.print(
-        f"{len(runs)} runs of DINO on real 8×8 digits ({', '.join(arms)}; {seeds} seed{'s' * (seeds > 1)}), "
+        f"{len(runs)} runs of {method} on real 8×8 digits ({', '.join(arms)}; {seeds} seed{'s' * (seeds > 1)}), "
         f"{jobs} at a time on {cores} cores → {out}",
         highlight=False,
     )

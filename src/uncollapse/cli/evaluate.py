@@ -152,7 +152,7 @@ def _rewrite_report(folder: Path) -> None:
     from uncollapse.run_folder.read import read_run
 
     record = read_run(folder)
-    write_report([record], folder / "report.html", f"{record.name} on {record.summary.get('data', 'images')}", [])
+    write_report([record], folder / "report.html")
     for problem in record.problems:
         print(f"note: {problem}", file=sys.stderr)
 

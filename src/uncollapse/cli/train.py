@@ -12,8 +12,11 @@ from typing import Any
 
 from uncollapse.config.load import all_keys, load_config, recipe_names
 from uncollapse.config.plain_yaml import parse_value
-from uncollapse.config.schema import ARMS, Config, arm_keys, arm_name
+from uncollapse.config.schema import ARMS, Config, arm_keys, method_name, mode_name
 from uncollapse.errors import ConfigError
+
+_METHOD_KEYS = {"method.name", "method.center", "prototypes.vmf"}
+"""What `method_name` reads."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -107,7 +110,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         summary = train(config, out, arguments.max_steps, arguments.resume is not None, progress, say, arguments.device)
     if not main_rank:
         return
-    write_report([read_run(out)], out / "report.html", f"{arm_name(config)} on {summary['data']}", [])
+    write_report([read_run(out)], out / "report.html")
     try:
         print_table([summary])
         for note in summary.get("notes", []):
@@ -137,7 +140,9 @@ def _new_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
         raise ConfigError("--data PATH: say where the images are (a folder, Parquet, or builtin:digits)")
     _must_exist(config, fresh=True)
     stem = Path(arguments.recipe).stem
-    return config, arguments.out or Path("runs") / f"{stem}-{arm_name(config)}-seed{config.seed}"
+    if _METHOD_KEYS & overrides.keys():  # no longer the recipe's own
+        stem += f"-{method_name(config)}"
+    return config, arguments.out or Path("runs") / f"{stem}-{mode_name(config)}-seed{config.seed}"
 
 
 def _must_exist(config: Config, fresh: bool) -> None:

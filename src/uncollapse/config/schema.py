@@ -17,8 +17,8 @@ PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "fixed
 KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed")
 TargetKind = Literal["centred", "sinkhorn", "softmax", "posterior"]
 ARMS = ("joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fixed")
-"""What a comparison should hold: every way to learn prototypes, and joint ones with balanced targets, which tell the
-effect of decoupling from that of balancing."""
+"""The modes that a comparison of one method should hold: every way to learn prototypes, and joint ones with balanced
+targets, which tell the effect of decoupling from that of balancing."""
 
 Positive = Annotated[int, Field(ge=1, le=2**62)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -239,16 +239,19 @@ def _own_targets(config: Config) -> TargetKind:
     return "posterior" if config.prototypes.kind == "decoupled" else OWN_TARGETS[config.method.name]
 
 
-def arm_name(config: Config) -> str:
-    """What a comparison calls such a run: its mode, and its targets where they are not the mode's own.
+def method_name(config: Config) -> str:
+    """The method of an arm, such as ``carp``; with von Mises–Fisher prototypes one of its own, such as ``dino-vmf``."""
+    vmf = config.prototypes.vmf or getattr(config.method, "center", "logits") == "probabilities"
+    return f"{config.method.name}-vmf" if vmf else config.method.name
 
-    Runs of several methods are told apart by `Config.method` beside it.
-    """
+
+def mode_name(config: Config) -> str:
+    """The mode of an arm: how prototypes are learned, and their targets where those are not the mode's own."""
     targets, kind = targets_of(config), config.prototypes.kind
     return kind if targets == _own_targets(config) else f"{kind}-{targets}"
 
 
 def arm_keys(arm: str) -> dict[str, Any]:
-    """The keys of a recipe that make an arm of `ARMS`; the inverse of `arm_name`."""
+    """The keys of a recipe that make a mode of `ARMS`; the inverse of `mode_name`."""
     kind, balanced = arm.removesuffix("-sinkhorn"), arm.endswith("-sinkhorn")
     return {"prototypes.kind": kind, **({"prototypes.targets": "sinkhorn"} if balanced else {})}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from uncollapse.checkpoints.encoder import Rebuilt
 from uncollapse.checkpoints.prototypes import PrototypeSet
-from uncollapse.config.schema import Config, DataConfig, ViewConfig, arm_name
+from uncollapse.config.schema import Config, DataConfig, ViewConfig, mode_name
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.data.load import load_images
 from uncollapse.diagnosis.result import Diagnosis
@@ -202,7 +202,7 @@ def look(
     d.verdict = judge(
         d.prototypes, d.zero_rows + d.non_finite_rows, d.dim, d.unique, d.random, report.used,
         report.effective[d.epsilon], len(z), unit, wide_of(d.sweep),
-        arm_name(rebuilt.config) if rebuilt.config is not None else "",
+        mode_name(rebuilt.config) if rebuilt.config is not None else "",
     )  # fmt: skip
 
 

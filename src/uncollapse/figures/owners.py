@@ -37,7 +37,7 @@ def draw_owners(train: Ints, owned: Ints, distinct: Ints) -> tuple[str, str]:
             x,
             every,
             "o",
-            color=style.styles(["joint"])["joint"][0],
+            color=style.styles(["joint"])["joint"].colour,
             markersize=5.5,
             fillstyle="none",
             label="prototypes",
@@ -46,7 +46,7 @@ def draw_owners(train: Ints, owned: Ints, distinct: Ints) -> tuple[str, str]:
             x,
             merged,
             "o",
-            color=style.styles(["decoupled"])["decoupled"][0],
+            color=style.styles(["decoupled"])["decoupled"].colour,
             markersize=2.6,
             label="duplicates merged",
         )

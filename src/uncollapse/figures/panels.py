@@ -37,10 +37,10 @@ def line_panel(
     with mpl.rc_context(RC):
         figure, axes = panel(title)
         for arm, runs in curves.items():
-            colour, dashes = look[arm]
+            colour, dashes, dot = look[arm]
             x, lowest, middle, highest = _over_seeds(runs)
-            dot = "o" if marker else None
-            axes.plot(x, middle, dashes, color=colour, label=arm, marker=dot, markersize=2.6)
+            dot = dot if marker else ""
+            axes.plot(x, middle, linestyle=dashes, color=colour, label=arm, marker=dot, markersize=2.6)
             if len(runs) > 1:
                 axes.fill_between(x, lowest, highest, color=colour, alpha=0.16, linewidth=0)
         if reference is not None:
@@ -67,14 +67,13 @@ def usage_spectrum(
     with mpl.rc_context(RC):
         figure, axes = panel("Usage spectrum", width=6.6)
         for arm, runs in counts.items():
-            colour, dashes = look[arm]
+            colour, dashes, dot = look[arm]
             for seed, usage in enumerate(runs):
                 kept = np.sort(usage[usage > 0])[::-1]
                 rank = np.unique(np.geomspace(1, max(len(kept), 1), MAX_POINTS).astype(int))[: len(kept)]
-                axes.plot(
-                    rank, kept[rank - 1], dashes, color=colour, label=None if seed else labels.get(arm, arm),
-                    linewidth=1.7 if len(runs) == 1 else 1.1, marker="o", markersize=2, markevery=[-1],
-                )  # fmt: skip
+                label, width = None if seed else labels.get(arm, arm), 1.7 if len(runs) == 1 else 1.1
+                line = axes.plot(rank, kept[rank - 1], linestyle=dashes, color=colour, label=label, linewidth=width)
+                line[0].set(marker=dot, markersize=2, markevery=[-1])
         axes.set(xscale="log", yscale="log", xlabel="rank of the prototype", ylabel="held-out images")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
@@ -100,7 +99,7 @@ def circle(arm: str, points: Array, used: NDArray[np.bool_] | None, top: float, 
     ``top`` is the density (relative to uniform) that reaches the rim, shared by all arms of a report.
     """
     with mpl.rc_context(RC):
-        colour = colour or styles([arm])[arm][0]
+        colour = colour or styles([arm])[arm].colour
         figure = Figure(figsize=(2.7, 2.95), layout="constrained")
         axes = figure.add_subplot()
         axes.set_axis_off()
@@ -150,7 +149,7 @@ def step_parts(parts: Mapping[str, Mapping[str, float]], look: Mapping[str, Styl
         axes.set(xlabel="milliseconds per step", xlim=(0, 1.1 * max(left.max(), 1e-9)))
         axes.tick_params(axis="y", length=0)
         for label in axes.get_yticklabels():
-            label.set_color(look.get(label.get_text(), (INK, ""))[0])
+            label.set_color(look[label.get_text()].colour if label.get_text() in look else INK)
             label.set_fontweight("bold")
         figure.legend(loc="outside upper center", ncols=8, handlelength=1, columnspacing=1.2, fontsize=8)
         return svg(figure)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,17 +18,31 @@ Curve = tuple[Array, Array]
 """x and y of one run."""
 INK, FAINT = "#24303c", "#d9dee4"
 MAX_POINTS = 400  # of a line or a scatter: more cannot be seen and makes the page heavy
+
+
+class Style(NamedTuple):
+    """How an arm is drawn, everywhere on a page."""
+
+    colour: str
+    dashes: str | tuple[int, tuple[float, ...]]
+    """A line style of matplotlib."""
+    marker: str = "o"
+
+
 # Okabe & Ito's colours, told apart with any kind of colour vision; dashes repeat the message for grey print.
-Style = tuple[str, str]
-"""Colour and line style."""
-_STYLES: dict[str, Style] = {
-    "joint": ("#D55E00", "-"),
-    "joint-sinkhorn": ("#CC79A7", "--"),
-    "koleo": ("#009E73", "-"),
-    "decoupled": ("#0072B2", "-"),
-    "decoupled-paper": ("#56B4E9", "--"),
-    "fixed": ("#7A7A7A", ":"),
+_MODES: dict[str, Style] = {
+    "joint": Style("#D55E00", "-"),
+    "joint-sinkhorn": Style("#CC79A7", "--"),
+    "koleo": Style("#009E73", "-"),
+    "decoupled": Style("#0072B2", "-"),
+    "decoupled-paper": Style("#56B4E9", "--"),
+    "fixed": Style("#7A7A7A", ":"),
 }
+_LINES: list[str | tuple[int, tuple[float, ...]]] = [
+    "-", "--", ":", "-.", (0, (1, 2.5)), (0, (7, 2)), (0, (5, 1.5, 1, 1.5, 1, 1.5)), (0, (3, 4)), (0, (9, 1, 3, 1)),
+    (0, (1, 5)), (0, (7, 4, 1, 4)),
+]  # fmt: skip
+_MARKERS = "os^DvP*X<>p"
 _SPARE = ["#E69F00", "#000000", "#8C510A", "#B40F5D", "#5B8F00", "#6A3D9A", "#00797A", "#A0522D", "#3B3B98", "#C19A00"]
 RC: dict[Any, Any] = {
     "svg.hashsalt": "uncollapse",  # same data, same bytes
@@ -56,23 +71,43 @@ RC: dict[Any, Any] = {
 
 
 def styles(arms: Iterable[str]) -> dict[str, Style]:
-    """A colour and line style for each arm, all different; the first of a known kind has that kind's own.
+    """A style for each arm, all different.
 
-    Names are a kind, or a kind with what tells it from others (``decoupled, K = 5,000``).
+    Names are a mode (``decoupled``), one of several methods (``carp decoupled``), a further set of prototypes
+    (``decoupled · patch``), or any of these with what tells it from others (``decoupled, K = 5,000``). The first of a
+    known mode has that mode's own colour; with several methods or sets, its hue says the mode, and its shade, dashes
+    and marker which of them.
     """
-    out: dict[str, Style] = {}
-    spare = [(colour, dashes) for dashes in ("-.", "-", "--", ":") for colour in [*_SPARE, *dict(_STYLES.values())]]
     names = list(dict.fromkeys(arms))
-    for arm in names:
-        own = _STYLES.get(arm.split(",")[0])
-        if own is not None and own not in out.values():
+    known = {arm: found for arm in names if (found := _NAME.match(arm))}
+    families = list(dict.fromkeys((found["method"], found["set"]) for found in known.values()))
+    out: dict[str, Style] = {}
+    for arm, found in known.items():
+        number = families.index((found["method"], found["set"]))
+        own = _MODES[found["mode"]]
+        if len(families) > 1:
+            at = number % len(_LINES)
+            own = Style(_shade(own.colour, number), _LINES[at], _MARKERS[at])
+        if own.colour not in {style.colour for style in out.values()}:
             out[arm] = own
+    colours = [*_SPARE, *(style.colour for style in _MODES.values())]
+    spare = [Style(colour, dashes) for dashes in ("-.", "-", "--", ":") for colour in colours]
     for arm in names:
         if arm not in out:
-            taken = {colour for colour, _ in out.values()}
-            fresh = [one for one in spare if one[0] not in taken] or [one for one in spare if one not in out.values()]
+            taken = {style.colour for style in out.values()}
+            fresh = [one for one in spare if one.colour not in taken] or [s for s in spare if s not in out.values()]
             out[arm] = (fresh or spare)[0]
     return out
+
+
+_NAME = re.compile(rf"(?:(?P<method>\S+) )?(?P<mode>{'|'.join(_MODES)})(?: · (?P<set>[^,(]+?))?(?=$|,| \()")
+
+
+def _shade(colour: str, number: int) -> str:
+    """The colour itself for 0, then darker and lighter ones in turn, each further from it."""
+    step = 0.7 ** ((number + 1) // 2)
+    end = 0 if number % 2 else 255
+    return "#" + "".join(f"{round(end + step * (int(colour[i : i + 2], 16) - end)):02X}" for i in (1, 3, 5))
 
 
 def smooth(x: Array, y: Array, points: int = 200) -> Curve:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from uncollapse.config.methods import METHODS
 from uncollapse.config.schema import ARMS
 from uncollapse.measure.catalogue import Row
 from uncollapse.run_folder.read import Arms, RunRecord
@@ -12,7 +13,7 @@ from uncollapse.run_folder.read import Arms, RunRecord
 BASELINE, CONTROL = "joint", "fixed"
 _PLACES = ("seed", "data.path", "data.val_path", "data.workers", "data.memory_gb")
 """Keys of a configuration that may differ between the seeds of an arm, as those of ``log`` may."""
-_KIND = ("prototypes.kind", "prototypes.targets")
+_SAID = ("method.name", "prototypes.kind", "prototypes.targets")
 """What an arm's own name says already."""
 _WORDS = {
     "prototypes.count": "K",
@@ -30,7 +31,7 @@ class Grouping:
     """Runs by arm, and what has to be said about them."""
 
     arms: Arms
-    """In the order of the kinds; the seeds of each ascending."""
+    """In the order of methods and modes; the seeds of each ascending."""
     data: dict[str, int]
     """Of each arm, which of the sets of images it saw: only arms of one set are compared."""
     notes: list[str]
@@ -46,7 +47,7 @@ def group(runs: Sequence[RunRecord]) -> Grouping:
     by_arm: dict[tuple[object, ...], list[tuple[int, RunRecord]]] = {}
     for run, of in sorted(zip(runs, sets, strict=True), key=lambda pair: pair[0].seed):
         settings = tuple(sorted((key, repr(value)) for key, value in _settings(run).items()))
-        mates = by_arm.setdefault((run.name, of, settings), [])
+        mates = by_arm.setdefault((run.method, run.name, of, settings), [])
         twin = next((other for _, other in mates if other.seed == run.seed), None)
         if twin is None:
             mates.append((of, run))
@@ -56,8 +57,7 @@ def group(runs: Sequence[RunRecord]) -> Grouping:
             f"{run.folder or run.name} is {'the same run as' if same else 'of the same arm and seed as'} "
             f"{twin.folder or twin.name}, and counted once"
         )
-    order: dict[str, int] = {name: place for place, name in enumerate(ARMS)}
-    groups = sorted(by_arm.values(), key=lambda found: order.get(found[0][1].name, len(order)))
+    groups = sorted(by_arm.values(), key=lambda found: _place(found[0][1]))
     names, said = _names([[run for _, run in found] for found in groups], [found[0][0] for found in groups])
     notes += said
     arms = {name: [run for _, run in found] for name, found in zip(names, groups, strict=True)}
@@ -71,15 +71,40 @@ def group(runs: Sequence[RunRecord]) -> Grouping:
     return Grouping(arms, data, notes)
 
 
-def rival(arm: str, grouping: Grouping, kind: str) -> str | None:
-    """The arm of that kind, on the same images, whose configuration is most like that of ``arm``; None without one."""
+def _place(run: RunRecord) -> tuple[int, bool, int]:
+    """Where a run's arm stands among others: methods in their order, each before its vMF variant, and in them modes."""
+    methods, modes = list(METHODS), list(ARMS)
+    plain = run.method.removesuffix("-vmf")
+    method = methods.index(plain) if plain in methods else len(methods)
+    return method, plain != run.method, modes.index(run.name) if run.name in modes else len(modes)
+
+
+def arm_name(method: str, mode: str, several: bool) -> str:
+    """What an arm is called: its mode, and before it its method where there are ``several``."""
+    return f"{method} {mode}" if several else mode
+
+
+def rival(arm: str, grouping: Grouping, mode: str) -> str | None:
+    """The arm of that mode, of the same method and on the same images, that is configured most like ``arm``.
+
+    None without one.
+    """
     arms = grouping.arms
     found = [
         other
         for other, runs in arms.items()
-        if other != arm and runs[0].name == kind and grouping.data[other] == grouping.data[arm]
+        if other != arm
+        and (runs[0].method, runs[0].name) == (arms[arm][0].method, mode)
+        and grouping.data[other] == grouping.data[arm]
     ]
     return min(found, key=lambda other: len(_differing([arms[arm][0], arms[other][0]])), default=None)
+
+
+def without_control(arms: Arms) -> list[str]:
+    """The methods of which no arm is the control."""
+    methods = dict.fromkeys(runs[0].method for runs in arms.values())
+    controlled = {runs[0].method for runs in arms.values() if runs[0].name == CONTROL}
+    return [method for method in methods if method not in controlled]
 
 
 def _settings(run: RunRecord) -> Row:
@@ -93,21 +118,28 @@ def _differing(runs: Sequence[RunRecord]) -> list[str]:
     """Keys with different values; one that a run does not record says nothing."""
     settings = [_settings(run) for run in runs]
     keys = dict.fromkeys(key for found in settings for key in found)
-    return [k for k in keys if k not in _KIND and len({repr(found[k]) for found in settings if k in found}) > 1]
+    return [k for k in keys if k not in _SAID and len({repr(found[k]) for found in settings if k in found}) > 1]
 
 
 def _names(groups: Sequence[Sequence[RunRecord]], sets: Sequence[int]) -> tuple[list[str], list[str]]:
-    """A name for each arm: how its prototypes are learned and what else tells it from the others."""
+    """A name for each arm: method, mode, and what else tells it from the others of its method.
+
+    What differs only between methods is theirs, and is left to a note.
+    """
     firsts = [found[0] for found in groups]
-    everywhere, notes = _differing(firsts), []
+    methods = dict.fromkeys(run.method for run in firsts)
+    inside = {key for method in methods for key in _differing([run for run in firsts if run.method == method])}
+    everywhere = [key for key in _differing(firsts) if key in inside]
+    notes = []
+    if between := [key for key in _differing(firsts) if key not in inside]:
+        notes.append(f"The methods also differ in {_listed(between)}")
     if len(everywhere) > MOST_NAMED:
-        more = f" and {len(everywhere) - 12} more" if len(everywhere) > 12 else ""
-        notes.append(f"The arms also differ in {', '.join(everywhere[:12])}{more}")
+        notes.append(f"The arms also differ in {_listed(everywhere)}")
     names = []
     for run in firsts:
-        alike = [other for other in firsts if other.name == run.name]
+        alike = [other for other in firsts if (other.method, other.name) == (run.method, run.name)]
         keys = everywhere if len(everywhere) <= MOST_NAMED else _differing(alike)
-        parts = [run.name]
+        parts = [arm_name(run.method, run.name, len(methods) > 1)]
         if len(keys) <= MOST_NAMED:
             parts += [_setting(key, value) for key in keys if (value := _settings(run).get(key)) is not None]
         if len(set(sets)) > 1:
@@ -118,6 +150,10 @@ def _names(groups: Sequence[Sequence[RunRecord]], sets: Sequence[int]) -> tuple[
         if names[i] in repeated:  # too much differs to list it: the folder tells which is which
             names[i] = f"{names[i]} ({run.folder or i + 1})"
     return names, notes
+
+
+def _listed(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:12]) + (f" and {len(keys) - 12} more" if len(keys) > 12 else "")
 
 
 def _setting(key: str, value: object) -> str:

@@ -60,7 +60,7 @@ def _one(key: str, runs: list[tuple[str, RunRecord]], several: Mapping[str, bool
             notes |= dict.fromkeys(encoder.get("notes", []))
             for task, content in encoder.get("tasks", {}).items():
                 name = f"{arm}, seed {run.seed}" if several[arm] else arm
-                rows.append(_row(name, look[arm][0], label, task, content))
+                rows.append(_row(name, look[arm].colour, label, task, content))
     # Tasks in the order of the first run that has them, so that encoders stand below one another.
     order = {task: i for i, task in enumerate(dict.fromkeys(row["task"] for row in rows))}
     rows.sort(key=lambda row: order[row["task"]])

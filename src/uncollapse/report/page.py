@@ -17,7 +17,7 @@ from uncollapse.figures import panels as figures
 from uncollapse.figures.style import Curve, Style, smooth
 from uncollapse.measure.catalogue import EFFECTIVE, UNIQUE, Measure, Row, at_epsilon, entry, measured, number, percent
 from uncollapse.measure.unique import EPSILONS
-from uncollapse.report.arms import CONTROL, group
+from uncollapse.report.arms import CONTROL, arm_name, group, without_control
 from uncollapse.report.comparing import stat
 from uncollapse.report.evaluation import evaluations, probed_by_evaluate
 from uncollapse.report.verdict import takeaways, verdict
@@ -43,16 +43,18 @@ def report_folders(folders: Sequence[Path], path: Path) -> list[str]:
             refused.append(f"{shown(folder)} is left out: no summary.json, so it is not a finished run folder")
     if not runs:
         raise ConfigError("; ".join(refused))
-    write_report(runs, path, "Comparison" if len(runs) > 1 else _title(runs[0]), refused)
+    write_report(runs, path, "", refused)
     return [*refused, *(problem for run in runs for problem in run.problems)]
 
 
-def _title(run: RunRecord) -> str:
-    return f"{run.name} on {run.summary.get('data', 'images')}"
+def _title(runs: Sequence[RunRecord]) -> str:
+    if len(runs) != 1:
+        return "Comparison"
+    return f"{arm_name(runs[0].method, runs[0].name, True)} on {runs[0].summary.get('data', 'images')}"
 
 
-def write_report(runs: list[RunRecord], path: Path, title: str, notes: list[str]) -> None:
-    """Writes one HTML file about one run, or about several arms and seeds side by side."""
+def write_report(runs: list[RunRecord], path: Path, title: str = "", notes: Sequence[str] = ()) -> None:
+    """Writes one HTML file about one run, or about several arms and seeds side by side; they give it a title too."""
     replaced = False
     if len(runs) == 1 and (probes := probed_by_evaluate(runs[0])):
         runs, replaced = [dataclasses.replace(runs[0], summary=runs[0].summary | probes)], True
@@ -62,12 +64,12 @@ def write_report(runs: list[RunRecord], path: Path, title: str, notes: list[str]
     rows = [run.summary for run in runs]
     measures = measured(rows)
     page = _template().render(
-        title=title,
+        title=title or _title(runs),
         notes=[*grouping.notes, *notes, *(problem for run in runs for problem in run.problems)],
         setting=_setting(runs),
         takeaways=takeaways(grouping),
         verdicts=[verdict(arm, grouping) for arm in arms],
-        colours={arm: colour for arm, (colour, _) in look.items()},
+        colours={arm: style.colour for arm, style in look.items()},
         measures=measures,
         columns=[{"arm": arm, "seeds": len(found)} for arm, found in arms.items()],
         table=[(measure, [_cell(measure, found) for found in arms.values()]) for measure in measures],
@@ -79,8 +81,9 @@ def write_report(runs: list[RunRecord], path: Path, title: str, notes: list[str]
         diagnosis_share=_diagnosis_share(arms),
         evaluations=evaluations(arms, look),
         probes_replaced=replaced,
-        examples=[_examples(arm, found, look[arm][0]) for arm, found in arms.items()],
+        examples=[_examples(arm, found, look[arm].colour) for arm, found in arms.items()],
         has_control=any(found[0].name == CONTROL for found in arms.values()),
+        uncontrolled=without_control(arms),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode("utf-8", errors="replace"))
@@ -233,7 +236,7 @@ def _circles(arms: Arms, look: Mapping[str, Style]) -> Panels:
     panels = []
     for arm, run in first.items():
         usage = run.arrays.get("usage")
-        image = figures.circle(arm, points[arm], None if usage is None else usage > 0, top, look[arm][0])
+        image = figures.circle(arm, points[arm], None if usage is None else usage > 0, top, look[arm].colour)
         peak = figures.circle_density(points[arm]).max()
         alt = f"{arm}: prototypes on a circle; the densest angle has {peak:.1f} × the uniform density."
         panels.append((image, alt))
@@ -321,7 +324,9 @@ def _setting(runs: Sequence[RunRecord]) -> str:
         ("steps", "{} steps"),
         ("device", "on {}"),
     )
-    parts = [form.format(value) for name, form in words if (value := common(runs, name))]
+    methods = " / ".join(dict.fromkeys(run.method for run in runs))
+    parts = [f"method: {methods}"] if methods else []
+    parts += [form.format(value) for name, form in words if (value := common(runs, name))]
     seeds = sorted({run.seed for run in runs})
     last = "no runs" if not seeds else f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
     return " · ".join([*parts, last])

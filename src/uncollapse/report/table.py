@@ -11,7 +11,7 @@ from rich.table import Table
 
 from uncollapse.measure.catalogue import Measure, Row, measured
 from uncollapse.measure.verdict import judge_row
-from uncollapse.report.arms import CONTROL
+from uncollapse.report.arms import CONTROL, arm_name
 from uncollapse.report.comparing import stat
 from uncollapse.run_folder.read import RunRecord
 from uncollapse.shown import shown
@@ -30,8 +30,9 @@ def print_table(summaries: list[Row], console: Console | None = None) -> None:
     """Prints a column per arm: the figures of merit, what became of its prototypes, the verdict, the cost of a step."""
     console = console or Console()
     arms: dict[str, list[Row]] = {}
+    several = len({_method(s) for s in summaries}) > 1
     for summary in summaries:
-        arms.setdefault(shown(summary["name"]), []).append(summary)
+        arms.setdefault(arm_name(_method(summary), shown(summary["name"]), several), []).append(summary)
     first = summaries[0]
     seeds = len({s["seed"] for s in summaries})
     title = f"{first['prototypes']} prototypes, {first['steps']} steps, n = {first['n_held_out']} held-out images"
@@ -45,6 +46,10 @@ def print_table(summaries: list[Row], console: Console | None = None) -> None:
             console.print(line, highlight=False, markup=False)
     console.print()
     _print(console, "what a step costs, ms", list(arms), _parts(arms))
+
+
+def _method(summary: Row) -> str:
+    return shown(summary.get("method") or "dino")  # as all were once
 
 
 def verdict_lines(arm: str, rows: Sequence[Row]) -> list[str]:
@@ -110,10 +115,12 @@ def _legend(summaries: list[Row]) -> str:
         if floor := [100 * s["knn_untrained"] for s in summaries if s.get("knn_untrained") is not None]:
             text += f"; untrained encoder {statistics.fmean(floor):.1f} %"
         lines.append(f"{text}.")
-    if all(s["name"] != CONTROL for s in summaries):
+    controlled = {_method(s) for s in summaries if s["name"] == CONTROL}
+    if uncontrolled := [m for m in dict.fromkeys(map(_method, summaries)) if m not in controlled]:
+        of = f" of {', '.join(uncontrolled)}" if controlled else ""
         lines.append(
-            "No control here: the same command with --prototypes fixed trains it, and uncollapse report RUN CONTROL "
-            "compares the two."
+            f"No control{of} here: the same command with --prototypes fixed trains it, and uncollapse report RUN "
+            "CONTROL compares the two."
         )
     return "\n".join([*lines, *dict.fromkeys(note for s in summaries for note in s.get("notes") or [])])
 

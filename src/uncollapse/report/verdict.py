@@ -96,7 +96,8 @@ def verdict(arm: str, grouping: Grouping) -> Verdict:
     kind = runs[0].name
     others = [] if kind == CONTROL else [rival(arm, grouping, of) for of in (BASELINE, CONTROL)]
     if kind == BASELINE:
-        others[0] = next((o for o in grouping.arms if grouping.arms[o][0].name == BASELINE), None)
+        first = ((o, found[0]) for o, found in grouping.arms.items())
+        others[0] = next((o for o, r in first if (r.method, r.name) == (runs[0].method, BASELINE)), None)
     comparisons = [
         compare(arm, other, grouping)
         for other in others

@@ -26,7 +26,7 @@ class RunRecord:
     """What one training run left behind; a missing piece is empty and the report goes without it."""
 
     name: str
-    """How the prototypes were learned, such as ``joint``."""
+    """The mode: how the prototypes were learned, such as ``joint``."""
     seed: int = 0
     metrics: list[Row] = field(default_factory=list)
     """Rows of ``metrics.jsonl``: kinds ``step``, ``sweep`` and ``warning``."""
@@ -38,6 +38,8 @@ class RunRecord:
     config: Row = field(default_factory=dict)
     """``config.yaml`` with dotted keys and every default; empty where there is none."""
     folder: str = ""
+    method: str = "dino"
+    """The objective, such as ``carp``; with ``name`` it makes an arm. Runs of before were all DINO's."""
     problems: list[str] = field(default_factory=list)
     """A line for each damaged piece, which was left out."""
 
@@ -89,7 +91,7 @@ class _Information:
 
 _Ends = tuple[Real | None, Real | None]
 _ENTRIES: dict[Any, str] = {
-    str: "name data device encoder data_digest held_out_digest",
+    str: "name method data device encoder data_digest held_out_digest",
     Above0: "prototypes dim",
     Whole: "seed steps n_train n_held_out used used_by_logits used_by_target alive alive_window knn_k n_bank views",
     Real: "knn linear knn_balanced linear_balanced knn_untrained target_agreement seconds_per_step diagnosis_share "
@@ -114,6 +116,7 @@ def _summary(path: Path, record: RunRecord) -> None:
     if wrong:
         record.problems.append(f"{shown(path)}: of another type than a run writes, and left out: {', '.join(wrong)}")
     record.name = record.summary.get("name") or record.name
+    record.method = record.summary.get("method") or record.method
     record.seed = record.summary.get("seed") or 0
 
 

@@ -18,7 +18,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from uncollapse.config.load import dump_config
-from uncollapse.config.schema import Config, arm_name
+from uncollapse.config.schema import Config, mode_name
 from uncollapse.data.batched import multicrop
 from uncollapse.data.images import ImageSet, MemoryImages
 from uncollapse.data.masks import crop_masks
@@ -67,7 +67,7 @@ class Loop:
         self.specs: list[ViewSpec] = view_specs(config.views)
         self.watch = Stopwatch(fabric.device)
         self.watch_seconds: dict[str, float] = {}
-        self.alarms = LossWatch(config.prototypes.count, state.parts.uninformed, arm=arm_name(config))
+        self.alarms = LossWatch(config.prototypes.count, state.parts.uninformed, arm=mode_name(config))
         self.last_loss = math.nan
         self.digests: dict[str, str] = {}
         self.folder = identity(out)

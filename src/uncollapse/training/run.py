@@ -15,7 +15,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 
 from uncollapse.config.load import dump_config
-from uncollapse.config.schema import Config, arm_name
+from uncollapse.config.schema import Config, method_name, mode_name
 from uncollapse.data.fingerprint import image_digests
 from uncollapse.data.images import ImageSet, MemoryImages
 from uncollapse.data.load import described, load_images
@@ -224,8 +224,8 @@ def banner(
         f"device      {fabric.world_size} × {device}, {run.precision}, {torch.get_num_threads()} threads",
         f"data        {shown(config.data.path)} ({where}): {described(train_images, held_out)}",
         f"encoder     {config.backbone.name} → {config.head.bottleneck}-d projections",
-        f"method      {config.method.name}",
-        f"prototypes  {protos.count}, {arm_name(config)}",
+        f"method      {method_name(config)}",
+        f"prototypes  {protos.count}, {mode_name(config)}",
         f"optimiser   {optim.name}, learning rate {optim.lr:g} × {run.batch}/{optim.lr_batch} = {lr:g}",
         f"steps       {stop} of {total} ({run.epochs:g} epochs), effective batch {run.batch}"
         + (f" in {run.accumulate} parts" if run.accumulate > 1 else "")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uncollapse.config.schema import Config, arm_name
+from uncollapse.config.schema import Config, method_name, mode_name
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.measure.information import ViewInformation, view_information
 from uncollapse.measure.monitor import PrototypeMonitor
@@ -51,8 +51,8 @@ def finish_run(
     probes, correct = _probes(config, state, train_images, held_out, features, labels, device)
     total = sum(seconds.values())
     summary: dict[str, Any] = {
-        "name": arm_name(config),
-        "method": config.method.name,
+        "name": mode_name(config),
+        "method": method_name(config),
         "seed": config.seed,
         "prototypes": len(vectors),
         "dim": vectors.shape[1],
