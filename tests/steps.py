@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from uncollapse.data.images import MemoryImages
 from uncollapse.data.load import load_images
 from uncollapse.data.masks import crop_masks
 from uncollapse.data.views import view_specs
-from uncollapse.measure.monitor import PrototypeMonitor
 from uncollapse.methods.contract import Batch
 from uncollapse.models.drop_path import row_keys
 from uncollapse.models.tokens import patches_of
+from uncollapse.training.job import Job
 from uncollapse.training.state import TrainState, build_state
 from uncollapse.training.step import Done, Stepper
 from uncollapse.training.stopwatch import Stopwatch
@@ -83,14 +84,10 @@ class Steps:
             assert torch.isfinite(tensor).all(), f"{what} at step {step}"
 
         self.config, self.state, self.total, self.done = config, build_state(config), total, 0
-        device = torch.device("cpu")
-        monitors = {
-            name: PrototypeMonitor(config.prototypes.count, config.run.batch, 0, device)
-            for name in self.state.parts.names()
-        }
         fabric = Fabric(accelerator="cpu", devices=1)
         fabric.launch()
-        self.stepper = Stepper(config, fabric, self.state, monitors, Stopwatch(device), total, 44, check)
+        job = Job(config, Path(), fabric, digits(), digits(), {}, 44, total)
+        self.stepper = Stepper(job, self.state, Stopwatch(job.device), check)
 
     def take(self, batch: Batch | None = None) -> Done:
         batch = batch_of(self.config, self.state, self.done) if batch is None else batch

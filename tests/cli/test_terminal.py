@@ -68,7 +68,7 @@ def test_every_name_in_the_documentation_is_explained() -> None:
 
 @pytest.mark.parametrize("arm", ["joint", "koleo", "decoupled", "decoupled-paper", ""])
 def test_the_warning_of_dead_prototypes_fits_the_arm(arm: str) -> None:
-    watch = LossWatch(100, arm=arm)
+    watch = LossWatch(100, {}, arm=arm)
     assert watch.alive(60, 20) is None
     text = watch.alive(40, 20)
     assert text is not None
@@ -79,4 +79,4 @@ def test_the_warning_of_dead_prototypes_fits_the_arm(arm: str) -> None:
 
 
 def test_the_control_is_not_warned_of_what_it_is_for() -> None:
-    assert LossWatch(100, arm="fixed").alive(5, 20) is None
+    assert LossWatch(100, {}, arm="fixed").alive(5, 20) is None

@@ -20,8 +20,8 @@ from uncollapse.errors import CheckpointError, ConfigError, TrainingError
 from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.run_folder.held import held
 from uncollapse.run_folder.log import RunLog, read_rows
-from uncollapse.training.loop import Loop
 from uncollapse.training.run import train
+from uncollapse.training.step import Stepper
 
 
 def config(**keys):
@@ -256,14 +256,14 @@ def test_an_error_between_two_steps_saves_the_steps(tmp_path):
 
 
 def test_an_error_within_a_step_leaves_the_last_whole_one(tmp_path, monkeypatch):
-    plain = Loop.step
+    plain = Stepper.__call__
 
-    def fail(self, step, views):
+    def fail(self, step, *rest):
         if step == 3:
             raise torch.OutOfMemoryError("no room for 40 GiB")
-        return plain(self, step, views)
+        return plain(self, step, *rest)
 
-    monkeypatch.setattr(Loop, "step", fail)
+    monkeypatch.setattr(Stepper, "__call__", fail)
     with pytest.raises(
         TrainingError, match=r"out of memory in step 3; the newest checkpoint is of step 0.*accumulate 2"
     ):
@@ -293,12 +293,12 @@ def test_a_failed_evaluation_leaves_the_training(tmp_path, monkeypatch):
 
 
 def test_nan_before_any_later_checkpoint_names_one_that_exists(tmp_path, monkeypatch):
-    import uncollapse.training.loop as loop
+    import uncollapse.training.step as taken
 
     def poison(teacher, student, momentum):
         next(student.parameters()).data[0] = float("nan")
 
-    monkeypatch.setattr(loop, "update_teacher", poison)
+    monkeypatch.setattr(taken, "update_teacher", poison)
     with pytest.raises(TrainingError, match="the newest checkpoint is of step 0"):
         run(tmp_path / "run", 1)
     assert saved_step(tmp_path / "run") == 0

@@ -14,18 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from uncollapse.config.load import dump_config
-from uncollapse.config.schema import Config, mode_name
+from uncollapse.config.schema import mode_name
 from uncollapse.data.batched import multicrop
-from uncollapse.data.images import ImageSet, MemoryImages
+from uncollapse.data.images import MemoryImages
 from uncollapse.data.masks import crop_masks
 from uncollapse.data.views import ViewSpec, view_specs
 from uncollapse.data.workers import view_loader
 from uncollapse.errors import TrainingError
-from uncollapse.measure.monitor import PrototypeMonitor, nearest_cosine
+from uncollapse.measure.monitor import nearest_cosine
 from uncollapse.methods.contract import Batch
 from uncollapse.models.drop_path import row_keys
 from uncollapse.models.tokens import patches_of
@@ -35,6 +34,7 @@ from uncollapse.run_folder.log import RunLog
 from uncollapse.targets.softmax import entropies
 from uncollapse.training.alarms import LossWatch
 from uncollapse.training.interrupt import StopRequest, deaths_wait
+from uncollapse.training.job import Job
 from uncollapse.training.state import TrainState, non_finite, state_dicts
 from uncollapse.training.step import Done, Stepper
 from uncollapse.training.stopwatch import Stopwatch
@@ -56,27 +56,19 @@ def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
 class Loop:
     """One run's loop and the values its parts share."""
 
-    def __init__(
-        self, config: Config, fabric: Fabric, state: TrainState, images: ImageSet,
-        monitors: dict[str, PrototypeMonitor], log: RunLog | None, say: Callable[[str], None], out: Path,
-        total: int, steps_per_epoch: int,
-    ) -> None:  # fmt: skip
-        self.config, self.fabric, self.state, self.images = config, fabric, state, images
-        self.monitors, self.log, self.say, self.out = monitors, log, say, out
-        self.total, self.steps_per_epoch = total, steps_per_epoch
-        self.specs: list[ViewSpec] = view_specs(config.views)
-        self.watch = Stopwatch(fabric.device)
+    def __init__(self, job: Job, state: TrainState, log: RunLog | None, say: Callable[[str], None]) -> None:
+        self.job, self.config, self.fabric, self.images, self.out = job, job.config, job.fabric, job.images, job.out
+        self.state, self.log, self.say = state, log, say
+        self.specs: list[ViewSpec] = view_specs(self.config.views)
+        self.watch = Stopwatch(job.device)
         self.watch_seconds: dict[str, float] = {}
-        self.alarms = LossWatch(config.prototypes.count, state.parts.uninformed, arm=mode_name(config))
+        self.alarms = LossWatch(self.config.prototypes.count, state.parts.uninformed, arm=mode_name(self.config))
         self.last_loss = math.nan
-        self.digests: dict[str, str] = {}
-        self.folder = identity(out)
+        self.folder = identity(self.out)
         self.inside = False  # a step is under way: the state is neither of before nor of after
-        self.stop_request = StopRequest(fabric.is_global_zero)
+        self.stop_request = StopRequest(self.fabric.is_global_zero)
         self.stopping = False  # what all ranks agree on; a request that comes later waits for the next step
-        self.take_step = Stepper(
-            config, fabric, state, monitors, self.watch, total, steps_per_epoch, self._check_finite
-        )
+        self.take_step = Stepper(job, state, self.watch, self._check_finite)
 
     # --- order of images -------------------------------------------------------------------------------
 
@@ -86,7 +78,7 @@ class Loop:
         mine = np.arange(batch).reshape(ranks, -1)[rank]
         order, current = np.empty(0, dtype=np.int64), -1
         for step in range(start, stop):
-            epoch, within = divmod(step, self.steps_per_epoch)
+            epoch, within = divmod(step, self.job.steps_per_epoch)
             if epoch != current:
                 order, current = epoch_order(self.config.seed, epoch, len(self.images)), epoch
             yield step, order[within * batch + mine].tolist(), mine.tolist()
@@ -172,7 +164,7 @@ class Loop:
 
     def _after_step(self, done: int, stop: int, result: Done) -> None:
         log = self.config.log
-        sweep_every = max(1, round(log.sweep_epochs * self.steps_per_epoch))
+        sweep_every = max(1, round(log.sweep_epochs * self.job.steps_per_epoch))
         if done % log.every_steps == 0 or done == stop:
             self._log(done, result)
         if done % sweep_every == 0 or done == stop:
@@ -207,19 +199,19 @@ class Loop:
         return f"the newest checkpoint is of step {newest}" if newest is not None else "there is no checkpoint"
 
     def _log(self, done: int, result: Done) -> None:
-        alive = {name: monitor.alive() for name, monitor in self.monitors.items()}
+        alive = {name: monitor.alive() for name, monitor in self.state.monitors.items()}
         if self.log is not None:
-            row: dict[str, Any] = {"epoch": round(done / self.steps_per_epoch, 4), "loss": result.loss}
+            row: dict[str, Any] = {"epoch": round(self.job.epoch(done), 4), "loss": result.loss}
             row["lr"] = self.take_step.optimizer.param_groups[0]["lr"]
             row["terms"] = result.terms
-            for name in self.monitors:
+            for name in self.state.monitors:
                 vectors = self.state.prototypes(name).vectors("teacher")
                 row[of_set("alive", name)] = alive[name]
                 row[of_set("nearest_cosine", name)] = nearest_cosine(vectors)
             for name, targets in result.targets.items():
                 row[of_set("teacher_entropy", name)], row[of_set("marginal_entropy", name)] = entropies(targets)
             self.log.row("step", done, time=time.time(), **row)
-        for name, monitor in self.monitors.items():
+        for name, monitor in self.state.monitors.items():
             if monitor.window_full:
                 self._warn(self.alarms.alive(alive[name], monitor.window, name), done)
 
@@ -227,9 +219,9 @@ class Loop:
         if self.log is not None:
             found = {
                 of_set("unique", name): monitor.sweep(self.state.prototypes(name).vectors("teacher"))
-                for name, monitor in self.monitors.items()
+                for name, monitor in self.state.monitors.items()
             }
-            self.log.row("sweep", done, epoch=round(done / self.steps_per_epoch, 4), **found)
+            self.log.row("sweep", done, epoch=round(self.job.epoch(done), 4), **found)
 
     def _warn(self, message: str | None, done: int) -> None:
         if message and self.fabric.is_global_zero:
@@ -268,12 +260,8 @@ class Loop:
                 stacklevel=2,
             )
             return False
-        state = {
-            **state_dicts(self.state),
-            "monitor": {n: m.state_dict() for n, m in self.monitors.items()},
-            "seconds": self.all_seconds(),
-        }
-        state["loss"], state["images"] = self.last_loss, self.digests
+        state = {**state_dicts(self.state), "seconds": self.all_seconds()}
+        state["loss"], state["images"] = self.last_loss, self.job.digests
         state["scaler"] = self.take_step.precision.state_dict()
         state["config"] = asdict(self.config)
         return save_checkpoint((out or self.out) / "checkpoints", step, state, self.config.log.keep_checkpoints)

@@ -17,16 +17,16 @@ from lightning.fabric.plugins import MixedPrecision
 from uncollapse.config.load import dump_config
 from uncollapse.config.schema import Config, method_name, mode_name
 from uncollapse.data.fingerprint import image_digests
-from uncollapse.data.images import ImageSet, MemoryImages
+from uncollapse.data.images import MemoryImages
 from uncollapse.data.load import described, load_images
 from uncollapse.errors import ConfigError, TrainingError
-from uncollapse.measure.monitor import PrototypeMonitor
 from uncollapse.run_folder import held as runfolder
 from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.run_folder.log import RunLog
 from uncollapse.run_folder.sinks import refuse_missing_wandb
 from uncollapse.shown import shown
+from uncollapse.training.job import Job
 from uncollapse.training.loop import Loop, Progress
 from uncollapse.training.resume import check_same_run, refuse_foreign
 from uncollapse.training.state import build_state, load_state_dicts, refuse_misfit
@@ -107,6 +107,7 @@ def _train(
     digests = image_digests(train_images, held_out)
     notes = [] if saved is None else check_same_run(config, digests, saved)
     total = max(1, round(config.run.epochs * steps_per_epoch))
+    job = Job(config, out, fabric, train_images, held_out, digests, steps_per_epoch, total)
     start = 0 if saved is None else int(saved["step"])
     stop = max(start, total if max_steps is None else min(total, max_steps))
     if start == stop and (finished := _finished(out, stop)) is not None:
@@ -121,27 +122,19 @@ def _train(
             state.teacher.load_state_dict(state.student.state_dict())
     refuse_misfit(state, config)
     state.to(fabric.device)
-    monitors = {
-        name: PrototypeMonitor(config.prototypes.count, config.run.batch, config.log.alive_window, fabric.device)
-        for name in state.parts.names()
-    }
     if saved is not None:
         load_state_dicts(state, saved)
-        watched = saved["monitor"]  # there was one, without a name, before
-        for name, monitor in monitors.items():
-            monitor.load_state_dict(watched.get(name, watched))
     if main and not resume:
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(runfolder.held(out))
         runfolder.refuse_what_is_there(out)  # another process may have been quicker
     if main:
         write_atomically(out / "config.yaml", dump_config(config).encode())
-        for line in [*banner(config, fabric, train_images, held_out, total, stop, start), *notes]:
+        for line in [*banner(job, start, stop), *notes]:
             say(line)
         _note_bad(out, [*train_images.bad, *held_out.bad], say)
     log = RunLog(out, start, config) if main else None
-    loop = Loop(config, fabric, state, train_images, monitors, log, say, out, total, steps_per_epoch)
-    loop.digests = digests
+    loop = Loop(job, state, log, say)
     if saved is not None:
         loop.take_step.precision.load_state_dict(saved.get("scaler", {}))
         loop.watch_seconds, loop.last_loss = dict(saved["seconds"]), float(saved["loss"])
@@ -158,11 +151,8 @@ def _train(
         return {}
     from uncollapse.training.summary import finish_run
 
-    seconds = loop.all_seconds()
     try:
-        return finish_run(
-            config, state, monitors, train_images, held_out, digests, out, stop, loop.last_loss, seconds, fabric.device
-        )
+        return finish_run(job, state, stop, loop.last_loss, loop.all_seconds())
     except Exception as error:
         raise TrainingError(
             f"trained and saved to step {stop}, but the evaluation failed ({type(error).__name__}: "
@@ -206,28 +196,21 @@ def _half(accelerator: str) -> MixedPrecision:
     return MixedPrecision("16-mixed", "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def banner(
-    config: Config,
-    fabric: Fabric,
-    train_images: ImageSet,
-    held_out: ImageSet,
-    total: int,
-    stop: int,
-    start: int,
-) -> list[str]:
+def banner(job: Job, start: int, stop: int) -> list[str]:
     """What was chosen and why, for the top of the output."""
+    config, fabric = job.config, job.fabric
     run, optim, protos = config.run, config.optim, config.prototypes
     device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else "CPU"
-    where = "in memory" if isinstance(train_images, MemoryImages) else f"read by {config.data.workers} workers"
+    where = "in memory" if isinstance(job.images, MemoryImages) else f"read by {config.data.workers} workers"
     lr = optim.lr * run.batch / optim.lr_batch
     lines = [
         f"device      {fabric.world_size} × {device}, {run.precision}, {torch.get_num_threads()} threads",
-        f"data        {shown(config.data.path)} ({where}): {described(train_images, held_out)}",
+        f"data        {shown(config.data.path)} ({where}): {described(job.images, job.held_out)}",
         f"encoder     {config.backbone.name} → {config.head.bottleneck}-d projections",
         f"method      {method_name(config)}",
         f"prototypes  {protos.count}, {mode_name(config)}",
         f"optimiser   {optim.name}, learning rate {optim.lr:g} × {run.batch}/{optim.lr_batch} = {lr:g}",
-        f"steps       {stop} of {total} ({run.epochs:g} epochs), effective batch {run.batch}"
+        f"steps       {stop} of {job.total} ({run.epochs:g} epochs), effective batch {run.batch}"
         + (f" in {run.accumulate} parts" if run.accumulate > 1 else "")
         + (f"; continuing after step {start}" if start else ""),
     ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from uncollapse.config.schema import Config
 from uncollapse.errors import ConfigError
+from uncollapse.measure.monitor import PrototypeMonitor
 from uncollapse.methods.contract import Memory, Parts, method_of
 from uncollapse.models.network import Encoder, build_encoder
 from uncollapse.prototypes.build import initial_prototypes
@@ -28,6 +29,8 @@ class TrainState:
     memory: Memory
     optimizer: torch.optim.Optimizer
     parts: Parts
+    monitors: dict[str, PrototypeMonitor]
+    """One for each set."""
 
     @property
     def evaluated(self) -> Encoder:
@@ -40,7 +43,7 @@ class TrainState:
         return prototypes
 
     def to(self, device: torch.device) -> TrainState:
-        for module in (self.student, self.teacher, self.sets):
+        for module in (self.student, self.teacher, self.sets, *self.monitors.values()):
             if module is not None:
                 module.to(device)
         self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
@@ -76,7 +79,9 @@ def _built(config: Config) -> TrainState:
         {name: initial_prototypes(config, i, len(parts.levels(name))) for i, name in enumerate(parts.names())}
     )
     optimizer = build_optimizer(config, student, sets)
-    return TrainState(student, teacher, sets, method.memory(config), optimizer, parts)
+    window = config.log.alive_window
+    monitors = {name: PrototypeMonitor(config.prototypes.count, config.run.batch, window) for name in sets}
+    return TrainState(student, teacher, sets, method.memory(config), optimizer, parts, monitors)
 
 
 @torch.no_grad()
@@ -121,6 +126,7 @@ def state_dicts(state: TrainState) -> dict[str, Any]:
         "prototypes": {name: module.state_dict() for name, module in state.sets.items()},
         "memory": dict(state.memory),
         "optimizer": state.optimizer.state_dict(),
+        "monitor": {name: monitor.state_dict() for name, monitor in state.monitors.items()},
     }
 
 
@@ -138,6 +144,9 @@ def load_state_dicts(state: TrainState, saved: dict[str, Any]) -> None:
                 raise ValueError(f"{name} has the shape {tuple(memory[name].shape)}, not {tuple(tensor.shape)}")
             tensor.copy_(memory[name])
         state.optimizer.load_state_dict(saved["optimizer"])
+        watched = saved["monitor"]  # there was one, without a name, before
+        for name, monitor in state.monitors.items():
+            monitor.load_state_dict(watched.get(name, watched))
     except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"the checkpoint does not fit config.yaml: {str(error).splitlines()[0]}") from None
 

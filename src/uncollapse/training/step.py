@@ -7,16 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from uncollapse.config.schema import Config
 from uncollapse.distributed import gather_ragged, gather_rows, sum_over_ranks, world
-from uncollapse.measure.monitor import PrototypeMonitor
 from uncollapse.methods.contract import At, Batch, Seen, Targets, method_of, part_of
 from uncollapse.models.network import Encoder
 from uncollapse.models.sync_norm import convert
 from uncollapse.schedules import cosine
+from uncollapse.training.job import Job
 from uncollapse.training.optim import clip_each, update_teacher
 from uncollapse.training.state import TrainState
 from uncollapse.training.stopwatch import Stopwatch
@@ -38,12 +36,11 @@ class Stepper:
     """Takes the steps of one run."""
 
     def __init__(
-        self, config: Config, fabric: Fabric, state: TrainState, monitors: dict[str, PrototypeMonitor],
-        watch: Stopwatch, total: int, steps_per_epoch: int, check_finite: Callable[[Tensor, str, int], None],
-    ) -> None:  # fmt: skip
-        self.config, self.fabric, self.state, self.monitors, self.watch = config, fabric, state, monitors, watch
-        self.total, self.steps_per_epoch, self.check_finite = total, steps_per_epoch, check_finite
-        self.method = method_of(config)
+        self, job: Job, state: TrainState, watch: Stopwatch, check_finite: Callable[[Tensor, str, int], None]
+    ) -> None:
+        self.job, self.config, self.method = job, job.config, method_of(job.config)
+        self.state, self.watch, self.check_finite = state, watch, check_finite
+        self.fabric = fabric = job.fabric
         if fabric.world_size > 1:
             for encoder in (state.student, state.teacher):
                 if encoder is not None:
@@ -57,7 +54,7 @@ class Stepper:
     def __call__(self, step: int, batch: Batch, asked: bool) -> Done:
         """Views to updated teacher; ``batch`` has this rank's images, ``asked`` is whether it was asked to stop."""
         config, state, watch, method = self.config, self.state, self.watch, self.method
-        at = At(step, step / self.steps_per_epoch, step / self.total, config.seed, world())
+        at = At(step, self.job.epoch(step), step / self.job.total, config.seed, world())
         self._set_rates(step)
         images = batch.keys.shape[1]
         size = images // config.run.accumulate
@@ -75,7 +72,7 @@ class Stepper:
         sets = {name: state.prototypes(name) for name in state.parts.names()}
         targets = method.assign(config, teacher, sets, state.memory, at)
         watch.lap("prototypes")
-        for name, monitor in self.monitors.items():
+        for name, monitor in state.monitors.items():
             z = everyone.z[state.parts.levels(name)[0]]
             monitor.observe_projections(z[0] if z.ndim == 3 else z, sets[name].vectors("teacher"))
         watch.lap("diagnosis")
@@ -89,7 +86,7 @@ class Stepper:
                 mine = wanted if len(parts) > 1 else targets
                 self._learn(seen, mine, at, len(parts), terms, last)
         done = self._agree(terms, targets, asked, step)
-        momentum = cosine(step, self.total, config.teacher.momentum, config.teacher.momentum_end)
+        momentum = cosine(step, self.job.total, config.teacher.momentum, config.teacher.momentum_end)
         if state.parts.average == "before":
             self._follow(momentum)
         self._finish_gradients(step)
@@ -172,7 +169,7 @@ class Stepper:
         self.precision.unscale_gradients(self.state.optimizer)
         if config.optim.clip:
             clip_each([*self.state.student.parameters(), *self.learned], config.optim.clip)
-        if step < round(config.prototypes.freeze_epochs * self.steps_per_epoch):
+        if step < round(config.prototypes.freeze_epochs * self.job.steps_per_epoch):
             for parameter in self.learned:
                 parameter.grad = None
 
@@ -185,11 +182,9 @@ class Stepper:
 
     def _set_rates(self, step: int) -> None:
         config, optim = self.config, self.config.optim
-        lr = cosine(
-            step, self.total, optim.lr * config.run.batch / optim.lr_batch, optim.min_lr,
-            round(optim.warmup_epochs * self.steps_per_epoch),
-        )  # fmt: skip
-        decay = cosine(step, self.total, optim.weight_decay, optim.weight_decay_end)
+        highest = optim.lr * config.run.batch / optim.lr_batch
+        lr = cosine(step, self.job.total, highest, optim.min_lr, round(optim.warmup_epochs * self.job.steps_per_epoch))
+        decay = cosine(step, self.job.total, optim.weight_decay, optim.weight_decay_end)
         for group in self.optimizer.param_groups:
             own = group["role"] == "prototypes"
             group["lr"] = lr * (config.prototypes.lr_scale if own else 1.0)

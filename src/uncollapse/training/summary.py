@@ -16,7 +16,6 @@ from torch import Tensor
 from uncollapse.config.schema import Config, method_name, mode_name
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.measure.information import ViewInformation, view_information
-from uncollapse.measure.monitor import PrototypeMonitor
 from uncollapse.measure.probes import confidence95, knn_predictions, linear_accuracy
 from uncollapse.measure.random_start import random_likeness
 from uncollapse.measure.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
@@ -26,6 +25,7 @@ from uncollapse.models.embed import embed, nearest_images, project_views
 from uncollapse.models.network import build_encoder
 from uncollapse.prototypes.build import initial_prototypes
 from uncollapse.run_folder.files import write_atomically
+from uncollapse.training.job import Job
 from uncollapse.training.state import TrainState
 
 FIT_VIEWS, FEWEST_FIT, MOST_FIT = 2, 2000, 20_000
@@ -34,21 +34,23 @@ SWEEP = tuple(float(e) for e in np.round(np.linspace(0.0125, 0.5, 40), 4))
 K_NEIGHBOURS = 20
 
 
-def finish_run(
-    config: Config, state: TrainState, monitors: dict[str, PrototypeMonitor], train_images: ImageSet,
-    held_out: ImageSet, digests: dict[str, str], out: Path, steps: int, loss: float, seconds: dict[str, float],
-    device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
+def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: dict[str, float]) -> dict[str, Any]:
     """Evaluates the teacher's side and writes ``summary.json`` and ``diagnosis.npz``; returns the summary.
 
-    ``digests`` are those of `image_digests` for both sets, made when the run began.
+    Args:
+        job: the run.
+        state: as it was trained.
+        steps: made so far, over all parts of a resumed run.
+        loss: of the last one.
+        seconds: spent on each part of all of them.
     """
-    prototypes, monitor = state.prototypes(), monitors["cls"]
+    config, held_out, device = job.config, job.held_out, job.device
+    prototypes, monitor = state.prototypes(), state.monitors["cls"]
     vectors = prototypes.vectors("teacher").cpu()
     features, z, labels = embed(state.evaluated, held_out, config.views, config.data.workers, device)
     report = prototype_report(vectors, z)
-    information, notes = _information(config, state, vectors, train_images, held_out, device)
-    probes, correct = _probes(config, state, train_images, held_out, features, labels, device)
+    information, notes = _information(job, state, vectors)
+    probes, correct = _probes(job, state, features, labels)
     total = sum(seconds.values())
     summary: dict[str, Any] = {
         "name": mode_name(config),
@@ -57,14 +59,14 @@ def finish_run(
         "prototypes": len(vectors),
         "dim": vectors.shape[1],
         "steps": steps,
-        "n_train": len(train_images),
+        "n_train": len(job.images),
         "n_held_out": len(held_out),
-        **digests,
+        **job.digests,
         **_jsonable(report),
         "random_start": dataclasses.asdict(random_likeness(vectors, EPSILONS[0])),
         "view_information": None if information is None else information.to_json(),
         "unique_means": {f"{eps:g}": n for eps, n in epsilon_sweep(prototypes.means().cpu(), EPSILONS).items()},
-        **_used_by_target(config, state, z, vectors, device),
+        **_used_by_target(job, state, z, vectors),
         "alive": monitor.alive(),
         "alive_window": min(monitor.window, monitor.calls),
         "loss": loss,
@@ -80,20 +82,18 @@ def finish_run(
     arrays: dict[str, Any] = _arrays(config, vectors, z, held_out) | correct
     if information is not None:
         arrays["view_information_of_image"] = information.of_image.float().numpy()
-    np.savez_compressed(out / "diagnosis.npz", **arrays)
-    write_atomically(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    np.savez_compressed(job.out / "diagnosis.npz", **arrays)
+    write_atomically(job.out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
 
-def _information(
-    config: Config, state: TrainState, vectors: Tensor, train_images: ImageSet, held_out: ImageSet,
-    device: torch.device,
-) -> tuple[ViewInformation | None, list[str]]:  # fmt: skip
+def _information(job: Job, state: TrainState, vectors: Tensor) -> tuple[ViewInformation | None, list[str]]:
     """View information of the held-out images, fitted on training images; or None, and why."""
-    chosen = np.random.default_rng([config.seed, 2]).permutation(len(train_images))
-    fitting = subset(train_images, np.sort(chosen[: max(FEWEST_FIT, 8 * len(vectors))][:MOST_FIT]))
+    config, device = job.config, job.device
+    chosen = np.random.default_rng([config.seed, 2]).permutation(len(job.images))
+    fitting = subset(job.images, np.sort(chosen[: max(FEWEST_FIT, 8 * len(vectors))][:MOST_FIT]))
     try:
-        z_views = project_views(state.evaluated, held_out, config.views, config.seed, config.data.workers, device)
+        z_views = project_views(state.evaluated, job.held_out, config.views, config.seed, config.data.workers, device)
         z_fit = project_views(
             state.evaluated, fitting, config.views, config.seed, config.data.workers, device, FIT_VIEWS
         )
@@ -103,11 +103,10 @@ def _information(
     return dataclasses.replace(found, fitted_on="training images"), []
 
 
-def _used_by_target(
-    config: Config, state: TrainState, z: Tensor, vectors: Tensor, device: torch.device
-) -> dict[str, Any]:
+def _used_by_target(job: Job, state: TrainState, z: Tensor, vectors: Tensor) -> dict[str, Any]:
     """The same count by the target of training, which centring, Sinkhorn or the mixture's posterior decides."""
-    seen, end = Seen({"cls": z[None].to(device)}), At(0, float(1 << 40), 1.0, config.seed, None)
+    config = job.config
+    seen, end = Seen({"cls": z[None].to(job.device)}), At(0, float(1 << 40), 1.0, config.seed, None)
     sets = {name: state.prototypes(name) for name in state.parts.names()}
     targets = next(iter(method_of(config).assign(config, seen, sets, state.memory, end).values()))
     weight, bias = targets.weight.float(), targets.bias
@@ -132,24 +131,24 @@ def _jsonable(report: PrototypeReport) -> dict[str, Any]:
 
 
 def _probes(
-    config: Config, state: TrainState, train_images: ImageSet, held_out: ImageSet, features: Tensor,
-    labels: Tensor | None, device: torch.device,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:  # fmt: skip
+    job: Job, state: TrainState, features: Tensor, labels: Tensor | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """kNN and linear accuracy of the teacher's features, and kNN of the untrained encoder beside it; and of which
     held-out images they are right.
 
     Accuracies count images alike; the balanced ones beside them count classes alike. One that cannot be had is None,
     and ``notes`` says why: the training is done, and no probe may cost it.
     """
+    config, held_out, device = job.config, job.held_out, job.device
     found: dict[str, Any] = dict.fromkeys(
         ("knn", "knn_ci95", "knn_balanced", "linear", "linear_ci95", "linear_balanced", "knn_untrained")
     )
     found["notes"] = []
     correct: dict[str, np.ndarray] = {}
-    if labels is None or train_images.labels is None:
+    if labels is None or job.images.labels is None:
         return found, correct
-    chosen = np.random.default_rng([config.seed, 2]).permutation(len(train_images))
-    bank = subset(train_images, np.sort(chosen[: config.log.evaluate_train]))
+    chosen = np.random.default_rng([config.seed, 2]).permutation(len(job.images))
+    bank = subset(job.images, np.sort(chosen[: config.log.evaluate_train]))
     try:
         bank_features, _, bank_labels = embed(state.evaluated, bank, config.views, config.data.workers, device)
     except Exception as error:
