@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 
-def cosine(step: int, total: int, start: float, end: float, warmup: int = 0) -> float:
-    """Linear warm-up from 0 to ``start`` over ``warmup`` steps, then half a cosine down (or up) to ``end``.
+def cosine(step: int, total: int, start: float, end: float, warmup: int = 0, first: float = 0.0) -> float:
+    """Linear warm-up from ``first`` to ``start`` over ``warmup`` steps, then half a cosine down (or up) to ``end``.
 
     The last warm-up step already has the full value and ``end`` would be reached at step ``total``, one
     past the last, as in DINO's released schedules.
     """
     if step < warmup:
-        return start * step / max(1, warmup - 1)
+        return first + (start - first) * step / max(1, warmup - 1)
     share = (min(step, total) - warmup) / max(1, total - warmup)
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))
 

@@ -78,6 +78,7 @@ def test_published_numbers_of_resnet50():
         ({"teacher.momentum": 0.99, "teacher.momentum_end": 0.9}, "teacher.momentum_end"),
         ({"optim.lr": float("nan")}, "optim.lr"),
         ({"optim.min_lr": 5.0}, "optim.min_lr"),
+        ({"optim.warmup_start": 5.0}, "optim.warmup_start"),
         ({"optim.lr": 1e300}, "optim.lr"),
         ({"prototypes.freeze_epochs": 1e308}, "prototypes.freeze_epochs"),
         ({"seed": 2**63}, "seed"),

@@ -21,6 +21,8 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(("teacher.momentum_end", f"must be at least teacher.momentum, {end} < {momentum}"))
     if optim.min_lr > lr:
         problems.append(("optim.min_lr", f"{optim.min_lr} exceeds the scaled learning rate {lr:g}"))
+    if optim.warmup_start > optim.lr:
+        problems.append(("optim.warmup_start", f"must not exceed optim.lr, {optim.warmup_start} > {optim.lr}"))
     if targets_of(config) == "posterior" and not config.prototypes.kind.startswith("decoupled"):
         problems.append(("prototypes.targets", f"only a mixture has a posterior, {config.prototypes.kind} has none"))
     if run.batch % run.accumulate:

@@ -30,7 +30,7 @@ class IBOT:
     name: Literal["ibot"] = "ibot"
     center: Literal["logits", "probabilities"] = "logits"
     shared: bool = True
-    """Whether class and patch tokens share their prototypes."""
+    """Whether class and patch tokens share their prototypes; they always share the head's MLP."""
     patch_weight: Annotated[float, Field(ge=0)] = 1.0
     masked_crops: _Share = 0.5
     """Share of the global crops of which some patches are hidden from the student."""
@@ -50,7 +50,7 @@ class SwAV:
     queue: Annotated[int, Field(ge=0)] = 0
     """Projections of earlier batches, over all ranks, that are balanced together with the batch; a multiple of it."""
     queue_epoch: Annotated[float, Field(ge=0)] = 15.0
-    """Epoch from which the queue is used."""
+    """Epoch from which the queue is filled; it is used once it is full."""
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ class HeadConfig:
     layers: Positive = 3
     bottleneck: Positive = 256
     batch_norm: bool = False
+    activation: Literal["gelu", "relu"] = "gelu"
     normalise: bool = True
     """Whether projections are put on the unit sphere; CARP's are not."""
 
@@ -168,8 +169,12 @@ class OptimConfig:
     min_lr: Rate = 1e-5
     """Final learning rate, not scaled by the batch."""
     warmup_epochs: Rate = 10.0
+    warmup_start: Rate = 0.0
+    """Learning rate of the first step where there is a warm-up, per ``lr_batch`` images as ``lr`` is."""
     weight_decay: Rate = 0.04
     weight_decay_end: Rate = 0.4
+    decay_biases: bool = False
+    """Whether biases and norms decay too, and LARS adapts their rate: in SwAV, not in DINO, iBOT and CARP."""
     clip: Rate = 0.0
     """Largest gradient norm of each parameter tensor on its own, as DINO does; 0: no clipping."""
 

@@ -14,18 +14,20 @@ _STREAM = 1 << 20
 """Keeps the masks' generator apart from the views'."""
 
 
-def block_mask(rows: int, columns: int, count: int, random: np.random.Generator) -> np.ndarray:
+def block_mask(rows: int, columns: int, count: float, random: np.random.Generator) -> np.ndarray:
     """``(rows, columns)`` bool with at most ``count`` hidden patches, in rectangles (Bao et al. 2022, Algorithm 1).
 
-    As iBOT draws them: each block has at least ``(min(rows, columns) // 3)²`` patches and never more than are left; its
-    aspect ratio is log-uniform in 0.3..1/0.3; ten attempts at each, and no further block once all have failed.
+    As iBOT's released code draws them: a block's area is uniform between ``(min(rows, columns) // 3)²`` and what is
+    left, whichever of the two is larger, and its aspect ratio log-uniform in 0.3..1/0.3; it is taken where it hides at
+    least one more patch and no more than are left, whether or not it overlaps another. Ten attempts at each block, and
+    no further one once all have failed, which mostly leaves a few patches less hidden than asked for.
     """
     mask = np.zeros((rows, columns), dtype=bool)
     hidden, least = 0, (min(rows, columns) // 3) ** 2
     while hidden < count:
         left, placed = count - hidden, 0
         for _ in range(ATTEMPTS):
-            area = random.uniform(least, max(least, left))
+            area = least + (left - least) * random.random()
             aspect = math.exp(random.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if not (0 < height < rows and 0 < width < columns):
@@ -57,5 +59,5 @@ def crop_masks(
         for i, position in enumerate(positions):
             random = np.random.default_rng([seed, step, position, view, _STREAM])
             if random.random() < share:
-                masks[view, i] = block_mask(side, side, int(patches * random.uniform(*ratio)), random)
+                masks[view, i] = block_mask(side, side, patches * random.uniform(*ratio), random)
     return torch.from_numpy(masks.reshape(views, len(positions), patches))

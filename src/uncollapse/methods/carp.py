@@ -2,9 +2,10 @@
 
 Every step deals the K prototypes into random blocks; inside each, student and teacher take a softmax over its
 prototypes alone and must agree in inner product, while the mean assignment over the batch is kept even. Neither
-temperature nor centre, and projections are not on the unit sphere: their length says how sure they are. The teacher
-follows before the student's step. With decoupled prototypes these are the second paper's own experiments (Arteaga et
-al., *Why Prototypes Collapse*, 2026).
+temperature nor centre, and projections are not on the unit sphere: their length says how sure they are. The teacher and
+its prototypes follow between the forward pass and the student's step, so they average the student of the step before.
+With decoupled prototypes these are the second paper's own experiments (Arteaga et al., *Why Prototypes Collapse*,
+2026).
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Parts:
     """What a method needs built, besides the backbone."""
 
     sets: dict[str, str] = field(default_factory=lambda: {"cls": "cls"})
-    """Level → the set of prototypes it is compared with. Levels of one set share its projection head too."""
+    """Level → the set of prototypes it is compared with."""
     teacher: bool = True
     """Whether there is a network that follows the student; else targets come from the student itself."""
     average: str = "after"

@@ -2,8 +2,10 @@
 
 DINO's term over class tokens, where some patches of the student's global views are hidden, and a second one: at every
 hidden patch the student predicts the teacher's assignment of the patch itself, seen in the same view without a mask.
-Both kinds of token share one head and one set of prototypes, or the patches have their own. iBOT-vMF (Govindarajan et
-al., ICLR 2023) is this with ``prototypes.vmf`` and centres of probabilities.
+Both kinds of token share one head and one set of prototypes; or (``shared`` false) the head's MLP alone, and patches
+have prototypes of their own, student's and teacher's. The released code can also share them on the teacher's side
+alone; that is not here. iBOT-vMF (Govindarajan et al., ICLR 2023) is this with ``prototypes.vmf`` and centres of
+probabilities.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 from uncollapse.config.methods import IBOT
 from uncollapse.config.schema import Config
 from uncollapse.losses.pairs import fused_dino_loss, fused_patch_loss, patch_weights
-from uncollapse.methods.centre import assigned, recentre, temperature_at
+from uncollapse.methods.centre import assigned, of_probabilities, recentre, temperature_at
 from uncollapse.methods.contract import At, Batch, Memory, Parts, Seen, Sets, Targets
 from uncollapse.models.network import Encoder, Projected
 
@@ -34,11 +36,11 @@ def memory(c: Config) -> Memory:
 
 def see_student(c: Config, net: Encoder, batch: Batch) -> Seen:
     views = [view for group in batch.views.values() for view in group]
-    return _seen(net(views, batch.keys, batch.masks["global"], hide=True, patch_head=_patch_head(c)), batch)
+    return _seen(net(views, batch.keys, batch.masks["global"], hide=True), batch)
 
 
 def see_teacher(c: Config, net: Encoder, batch: Batch, student: Seen | None) -> Seen:
-    return _seen(net(batch.views["global"], None, batch.masks["global"], mean=True, patch_head=_patch_head(c)), batch)
+    return _seen(net(batch.views["global"], None, batch.masks["global"], mean=True), batch)
 
 
 def assign(c: Config, teacher: Seen, sets: Sets, memory: Memory, at: At) -> Targets:
@@ -46,7 +48,7 @@ def assign(c: Config, teacher: Seen, sets: Sets, memory: Memory, at: At) -> Targ
     targets = {"cls": assigned(c, teacher.z["cls"], sets["cls"], memory["center"], tau, at.group)}
     # With several ranks, one without hidden patches still has to take part in what they do together.
     if "patch" in teacher.z and (len(teacher.z["patch"]) or at.group is not None):
-        of = sets[_patch_head(c)]
+        of = sets[_patch_set(c)]
         targets["patch"] = assigned(c, teacher.z["patch"], of, memory["center_patch"], patch, at.group)
     return targets
 
@@ -56,7 +58,7 @@ def objective(c: Config, student: Seen, targets: Targets, sets: Sets, at: At) ->
     weight, bias = sets["cls"].affine("student", tau)
     terms = {"cls": fused_dino_loss(student.z["cls"].unbind(), weight, targets["cls"], tau, bias)}
     if "patch" in targets:
-        weight, bias = sets[_patch_head(c)].affine("student", tau)
+        weight, bias = sets[_patch_set(c)].affine("student", tau)
         # Over all crops: one without a mask counts as one whose loss is 0, as in the released code.
         patch = fused_patch_loss(student.z["patch"], weight, targets["patch"], tau, student.weight["patch"], bias)
         terms["patch"] = _own(c).patch_weight * patch
@@ -66,11 +68,15 @@ def objective(c: Config, student: Seen, targets: Targets, sets: Sets, at: At) ->
 
 
 def remember(c: Config, everyone: Seen, sets: Sets, memory: Memory, at: At) -> None:
-    """The patches' centre is that of all patches, hidden from the student or not."""
+    """The patches' centre is that of all patches, hidden from the student or not.
+
+    One of probabilities is that of the hidden ones alone, whose logits are made anyway; a step without any leaves it.
+    """
     z = everyone.z["cls"]
     recentre(c, memory["center"], z, sets["cls"], temperature_at(c, at), mean=z.mean((0, 1)))
-    if len(patches := everyone.z["patch"]):
-        of, tau = sets[_patch_head(c)], _patch_temperature(c, at)
+    patches = everyone.z["patch"]
+    if len(patches) or not of_probabilities(c):
+        of, tau = sets[_patch_set(c)], _patch_temperature(c, at)
         recentre(c, memory["center_patch"], patches, of, tau, mean=everyone.mean["patch"])
 
 
@@ -87,7 +93,7 @@ def _patch_temperature(c: Config, at: At) -> float:
     return temperature_at(c, at, _own(c).patch_temperature_start)
 
 
-def _patch_head(c: Config) -> str:
+def _patch_set(c: Config) -> str:
     return "cls" if _own(c).shared else "patch"
 
 

@@ -2,7 +2,8 @@
 
 There is no teacher: the student's own projections of the global views, balanced over the prototypes by Sinkhorn, are
 the codes that every other view predicts. Each of the two global views is balanced on its own, together with a queue of
-that view's earlier projections. Prototypes are put back on the unit sphere after each step.
+that view's earlier projections. Prototypes are put back on the unit sphere after each step, which is where the released
+code's forward pass puts them at the start of the next one.
 """
 
 from __future__ import annotations
@@ -59,8 +60,7 @@ def _codes(
     if kind != "sinkhorn":
         return prototypes.targets(z[None], tau)
     rows = z
-    full = "queue" in memory and int(memory["filled"]) >= memory["queue"].shape[1]
-    if full and at.epoch >= _own(c).queue_epoch:
+    if "queue" in memory and int(memory["filled"]) >= memory["queue"].shape[1]:
         rows = torch.cat([z, _share(memory["queue"][view], at.group)])
     weight, bias = prototypes.affine("teacher", tau)
     offsets = sinkhorn_offsets(rows, weight, tau, _own(c).iterations, bias, at.group)
@@ -86,8 +86,8 @@ def objective(c: Config, student: Seen, targets: Targets, sets: Sets, at: At) ->
 
 
 def remember(c: Config, everyone: Seen, sets: Sets, memory: Memory, at: At) -> None:
-    """The newest projections push the oldest out of the queue, which fills before it is used."""
-    if "queue" not in memory:
+    """The newest projections push the oldest out of the queue, which fills from its epoch on and is used once full."""
+    if "queue" not in memory or at.epoch < _own(c).queue_epoch:
         return
     new = everyone.z["cls"]
     length = memory["queue"].shape[1]

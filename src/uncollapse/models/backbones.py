@@ -48,7 +48,8 @@ def build_backbone(config: BackboneConfig, drop_path: bool = True) -> tuple[nn.M
     """The encoder and the length of its feature vector (class token, or pooled map).
 
     ``drop_path=False`` builds the teacher's copy, which has no stochastic depth. Vision transformers take
-    every view size (their position embedding is interpolated).
+    every view size: timm resizes their position embedding bicubically with antialiasing, the released codes of DINO and
+    iBOT without.
 
     Raises:
         ConfigError: an unknown model, or options that it does not take.

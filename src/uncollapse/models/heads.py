@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 class ProjectionHead(nn.Module):
     """MLP to a bottleneck, then L2 normalisation; DINO's head without its prototypes.
 
-    ``layers`` linear layers with GELU (and batch norm where asked) between them; weights start from a
+    ``layers`` linear layers with ``activation`` (and batch norm where asked) between them; weights start from a
     normal distribution of standard deviation 0.02 truncated at ±2, biases at zero (Caron et al., *Emerging
     Properties in Self-Supervised Vision Transformers*, 2021, and its released code).
 
@@ -26,6 +27,7 @@ class ProjectionHead(nn.Module):
         layers: int = 3,
         batch_norm: bool = False,
         normalise: bool = True,
+        activation: Literal["gelu", "relu"] = "gelu",
     ) -> None:
         super().__init__()
         self.normalise = normalise
@@ -39,7 +41,7 @@ class ProjectionHead(nn.Module):
             if i < layers - 1:
                 if batch_norm:
                     modules.append(nn.BatchNorm1d(narrow))
-                modules.append(nn.GELU())
+                modules.append(nn.GELU() if activation == "gelu" else nn.ReLU())
         self.mlp = nn.Sequential(*modules)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Projected(NamedTuple):
 class Encoder(nn.Module):
     """Backbone and projection heads in one module, so that data-parallel wrappers see one ``forward``.
 
-    ``heads`` are named after the sets of prototypes that their projections are compared with; "cls" is always there.
+    ``heads`` by name; "cls", which class and patch tokens share, is always there.
     """
 
     def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]) -> None:
@@ -42,12 +42,12 @@ class Encoder(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        """Of the class token."""
+        """Of class and patch tokens."""
         return self.heads["cls"]
 
     def forward(
         self, views: list[Tensor], keys: Tensor | None = None, read: Tensor | None = None, hide: bool = False,
-        mean: bool = False, patch_head: str = "cls",
+        mean: bool = False,
     ) -> Projected:  # fmt: skip
         """Projections of each view; views of one size go through the backbone together.
 
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
         Args:
             views: ``(n, 3, S, S)`` each.
             keys: ``(V, n)`` of `row_keys`, where the backbone has stochastic depth.
-            read: ``(V', n, P)`` bool: which patches of the first V' views to project, with ``patch_head``.
+            read: ``(V', n, P)`` bool: which patches of the first V' views to project.
             hide: whether these patches are hidden from the backbone.
             mean: whether the mean projection of *all* patches of these views is wanted.
         """
@@ -83,10 +83,9 @@ class Encoder(nn.Module):
         if read is None:
             return Projected(cls, None, None)
         seen = torch.stack([t for t in patches if t is not None])
-        head = self.heads[patch_head]
         if not mean:
-            return Projected(cls, head(seen[read]), None)
-        everything = head(seen.flatten(0, 2)).unflatten(0, read.shape)
+            return Projected(cls, self.head(seen[read]), None)
+        everything = self.head(seen.flatten(0, 2)).unflatten(0, read.shape)
         return Projected(cls, everything[read], everything.mean((0, 1, 2)))
 
     def _backbone_tokens(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -114,16 +113,10 @@ def build_encoder(config: Config, drop_path: bool) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone, features = build_backbone(config.backbone, drop_path)
-        head = config.head
-
-        def made() -> ProjectionHead:
-            return ProjectionHead(features, head.hidden, head.bottleneck, head.layers, head.batch_norm, head.normalise)
-
-        heads = {"cls": made()}
+        c = config.head
+        head = ProjectionHead(features, c.hidden, c.bottleneck, c.layers, c.batch_norm, c.normalise, c.activation)
         if config.method.name == "ibot":
             if not hasattr(backbone, "blocks"):
                 raise ConfigError(f"backbone.name: {config.backbone.name} has no patch tokens; take a vit_*")
             backbone = MaskedViT(backbone)  # type: ignore[arg-type]
-            if not config.method.shared:
-                heads["patch"] = made()
-        return Encoder(backbone, heads)
+        return Encoder(backbone, {"cls": head})

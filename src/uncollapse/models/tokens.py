@@ -41,7 +41,7 @@ class MaskedViT(nn.Module):
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
         self.vit = vit
-        self.mask_token = nn.Parameter(torch.zeros(vit.embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, vit.embed_dim))  # two dimensions: it decays, as in iBOT's code
 
     def forward(self, x: Tensor) -> Tensor:
         """``(n, 3, S, S)`` → the feature vector ``(n, d)``, as the transformer itself gives it."""

@@ -11,11 +11,16 @@ from uncollapse.config.schema import Config
 
 
 def build_optimizer(config: Config, encoder: nn.Module, prototypes: nn.Module) -> torch.optim.Optimizer:
-    """Groups as DINO has them: matrices decay; biases, 1-D tensors and such do not; prototypes on their own."""
+    """Groups as DINO has them: matrices decay; biases and other 1-D tensors only on request; prototypes on their own.
+
+    LARS divides by ``|gradient| + decay · |weight|``, as SwAV's does; DINO's and CARP's code divides by the norm of the
+    sum of the two, which differs where a gradient is no longer than the decay.
+    """
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in encoder.named_parameters():
-        (plain if parameter.ndim == 1 or name.endswith(".bias") else decay).append(parameter)
+        alone = not config.optim.decay_biases and (parameter.ndim == 1 or name.endswith(".bias"))
+        (plain if alone else decay).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decay, "role": "decay", "weight_decay": 0.0},
         {"params": plain, "role": "plain", "weight_decay": 0.0},
@@ -31,7 +36,7 @@ def build_optimizer(config: Config, encoder: nn.Module, prototypes: nn.Module) -
     from timm.optim.lars import Lars
 
     for group in groups:
-        # timm adapts a tensor's rate only where it decays; DINO's LARS adapts all but 1-D tensors.
+        # timm adapts a tensor's rate only where it decays at that step; DINO's LARS adapts whatever may decay.
         group["always_adapt"] = group["role"] != "plain"
     optimizer: torch.optim.Optimizer = Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
     return optimizer

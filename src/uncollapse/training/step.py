@@ -182,9 +182,10 @@ class Stepper:
 
     def _set_rates(self, step: int) -> None:
         config, optim = self.config, self.config.optim
-        highest = optim.lr * config.run.batch / optim.lr_batch
-        lr = cosine(step, self.job.total, highest, optim.min_lr, round(optim.warmup_epochs * self.job.steps_per_epoch))
-        decay = cosine(step, self.job.total, optim.weight_decay, optim.weight_decay_end)
+        scale, total = config.run.batch / optim.lr_batch, self.job.total
+        warmup = round(optim.warmup_epochs * self.job.steps_per_epoch)
+        lr = cosine(step, total, optim.lr * scale, optim.min_lr, warmup, optim.warmup_start * scale)
+        decay = cosine(step, total, optim.weight_decay, optim.weight_decay_end)
         for group in self.optimizer.param_groups:
             own = group["role"] == "prototypes"
             group["lr"] = lr * (config.prototypes.lr_scale if own else 1.0)
