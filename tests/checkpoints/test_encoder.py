@@ -212,7 +212,7 @@ def test_our_own_runs_end_to_end(kind, tmp_path):
     found = diagnose_file(tmp_path, data="builtin:digits", limit=50)
     assert [d.source.side for d in found] == (["teacher", "student"] if kind == "joint" else ["shared"])
     d = found[0]
-    expected = state.prototypes.vectors("teacher")
+    expected = state.prototypes().vectors("teacher")
     torch.testing.assert_close(torch.nn.functional.normalize(d.vectors, dim=1), expected)
     assert d.verdict.label == "untrained or unused"
     assert "held-out images use" in d.verdict.sentence

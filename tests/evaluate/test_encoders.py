@@ -177,7 +177,7 @@ def test_a_run_folder_gives_its_newest_weights(tmp_path, side):
     expected.eval()
     torch.testing.assert_close(encoder.features(x), expected.backbone(x))
     torch.testing.assert_close(encoder.project(encoder.features(x)), expected.head(expected.backbone(x)))
-    torch.testing.assert_close(encoder.vectors, state.prototypes.vectors(side).float())
+    torch.testing.assert_close(encoder.vectors, state.prototypes().vectors(side).float())
     assert (encoder.step, encoder.side, encoder.size) == (7, side, size)
     assert encoder.mean == config.views.mean
     start = encoder.untrained()
