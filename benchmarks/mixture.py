@@ -4,9 +4,7 @@
 
 The limit is the two matrix products, one exponential for each row and component, and reading and writing the means,
 timed in turns with the rest, so that a busy machine slows all of them; for a diagonal Gaussian the products are twice
-as deep. `top 16` forms one product and the sums of 16 components a row.
-Its note has the share of responsibility that was kept and how far the means are from the dense mixture's after 50
-updates on clustered rows. `Sinkhorn` forms all scores again whenever offsets move far; on these clustered rows they do
+as deep. `Sinkhorn` forms all scores again whenever offsets move far; on these clustered rows they do
 in each of its three iterations, so that it forms the scores four times where the limit counts one. scikit-learn's row
 is one iteration of `GaussianMixture.fit` from the same means: the same E- and M-step plus its lower bound, without
 forgetting; it keeps (n, K) arrays, and starts with a random (n, K) of its own.
@@ -28,7 +26,6 @@ from uncollapse.prototypes.mixture import OnlineMixture
 DIM = 256
 BATCHES = (128, 1024)
 TARGETS = {128: 1.6, 1024: 1.35}
-TOP = 16
 MOST_BYTES = 4 << 30
 
 
@@ -88,19 +85,7 @@ def scikit_learn(mixture: OnlineMixture, x: Tensor) -> Callable[[], object] | No
     return fit
 
 
-def top_error(k: int, n: int, covariance: str, device: torch.device) -> str:
-    """Both mixtures see the same 50 batches."""
-    full, cut = build(k, n, covariance, device), build(k, n, covariance, device, top=TOP)
-    for step in range(50):
-        x = clustered(n, step, device)
-        full.observe(x)
-        cut.observe(x)
-    kept = full.responsibilities(x).topk(TOP).values.sum(-1).mean()
-    error = (full.mean - cut.mean).norm(dim=-1) / full.mean.norm(dim=-1)
-    return f"mass kept {kept:.4f}; means off by {error.mean():.4f} on average, {error.max():.3f} at most"
-
-
-def limit(k: int, n: int, covariance: str, device: torch.device, both: bool) -> Callable[[], None]:
+def limit(k: int, n: int, covariance: str, device: torch.device) -> Callable[[], None]:
     """The work that cannot be left out, by chunks that stay in a cache, into memory that is used again."""
     depth, chunk = DIM * (2 if covariance == "diagonal" else 1), min(k, 1024)
     mean, features = torch.randn(k, depth, device=device), torch.randn(n, depth, device=device)
@@ -111,8 +96,7 @@ def limit(k: int, n: int, covariance: str, device: torch.device, both: bool) -> 
             part = mean[start : start + chunk]
             torch.mm(part, features.T, out=scores)
             torch.exp(scores.mul_(0.01), out=scores)  # small ones: no exponential may overflow
-            if both:
-                torch.mm(scores, features, out=sums)
+            torch.mm(scores, features, out=sums)
             part.lerp_(sums, 0.0)
 
     return work
@@ -128,16 +112,16 @@ def rows(sizes: Sequence[int], device: torch.device) -> Iterator[Row]:
 def _case(k: int, n: int, covariance: str, device: torch.device) -> Iterator[Row]:
     x = clustered(n, 0, device)
     stream = itertools.cycle([clustered(n, seed, device) for seed in range(8)])  # a mixture fits one batch too well
-    mixture, sparse = build(k, n, covariance, device), build(k, n, covariance, device, top=TOP)
+    mixture = build(k, n, covariance, device)
     balanced = build(k, n, covariance, device, balance="sinkhorn")
     start = build(k, n, covariance, device)
     peer = scikit_learn(start, x)
     functions: dict[str, Callable[[], object]] = {
-        "ours": lambda: mixture.observe(next(stream)), "top": lambda: sparse.observe(next(stream)),
+        "ours": lambda: mixture.observe(next(stream)),
         "balanced": lambda: balanced.observe(next(stream)),
-        "dense": lambda: dense(start, x), "limit": limit(k, n, covariance, device, True),
-        "limit of top": limit(k, n, covariance, device, False),
-    }  # fmt: skip
+        "dense": lambda: dense(start, x),
+        "limit": limit(k, n, covariance, device),
+    }
     notes = []
     if 4 * n * k * DIM <= MOST_BYTES // 3:  # it holds three such arrays
         functions["broadcast"] = lambda: broadcast(start, x)
@@ -156,11 +140,6 @@ def _case(k: int, n: int, covariance: str, device: torch.device) -> Iterator[Row
         costs["ours"].seconds <= TARGETS[n] * least, "; ".join(notes),
     )  # fmt: skip
     yield Row(f"mixture {covariance}, Sinkhorn", size, costs["balanced"], least, counted)
-    error = top_error(k, n, covariance, device) if k * n <= 1 << 24 else ""
-    yield Row(
-        f"mixture {covariance}, top {TOP}", size, costs["top"], costs["limit of top"].seconds,
-        "one product, exp, means read and written", {"all": costs["ours"]}, note=error,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

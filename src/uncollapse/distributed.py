@@ -77,9 +77,3 @@ def logsumexp_over_ranks(x: Tensor, group: Group) -> Tensor:
     top = max_over_ranks(x.detach().clone(), group)
     finite = torch.where(top.isfinite(), top, torch.zeros_like(top))
     return sum_over_ranks((x.detach() - finite).exp(), group).log() + finite
-
-
-def shard(count: int, group: Group) -> slice:
-    """This rank's contiguous share of ``count`` rows; shares differ by at most one row."""
-    rank, size = rank_and_size(group)
-    return slice(count * rank // size, count * (rank + 1) // size)

@@ -158,9 +158,9 @@ def test_targets_are_the_modes_own_unless_the_recipe_says_otherwise():
 
 
 def test_a_run_folder_of_before_names_its_target_inside_the_mixture():
-    content = {"prototypes": {"kind": "decoupled", "mixture": {"target": "centred", "top": 3}}}
+    content = {"prototypes": {"kind": "decoupled", "mixture": {"target": "centred", "balance": "none"}}}
     prototypes = build_config(content).prototypes
-    assert (prototypes.targets, prototypes.mixture.top) == ("centred", 3)
+    assert (prototypes.targets, prototypes.mixture.balance) == ("centred", "none")
 
 
 def test_a_path_that_is_not_utf8_is_refused_in_one_line():

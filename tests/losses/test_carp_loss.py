@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ranks import on_ranks
 from uncollapse.losses.carp import carp_loss, fused_carp_loss, random_blocks
 from uncollapse.targets.softmax import SoftmaxTargets
 
@@ -140,3 +141,41 @@ def test_shapes_that_do_not_fit_are_named():
         fused_carp_loss(
             list(z), weight, SoftmaxTargets(z_teacher[:, :3], weight_teacher, 1.0), random_blocks(8, 4, 0, 0)
         )
+
+
+def views_of(rank):
+    rng = torch.Generator().manual_seed(10 + rank)
+    return [torch.randn(views, 3, 6, dtype=torch.float64, generator=rng) for views in (4, 2)]
+
+
+def both_sides():
+    return torch.randn(2, 21, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+def on_one_rank(group):
+    z, z_t = views_of(torch.distributed.get_rank(group))
+    weight, weight_t = both_sides()
+    z.requires_grad_()
+    weight.requires_grad_()
+    targets = SoftmaxTargets(z_t, weight_t, 1.0)
+    loss = fused_carp_loss(list(z), weight, targets, random_blocks(21, 5, 3, 4), 1.5, group=group)
+    return loss.detach(), *torch.autograd.grad(loss, (z, weight))
+
+
+def test_the_mean_is_taken_over_all_ranks(tmp_path):
+    """Means over ranks of the losses and of the prototypes' gradients are those of one process. A rank's own views
+    get the gradient of its own share, two times as much. 1e-9 in float64, where only the order of sums differs."""
+    ranks = on_ranks(on_one_rank, 2, tmp_path)
+    z, z_t = zip(*map(views_of, range(2)), strict=True)
+    weight, weight_t = both_sides()
+    for leaf in (*z, weight):
+        leaf.requires_grad_()
+    student = [x @ weight.T for x in torch.cat(z, 1)]
+    loss = carp_loss(student, [x @ weight_t.T for x in torch.cat(z_t, 1)], random_blocks(21, 5, 3, 4), 1.5)
+    *by_rank, of_weight = torch.autograd.grad(loss, (*z, weight))
+    values, of_z, of_prototypes = zip(*ranks, strict=True)
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(sum(values) / 2, loss.detach(), **close)
+    torch.testing.assert_close(sum(of_prototypes) / 2, of_weight, **close)
+    for own, expected in zip(of_z, by_rank, strict=True):
+        torch.testing.assert_close(own, 2 * expected, **close)

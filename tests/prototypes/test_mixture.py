@@ -7,16 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ranks import on_ranks
-from uncollapse.config.schema import MixtureConfig, PrototypeConfig
 from uncollapse.losses.pairs import dino_loss, fused_dino_loss
-from uncollapse.prototypes.build import build_prototypes
 from uncollapse.prototypes.decoupled import MixturePrototypes
 from uncollapse.prototypes.gaussians import forget, forgetting_factor
-from uncollapse.prototypes.mixture import OnlineMixture, random_directions
+from uncollapse.prototypes.mixture import OnlineMixture
 
 
 def rows(n, d, seed):
@@ -171,10 +167,9 @@ def test_centred_directions_are_taken_from_the_middle_of_the_means():
 @pytest.mark.parametrize("balance", ["none", "sinkhorn"])
 @pytest.mark.parametrize("temperature", [None, 0.05])
 @pytest.mark.parametrize("covariance", ["shared", "isotropic", "diagonal"])
-@pytest.mark.parametrize("top", [None, 4])
-def test_tiles_of_rows_change_nothing_but_rounding(covariance, temperature, balance, top):
+def test_tiles_of_rows_change_nothing_but_rounding(covariance, temperature, balance):
     """In float64, so that rounding of 1e-15 cannot grow past the tolerance in ten updates."""
-    options = {"balance": balance, "temperature": temperature, "centred": True, "top": top}
+    options = {"balance": balance, "temperature": temperature, "centred": True}
     whole, tiled = build(covariance, 30, 6, 150, **options), build(covariance, 30, 6, 150, **options, budget=1)
     for step in range(10):
         x = rows(150, 6, step).double()
@@ -238,97 +233,6 @@ def test_responsibilities_pass_a_gradient_to_the_rows():
     assert torch.autograd.gradcheck(mixture.responsibilities, x)
 
 
-@pytest.mark.parametrize("top", [0, -3])
-def test_a_top_below_one_is_refused(top):
-    with pytest.raises(ValueError, match="top must be at least 1"):
-        OnlineMixture(8, 4, 8, top=top)
-
-
-def on_the_sphere(dim=32):
-    """The digits that scikit-learn brings, as random projections on the sphere."""
-    x = torch.from_numpy(load_digits().data).float()
-    project = torch.randn(64, dim, generator=torch.Generator().manual_seed(0))
-    return F.normalize((x - x.mean(0)) @ project, dim=-1)
-
-
-def test_top_responsibilities_are_a_good_approximation_on_real_images():
-    """K = 256, the balanced isotropic mixture of `decoupled`, 150 updates of 128 rows. Measured relative errors of
-    the means (average, then median over components) 0.003 / 0.002 at m = 32 and 0.05 / 0.03 at m = 8."""
-    data, g = on_the_sphere(), torch.Generator().manual_seed(5)
-
-    def build(top):
-        start = torch.Generator().manual_seed(0)
-        return OnlineMixture(256, 32, 128, generator=start, top=top)
-
-    dense, wide, narrow = build(None), build(32), build(8)
-    for _ in range(150):
-        x = data[torch.randint(len(data), (128,), generator=g)]
-        for mixture in (dense, wide, narrow):
-            mixture.observe(x)
-    kept = dense.responsibilities(data).topk(32).values.sum(1)
-    assert float(kept.mean()) > 0.999
-    error = {m: ((m.mean - dense.mean).norm(dim=1) / dense.mean.norm(dim=1)).mean() for m in (wide, narrow)}
-    assert float(error[wide]) < 0.02
-    assert float(error[wide]) < 0.3 * float(error[narrow]) < 0.1
-    assert float((wide.variance / dense.variance).log().abs().mean()) < 0.02
-
-
-SHARDED = [
-    {"covariance": covariance, "balance": balance, "temperature": temperature, "centred": True,
-     "top": top, "budget": budget}
-    for covariance, balance, temperature, top, budget in (
-        ("shared", "none", None, None, 1 << 28),
-        ("shared", "sinkhorn", 0.05, 5, 1 << 28),
-        ("isotropic", "sinkhorn", None, None, 1),
-        ("isotropic", "sinkhorn", None, 5, 1 << 28),
-        ("diagonal", "none", 0.2, 5, 1),
-        ("diagonal", "sinkhorn", 0.05, None, 1 << 28),
-    )
-]  # fmt: skip
-
-
-def trained(options, group=None):
-    mixture = OnlineMixture(37, 6, 150, **options, generator=torch.Generator().manual_seed(3), group=group).double()
-    weight = torch.arange(150).remainder(3).double()
-    for step in range(5):
-        mixture.observe(rows(150, 6, step).double(), weight if step % 2 else None, beta=0.5 + step / 16)
-    return {
-        "mean": mixture.mean, "variance": mixture.variance, "evidence": mixture.evidence, "offset": mixture.offset,
-        "directions": mixture.directions(), "responsibilities": mixture.responsibilities(rows(9, 6, 99).double()).T,
-    }  # fmt: skip
-
-
-def shards(group):
-    return [trained(options, group) for options in SHARDED]
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_shards_on_ranks_are_one_mixture(world, tmp_path):
-    """37 components, so shares are unequal. float64, 5 updates: equal to 1e-9."""
-    found = on_ranks(shards, world, tmp_path)
-    for i, options in enumerate(SHARDED):
-        for name, value in trained(options).items():
-            per_rank = [rank[i][name] for rank in found]
-            if name == "variance" and options["covariance"] == "shared":
-                together = per_rank[-1]
-                assert all(torch.equal(v, together) for v in per_rank)
-            else:
-                together = torch.cat(per_rank)
-            where = f"{name} of {options}: "
-            torch.testing.assert_close(together, value, rtol=1e-9, atol=1e-9, msg=lambda m, where=where: where + m)
-
-
-def test_initial_directions_do_not_depend_on_blocks_or_shares():
-    def drawn(part, block):
-        return random_directions(100, 6, part, torch.Generator().manual_seed(0), block)
-
-    whole = drawn(slice(0, 100), 32)
-    torch.testing.assert_close(
-        whole, F.normalize(torch.randn(100, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
-    )
-    assert torch.equal(torch.cat([drawn(slice(0, 41), 32), drawn(slice(41, 100), 32)]), whole)
-
-
 @pytest.mark.parametrize("covariance", ["shared", "isotropic", "diagonal"])
 @pytest.mark.parametrize("temperature", [None, 0.1])
 def test_targets_of_a_set_are_its_responsibilities(covariance, temperature):
@@ -347,15 +251,3 @@ def test_targets_of_a_set_are_its_responsibilities(covariance, temperature):
     loss = fused_dino_loss([*z, z[0]], weight, targets, 0.1)
     expected = dino_loss([v @ weight.T / 0.1 for v in [*z, z[0]]], list(targets.dense()))
     torch.testing.assert_close(loss, expected)
-
-
-@pytest.mark.parametrize("kind", ["decoupled", "decoupled-paper"])
-def test_a_recipe_can_ask_for_the_largest_responsibilities_alone(kind):
-    z = F.normalize(torch.randn(32, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
-    means = {}
-    for top in (None, 2, 16):
-        prototypes = build_prototypes(PrototypeConfig(kind, count=16, mixture=MixtureConfig(top=top)), 8, len(z), 0)
-        prototypes.observe(z, 0.5)
-        means[top] = prototypes.mixture.mean
-    torch.testing.assert_close(means[None], means[16])
-    assert not torch.allclose(means[None], means[2], atol=1e-4)

@@ -57,7 +57,7 @@ def test_bayes_rule_with_a_fixed_temperature_has_the_learned_weights():
 def test_plain_defaults_are_the_recommended_mixture():
     """The form that keeps its prototypes is what one gets without asking, and what `decoupled` trains with."""
     plain, chosen = OnlineMixture(K, D, 64), build_prototypes(PrototypeConfig("decoupled", count=K), D, 64, 0)
-    names = ("covariance", "balance", "temperature", "centred", "log_lambda", "variance_floor", "top", "iterations")
+    names = ("covariance", "balance", "temperature", "centred", "log_lambda", "variance_floor", "iterations")
     assert {n: getattr(plain, n) for n in names} == {n: getattr(chosen.mixture, n) for n in names}
     assert RECOMMENDED == ("isotropic", 60.0, "sinkhorn", None, True)
 
@@ -84,12 +84,13 @@ def test_a_checkpoint_with_a_queue_still_loads():
     assert torch.equal(other.responsibilities(rows(5, 1)), mixture.responsibilities(rows(5, 1)))
 
 
-def test_a_configuration_with_a_queue():
+@pytest.mark.parametrize("key", ["queue", "top"])
+def test_a_configuration_with_an_option_of_before(key):
     """Every run's own copy of its configuration had the key; only one that used it cannot go on as it was."""
-    old = {"prototypes": {"kind": "decoupled", "mixture": {"queue": None, "covariance": "shared"}}}
+    old = {"prototypes": {"kind": "decoupled", "mixture": {key: None, "covariance": "shared"}}}
     assert build_config(old).prototypes.mixture.covariance == "shared"
-    assert old["prototypes"]["mixture"]["queue"] is None  # the caller's own stays as it was
-    used = {"prototypes": {"kind": "decoupled", "mixture": {"queue": 4096}}}
-    with pytest.raises(ConfigError, match=r"prototypes\.mixture\.queue: .*removed"):
+    assert old["prototypes"]["mixture"][key] is None  # the caller's own stays as it was
+    used = {"prototypes": {"kind": "decoupled", "mixture": {key: 4096}}}
+    with pytest.raises(ConfigError, match=rf"prototypes\.mixture\.{key}: .*removed"):
         build_config(used)
     assert build_config(used, retired=True).prototypes.kind == "decoupled"  # to look at what it made

@@ -1,4 +1,4 @@
-"""What ranks compute together is what one process computes alone: KoLeo-Proto in shards, and whole training runs."""
+"""What ranks train together is what one process trains alone."""
 
 import multiprocessing
 import os
@@ -11,61 +11,11 @@ from ranks import on_ranks
 from uncollapse.config.load import load_config
 from uncollapse.config.schema import arm_keys
 from uncollapse.config.tiny import tiny
-from uncollapse.distributed import shard
-from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
 from uncollapse.run_folder.checkpoint import load_checkpoint
 
 multiprocessing.set_forkserver_preload(["uncollapse.training.run", "uncollapse.training.summary", "timm", "ranks"])
 KINDS = ("joint", "joint-sinkhorn", "koleo", "decoupled")
 STEPS = 4
-
-# --- KoLeo-Proto, each rank with some of the rows -----------------------------------------------------------
-
-
-def prototypes(k=301, d=24):
-    """Clusters, so that many nearest neighbours lie on other ranks; exact duplicates and a zero row among them."""
-    g = torch.Generator().manual_seed(0)
-    w = (torch.randn(20, 1, d, generator=g) + 0.05 * torch.randn(20, 16, d, generator=g)).reshape(-1, d)
-    w = w[torch.randperm(len(w), generator=g)[:k]]
-    w[200], w[17] = w[3], 0
-    return w
-
-
-def sharded(group):
-    out = {}
-    for dtype in (torch.float32, torch.float64):
-        w = prototypes().to(dtype)
-        mine = w[shard(len(w), group)].clone().requires_grad_()
-        neighbours = nearest_neighbours(mine, group=group)
-        for name, options in (("searched", {}), ("given", {"neighbours": neighbours}), ("tiles", {"block": 9})):
-            value = koleo_proto(mine, group=group, **options)
-            (gradient,) = torch.autograd.grad(3 * value, mine)
-            out[f"{dtype} {name}"] = (value.detach(), gradient, neighbours)
-    uneven = prototypes()[:50]
-    some = [uneven[:1], uneven[1:20], uneven[20:20], uneven[20:]] if group.size() == 4 else [uneven[:0], uneven]
-    out["uneven"] = (koleo_proto(some[group.rank()], group=group), torch.zeros(0), torch.zeros(0))
-    return out
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_shards_give_the_value_and_gradient_of_the_whole(size, tmp_path):
-    """The same neighbours. 1e-12 in float64, 2e-6 of the largest gradient in float32: orders of sums differ."""
-    ranks = on_ranks(sharded, size, tmp_path)
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
-        w = prototypes().to(dtype).requires_grad_()
-        value = koleo_proto(w)
-        (gradient,) = torch.autograd.grad(3 * value, w)
-        for name in ("searched", "given", "tiles"):
-            found = [r[f"{dtype} {name}"] for r in ranks]
-            assert torch.equal(torch.cat([f[2] for f in found]), nearest_neighbours(w))
-            assert len({float(f[0]) for f in found}) == 1
-            torch.testing.assert_close(found[0][0], value.detach(), rtol=tolerance, atol=0)
-            bound = tolerance * float(gradient.abs().max())
-            torch.testing.assert_close(torch.cat([f[1] for f in found]), gradient, rtol=0, atol=bound)
-    torch.testing.assert_close(ranks[0]["uneven"][0], koleo_proto(prototypes()[:50]))
-
-
-# --- training runs ------------------------------------------------------------------------------------------
 
 
 def recipe(kind):

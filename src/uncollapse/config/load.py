@@ -136,6 +136,13 @@ def build_config(content: dict[str, Any], source: str = "config", retired: bool 
     return config
 
 
+_REMOVED = {
+    "queue": "rows of earlier steps took the balance and left the batch's own without",
+    "top": "it saved part of one product and changed what the mixture learns",
+}
+"""Options of the mixture that are gone, and why; one that was not used is passed over."""
+
+
 def _as_now(content: dict[str, Any], source: str, retired: bool) -> dict[str, Any]:
     """Keys of run folders of before under their names of today; what no longer exists is refused where it was used."""
     if isinstance(method := content.get("method"), dict):
@@ -146,12 +153,11 @@ def _as_now(content: dict[str, Any], source: str, retired: bool) -> dict[str, An
     mixture = prototypes.get("mixture")
     if not isinstance(mixture, dict):
         return content
-    if mixture.get("queue") and not retired:
-        raise ConfigError(
-            f"{source}: prototypes.mixture.queue: this option was removed, because rows of earlier steps took the "
-            "balance and left the batch's own without; leave it out"
-        )
-    rest = {key: value for key, value in mixture.items() if key not in ("target", "queue")}
+    for key, why in _REMOVED.items():
+        if mixture.get(key) and not retired:
+            name = f"{source}: prototypes.mixture.{key}"
+            raise ConfigError(f"{name}: this option was removed, because {why}; leave it out")
+    rest = {key: value for key, value in mixture.items() if key not in ("target", *_REMOVED)}
     targets = {"targets": mixture["target"]} if "target" in mixture else {}
     return {**content, "prototypes": {**targets, **prototypes, "mixture": rest}}
 

@@ -121,8 +121,6 @@ class MixtureConfig:
     """First inverse temperature β of the annealed E-step, and of the mixture's own targets (1: no annealing)."""
     anneal_steps: Unit | None = None
     """Share of training after which β has reached 1."""
-    top: Positive | None = None
-    """Only each projection's so many largest responsibilities count in the M-step; null: all of them."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from uncollapse.checks import above_zero, has_shape, usable_weights
-from uncollapse.distributed import Group, gather_rows, max_over_ranks, rank_and_size, sum_over_ranks
 from uncollapse.losses.autograd import with_gradient
 from uncollapse.numerics import exponent_floor
 from uncollapse.targets.softmax import SoftmaxTargets
@@ -43,15 +42,8 @@ def fused_cross_entropy(
     pairing: Tensor,
     row_weight: Tensor,
     bias: Tensor | None = None,
-    group: Group = None,
 ) -> Tensor:
     """``Σ_i a_i Σ_{v,q} pairing[v, q] · CE(t_{q,i}, s_{v,i})`` with ``s = softmax(z · w_k / temperature + bias_k)``.
-
-    With ``group`` the prototypes are sharded: ``weight``, ``bias`` and those of ``targets`` are this rank's rows, z
-    and the targets' z are this rank's images (as many on every rank), and the loss is the mean over ranks, the same
-    number everywhere. The gradient of z is that of this rank's own share (the sum above over its own images), so
-    that the mean of the encoder's gradients over ranks, which DDP forms, is the gradient of the loss. The gradients
-    of ``weight`` and ``bias`` are complete: keep them out of any averaging.
 
     Args:
         z: ``(V, n, D)``, the student's projections.
@@ -62,14 +54,13 @@ def fused_cross_entropy(
         pairing: ``(V, T)``, how much the pair of student view v and teacher view q counts; 0 or above.
         row_weight: ``(n,)``, how much image i counts; 0 or above; no gradient.
         bias: ``(K,)``, finite, added after the temperature.
-        group: ranks that share the prototypes out among them; None: this process has all of them.
 
     Returns:
         Scalar, in nats; float32, or float64 where z or ``weight`` is. 0 where n is 0.
 
     Raises:
-        ValueError: shapes that do not fit, a temperature that is not above 0, a negative or infinite weight (where
-            weights are on a CPU), or targets as arrays together with ``group``.
+        ValueError: shapes that do not fit, a temperature that is not above 0, or a negative or infinite weight (where
+            weights are on a CPU).
     """
     above_zero(temperature)
     dtype = torch.promote_types(torch.promote_types(z.dtype, weight.dtype), torch.float32)
@@ -77,13 +68,12 @@ def fused_cross_entropy(
     parts: list[Tensor | None] = (
         [*targets] if not isinstance(targets, SoftmaxTargets) else [targets.z, targets.weight, targets.bias]
     )
-    _check(z, weight, parts, soft, pairing, row_weight, bias, group)
+    _check(z, weight, parts, soft, pairing, row_weight, bias)
     rule = _Rule(
         temperature,
         targets.temperature if isinstance(targets, SoftmaxTargets) else None,
         pairing.detach().to(z.device, dtype),
         row_weight.detach().to(z.device, dtype),
-        group,
     )
     parts = [None if x is None else x.detach().to(dtype) for x in parts]
     bias = None if bias is None else bias.to(dtype)
@@ -101,7 +91,6 @@ def _check(
     pairing: Tensor,
     row_weight: Tensor,
     bias: Tensor | None,
-    group: Group,
 ) -> None:
     first = parts[0] if parts else None
     if first is None:
@@ -112,8 +101,6 @@ def _check(
             f"{'(views, images, dimensions)' if soft else '(images, prototypes) each'}, got {tuple(first.shape)}"
         )
     views, n, dim = z.shape
-    if not soft and group is not None:
-        raise ValueError("targets of prototypes that are sharded over ranks must be SoftmaxTargets")
     count = len(first) if soft else len(parts)
     rows, k = (first.shape[1], len(parts[1])) if soft and parts[1] is not None else tuple(first.shape)
     wanted = ((views, count), (n,), n, len(weight), dim)
@@ -136,17 +123,14 @@ class _Rule:
     """None where the targets are arrays."""
     pairing: Tensor
     row_weight: Tensor
-    group: Group
 
 
 def _sum_blocks(
     rule: _Rule, tensors: Sequence[Any], needs: Sequence[bool]
 ) -> tuple[tuple[Tensor], list[Tensor | None]]:
     z, weight, bias, *parts = tensors
-    pairing, group = rule.pairing, rule.group
-    own = z.shape[1]
-    x = gather_rows(z.transpose(0, 1), group).contiguous()  # (N, V, D), all ranks' images
-    image_weight = gather_rows(rule.row_weight, group) / rank_and_size(group)[1]
+    pairing, image_weight = rule.pairing, rule.row_weight
+    x = z.transpose(0, 1).contiguous()  # (n, V, D)
     n, views, dim = x.shape
     count = pairing.shape[1]
 
@@ -184,7 +168,7 @@ def _sum_blocks(
     weights_s = (image_weight.unsqueeze(1) * (mass.view(n, count) @ pairing.T)).view(-1)
     loss = torch.zeros_like(shared)
     for rows in _slices(n * views, len(buffer)):
-        p, log_sum, factor = _exponentials(x[rows], weight, bias, rule.temperature, buffer, group)
+        p, log_sum, factor = _exponentials(x[rows], weight, bias, rule.temperature, buffer)
         loss += (weights_s[rows] * log_sum).double().sum()
         a = weights_s[rows] * factor
         if grad_x is not None:
@@ -194,17 +178,8 @@ def _sum_blocks(
         if grad_b is not None:
             grad_b.addmv_(p.T, a)
 
-    loss -= sum_over_ranks(shared, group)
-    return (loss.to(x.dtype),), [_own_share(grad_x, own, group), grad_w, grad_b]
-
-
-def _own_share(grad: Tensor | None, own: int, group: Group) -> Tensor | None:
-    """``(N, V, D)``, what this rank's prototypes say about everyone's images → ``(V, n, D)``, all about its own."""
-    if grad is None:
-        return None
-    rank, ranks = rank_and_size(group)
-    mine = sum_over_ranks(grad, group)[rank * own : (rank + 1) * own].transpose(0, 1)
-    return mine.mul(ranks) if ranks > 1 else mine
+    grad_z = None if grad_x is None else grad_x.transpose(0, 1)
+    return ((loss - shared).to(x.dtype),), [grad_z, grad_w, grad_b]
 
 
 def _sum_matched(
@@ -212,9 +187,7 @@ def _sum_matched(
 ) -> tuple[tuple[Tensor], list[Tensor | None]]:
     """The same as `_sum_blocks` for one view of each: the error ``p - t`` is formed in place of the logits."""
     z, weight, bias, *parts = tensors
-    group, own = rule.group, z.shape[1]
-    x = gather_rows(z[0], group).contiguous()
-    weights = gather_rows(rule.row_weight, group) / rank_and_size(group)[1] * rule.pairing[0, 0]
+    x, weights = z[0].contiguous(), rule.row_weight * rule.pairing[0, 0]
     grad_x = torch.empty_like(x) if needs[0] else None
     grad_w = torch.zeros_like(weight) if needs[1] else None
     grad_b = torch.zeros_like(bias) if bias is not None and needs[2] else None
@@ -225,11 +198,11 @@ def _sum_matched(
         a = weights[rows]
         s = _logits(x[rows], weight, bias, rule.temperature, buffer)
         if factor_t is None:
-            factor_t, mass = torch.ones_like(a), sum_over_ranks(t.sum(-1), group)
+            factor_t, mass = torch.ones_like(a), t.sum(-1)
         else:
             mass = torch.ones_like(a)
         shared += (a * factor_t * torch.linalg.vecdot(t, s)).double().sum()
-        log_sum, factor_s = _exponentiate(s, group)
+        log_sum, factor_s = _exponentiate(s)
         loss += (a * mass * log_sum).double().sum()
         error = s.mul_((a * mass * factor_s).unsqueeze(1)).addcmul_(t, (a * factor_t).unsqueeze(1), value=-1)
         if grad_x is not None:
@@ -238,12 +211,7 @@ def _sum_matched(
             grad_w.addmm_(error.T, x[rows] / rule.temperature)
         if grad_b is not None:
             grad_b += error.sum(0)
-    loss = loss - sum_over_ranks(shared, group)
-    return (loss.to(x.dtype),), [
-        _own_share(None if grad_x is None else grad_x.unsqueeze(1), own, group),
-        grad_w,
-        grad_b,
-    ]
+    return ((loss - shared).to(x.dtype),), [None if grad_x is None else grad_x.unsqueeze(0), grad_w, grad_b]
 
 
 def _target_blocks(
@@ -260,23 +228,23 @@ def _target_blocks(
     z, weight, bias = parts
     assert z is not None
     assert weight is not None
-    z = gather_rows(z.transpose(0, 1), rule.group).reshape(-1, z.shape[2])
+    z = z.transpose(0, 1).reshape(-1, z.shape[2])
     for rows in _slices(len(z), len(buffer)):
-        t, _, factor = _exponentials(z[rows], weight, bias, rule.target_temperature, buffer, rule.group)
+        t, _, factor = _exponentials(z[rows], weight, bias, rule.target_temperature, buffer)
         yield rows, t, factor
 
 
 def _exponentials(
-    x: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, buffer: Tensor, group: Group
+    x: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, buffer: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A block's softmax before its rows are divided by their sums, which its users do on the short side.
 
     Returns:
-        ``(rows, K)`` exponentials in ``buffer``, valid until the next call; the rows' log-sum-exp over all ranks'
-        prototypes; the factor ``(rows,)`` that makes softmax of the exponentials.
+        ``(rows, K)`` exponentials in ``buffer``, valid until the next call; the rows' log-sum-exp; the factor
+        ``(rows,)`` that makes softmax of the exponentials.
     """
     out = _logits(x, weight, bias, temperature, buffer)
-    return out, *_exponentiate(out, group)
+    return out, *_exponentiate(out)
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, buffer: Tensor) -> Tensor:
@@ -286,22 +254,17 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, 
     return torch.addmm(bias, x / temperature, weight.T, out=out)
 
 
-def _exponentiate(logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """In place; the rows' float64 log-sum-exp over all ranks, and the factor that makes softmax of the exponentials."""
+def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """In place; the rows' float64 log-sum-exp, and the factor that makes softmax of the exponentials."""
     n, k = logits.shape
     top, total = logits.new_empty(n), logits.new_empty(n)
     lowest, floor = torch.finfo(logits.dtype).min, exponent_floor(logits.dtype)
     for rows in _slices(n, max(1, n) if logits.is_cuda else max(1, _NEAR // k)):
         part = logits[rows]
         torch.amax(part, dim=-1, out=top[rows])
-        top[rows].clamp_(min=lowest)  # a rank whose prototypes are all ruled out
+        top[rows].clamp_(min=lowest)  # a row whose prototypes are all ruled out
         part.sub_(top[rows].unsqueeze(1)).clamp_(min=floor).exp_()
         torch.sum(part, dim=-1, out=total[rows])
-    if group is not None:
-        highest = max_over_ranks(top.clone(), group)
-        share = (top - highest).exp()
-        top, total = highest, sum_over_ranks(total * share, group)
-        return top.double() + total.double().log(), share / total
     # Not exp(top - log_sum): of logits with a large common part that would lose all the digits behind it.
     return top.double() + total.double().log(), 1 / total
 

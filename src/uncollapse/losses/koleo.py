@@ -1,23 +1,21 @@
-"""KoLeo-Proto, the regulariser that pushes prototypes apart, without a K x K matrix, alone or over ranks.
+"""KoLeo-Proto, the regulariser that pushes prototypes apart, without a K x K matrix.
 
 The neighbour search is half a matrix product in float32 by tiles. Of every tile only the largest cosine of each row
 with each group of rows is kept. A rounded product cannot tell near ties apart, so in the end every group that might
 hold a row's neighbour, given the largest error of such a product, is looked at again in float64. What is found does
-not depend on the block size, the number of ranks, or the matrix-product precision set for the process.
+not depend on the block size or the matrix-product precision set for the process.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from uncollapse.checks import above_zero
-from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
 from uncollapse.losses.autograd import with_gradient
 from uncollapse.numerics import rounding
 
@@ -31,12 +29,9 @@ _LOOK = 256
 """Rows looked at together in float64."""
 _SMALL = 1536
 """Up to here one K x K product (9 MiB) is the fastest way."""
-_GROUP = 32
 
 
-def koleo_proto(
-    w: Tensor, eps: float = 1e-8, block: int | None = None, neighbours: Tensor | None = None, group: Group = None
-) -> Tensor:
+def koleo_proto(w: Tensor, eps: float = 1e-8, block: int | None = None, neighbours: Tensor | None = None) -> Tensor:
     """KoLeo-Proto: ``-mean_k log min_{j≠k} ||w̄_k - w̄_j||`` with ``w̄`` the normalised rows.
 
     The Kozachenko–Leonenko estimate of the prototypes' (negative) differential entropy (Govindarajan et al., *On
@@ -45,14 +40,11 @@ def koleo_proto(
     pass, in float32 or wider, with no array larger than ``w``. It cannot be differentiated a second time.
 
     Args:
-        w: ``(K, D)`` floating point, K ≥ 2; rows need not be unit length. With ``group``, this rank's rows.
+        w: ``(K, D)`` floating point, K ≥ 2; rows need not be unit length.
         eps: floor of the distance. At an exact duplicate the value is finite and the gradient zero, since no
             direction leads apart; a zero row has no direction either and gets none. NaN in any row gives NaN. Above 0.
         block: rows of a tile of the search; speed and memory depend on it, the result does not.
         neighbours: ``(K,)`` int64, each row's other end, as :func:`nearest_neighbours` gave it earlier.
-        group: ranks that hold the matrix together, in rank order, any number of rows each. The value is then that of
-            the whole matrix, on every rank, and the gradient that of this value for the rank's own rows, the parts
-            that come from other ranks' pairs included.
 
     Returns:
         Scalar, float32 (float64 for float64 ``w``), in [log 1/2, -log eps].
@@ -67,86 +59,40 @@ def koleo_proto(
             f"neighbours must be int64 of shape {tuple(w.shape[:1])}, one per row of w, got {neighbours.dtype} of "
             f"shape {tuple(neighbours.shape)}; pass what nearest_neighbours returned for this matrix"
         )
-    out: Tensor = with_gradient(functools.partial(_value, eps, block, group), [w], [neighbours])
+    out: Tensor = with_gradient(functools.partial(_value, eps, block), [w], [neighbours])
     return out
 
 
 @torch.no_grad()
-def nearest_neighbours(w: Tensor, block: int | None = None, group: Group = None) -> Tensor:
+def nearest_neighbours(w: Tensor, block: int | None = None) -> Tensor:
     """Index of every row's nearest other row by cosine; ties (to 4e-15 in float64) go to the lowest index.
 
-    About half of K² products are formed (each rank's own half, and K²/W with other ranks' rows, where the matrix is
-    sharded) and K²/128 float32 kept. Where very many rows are near-duplicates of very many others, so that float32
-    cannot tell which is nearest, up to the whole product is formed again in float64.
+    About half of K² products are formed and K²/128 float32 kept. Where very many rows are near-duplicates of very many
+    others, so that float32 cannot tell which is nearest, up to the whole product is formed again in float64.
 
     Args:
-        w: ``(K, D)`` floating point, K ≥ 2; rows need not be unit length. With ``group``, this rank's rows.
+        w: ``(K, D)`` floating point, K ≥ 2; rows need not be unit length.
         block: rows of a tile; speed and memory depend on it, the result does not.
-        group: ranks that hold the matrix together. Blocks go round one at a time: memory for two, not for all.
 
     Returns:
-        ``(K,)`` int64 on the device of ``w``, counted over all ranks' rows. A zero row has no nearest and gets the
-        row after it; next to NaN anything may come out.
+        ``(K,)`` int64 on the device of ``w``. A zero row has no nearest and gets the row after it; next to NaN
+        anything may come out.
 
     Raises:
-        ValueError: fewer than two rows in all, or a row that is infinite or too long for its float type.
+        ValueError: fewer than two rows, or a row that is infinite or too long for its float type.
     """
     with torch.autocast(w.device.type, enabled=False):
-        shards = _Shards(w, group)
-        return _search(_unit(w, shards)[0], shards, block)
+        return _search(_unit(w)[0], block)
 
 
 def _value(
-    eps: float, block: int | None, group: Group, tensors: Sequence[Any], needs: Sequence[bool]
+    eps: float, block: int | None, tensors: Sequence[Any], needs: Sequence[bool]
 ) -> tuple[tuple[Tensor], list[Tensor | None]]:
     w, neighbours = tensors
-    shards = _Shards(w, group)
-    unit, length = _unit(w, shards)
-    value, grad = _pairs(
-        unit, _search(unit, shards, block) if neighbours is None else neighbours, eps, shards, needs[0]
-    )
+    unit, length = _unit(w)
+    value, grad = _pairs(unit, _search(unit, block) if neighbours is None else neighbours, eps, needs[0])
     # Not in half precision: the factor that a gradient scaler comes with need not fit. Autograd narrows it afterwards.
     return (value,), [None if grad is None else _through_normalisation(grad, unit, length)]
-
-
-class _Shards:
-    """Who holds which rows, and every rank's rows in turn."""
-
-    def __init__(self, w: Tensor, group: Group) -> None:
-        if w.ndim != 2 or not w.is_floating_point():
-            raise ValueError(f"prototypes must be a floating (K, D) matrix, got {w.dtype} of shape {tuple(w.shape)}")
-        self.group = group
-        self.rank, size = rank_and_size(group)
-        counts = torch.zeros(size, dtype=torch.long, device=w.device)
-        counts[self.rank] = len(w)
-        self.counts = sum_over_ranks(counts, group).tolist()
-        self.total = sum(self.counts)
-        self.start = sum(self.counts[: self.rank])
-        if self.total < 2:
-            raise ValueError(f"koleo_proto needs K ≥ 2 rows, got shape {tuple(w.shape)}")
-
-    def refuse_endless(self, length: Tensor) -> None:
-        """On every rank at once, where one has such a row: the others would wait for it."""
-        endless = length[:, 0].isinf()
-        count = int(sum_over_ranks(endless.sum(), self.group))
-        if count:
-            mine = endless.nonzero()[:1, 0].tolist()
-            which = f"row {self.start + mine[0]} of w" if mine else "a row of w on another rank"
-            raise ValueError(
-                f"{which} ({count} in all) is infinite or too long to be normalised in {length.dtype}; prototypes "
-                "that grow like this have diverged: lower their learning rate, or normalise them after each step"
-            )
-
-    def blocks(self, own: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """(rank, index of its first row, its rows), rank by rank; a block is overwritten by the next."""
-        buffer = own if self.group is None else own.new_empty(max(self.counts), own.shape[1])
-        start = 0
-        for rank, count in enumerate(self.counts):
-            rows = own if rank == self.rank else buffer[:count]
-            if self.group is not None and count:
-                dist.broadcast(rows, group=self.group, group_src=rank)
-            yield rank, start, rows
-            start += count
 
 
 def _wide(w: Tensor) -> Tensor:
@@ -157,75 +103,62 @@ def _widest(w: Tensor) -> torch.dtype:
     return torch.float32 if w.device.type == "mps" else torch.float64  # mps has no float64
 
 
-def _unit(w: Tensor, shards: _Shards) -> tuple[Tensor, Tensor]:
+def _unit(w: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised rows, and their lengths ``(K, 1)``."""
+    if w.ndim != 2 or not w.is_floating_point():
+        raise ValueError(f"prototypes must be a floating (K, D) matrix, got {w.dtype} of shape {tuple(w.shape)}")
+    if len(w) < 2:
+        raise ValueError(f"koleo_proto needs K ≥ 2 rows, got shape {tuple(w.shape)}")
     wide = _wide(w.detach())
     length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-    shards.refuse_endless(length)
+    if endless := length[:, 0].isinf().nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"row {endless[0]} of w ({len(endless)} in all) is infinite or too long to be normalised in "
+            f"{length.dtype}; prototypes that grow like this have diverged: lower their learning rate, or normalise "
+            "them after each step"
+        )
     return wide / length.clamp_min(_SMALLEST), length
 
 
 # --------------------------------------------------------------------------------------------------- the search
 
 
-def _search(unit: Tensor, shards: _Shards, block: int | None) -> Tensor:
+def _search(unit: Tensor, block: int | None) -> Tensor:
     k, device = len(unit), unit.device
     tile = block or (512 if device.type == "cpu" else 4096)  # 2 MiB to stay in cache, or what fills a GPU
     size = min(128, tile)
     tile = tile // size * size
     slack = 2 * rounding(unit.shape[1])
-    found = _Found(unit, shards, size)
-    best = torch.full((k,), -torch.inf, device=device)
+    nearest = _Nearest(unit, size)
     single = unit.float()
     nowhere = ~(torch.linalg.vector_norm(unit, dim=1) > 0)  # zero rows, and NaN
-    if shards.group is None and block is None and 2 <= k <= _SMALL:
-        index, sure = _stand_out(single, slack)
-        found.index = torch.where(sure, index, found.index)
+    if block is None and k <= _SMALL:
+        cosines = torch.mm(single, single.T).fill_diagonal_(-torch.inf)
+        top, index = cosines.topk(min(2, k - 1), 1)
+        sure = top[:, -1] < top[:, 0] - slack
+        nearest.index = torch.where(sure, index[:, 0], nearest.index)
         rest = (~(sure | nowhere)).nonzero()[:, 0]
         for at in range(0, k if len(rest) else 0, size):
-            found.look(rest, unit[at : at + size], at, True)
-        found.settle()
-        return found.index
-    for rank, start, rows in shards.blocks(unit):
-        own = rank == shards.rank
-        tops = _tops_inside(single, tile, size) if own else _tops_between(single, rows.float(), tile, size)
-        best = torch.maximum(best, tops.amax(0)) if len(tops) else best
-        threshold = (best - slack).masked_fill_(nowhere, torch.inf)
-        step = max(1, 32 * _CHUNK // max(1, k))
-        for first in range(0, len(tops), step):
-            group, which = torch.nonzero(tops[first : first + step] >= threshold).unbind(1)
-            groups = min(step, len(tops) - first)
-            counts = torch.bincount(group, minlength=groups).tolist()
-            itself = torch.bincount(group[which // size == group + first], minlength=groups).tolist()
-            for g, suspects in enumerate(which.split(counts)):
-                at = (first + g) * size
-                if len(suspects):
-                    found.look(suspects, rows[at : at + size], start + at, own and itself[g] > 0)
-        found.settle()
-    return found.index
+            nearest.look(rest, unit[at : at + size], at, True)
+        nearest.settle()
+        return nearest.index
+    tops = _tops(single, tile, size)
+    threshold = (tops.amax(0) - slack).masked_fill_(nowhere, torch.inf)
+    step = max(1, 32 * _CHUNK // k)
+    for first in range(0, len(tops), step):
+        group, which = torch.nonzero(tops[first : first + step] >= threshold).unbind(1)
+        groups = min(step, len(tops) - first)
+        counts = torch.bincount(group, minlength=groups).tolist()
+        itself = torch.bincount(group[which // size == group + first], minlength=groups).tolist()
+        for g, suspects in enumerate(which.split(counts)):
+            at = (first + g) * size
+            if len(suspects):
+                nearest.look(suspects, unit[at : at + size], at, itself[g] > 0)
+    nearest.settle()
+    return nearest.index
 
 
-def _stand_out(x: Tensor, slack: float) -> tuple[Tensor, Tensor]:
-    """The other row with the largest cosine ``(K,)``, and whether it is the largest by more than ``slack``."""
-    k, groups = len(x), len(x) // _GROUP
-    cosines = torch.mm(x, x.T)
-    cosines.diagonal().fill_(-torch.inf)
-    here = torch.arange(k, device=x.device)
-    if groups:  # several times faster than one search of all
-        inside = cosines[:, : groups * _GROUP].unflatten(1, (groups, _GROUP))
-        top, group = inside.amax(2).max(1)
-        index = group * _GROUP + inside[here, group].argmax(1)
-    else:
-        top, index = cosines.new_full((k,), -torch.inf), torch.zeros_like(here)
-    if groups * _GROUP < k:
-        last, at = cosines[:, groups * _GROUP :].max(1)
-        index = torch.where(last > top, at + groups * _GROUP, index)
-    top = cosines[here, index]
-    cosines[here, index] = -torch.inf
-    return index, cosines.amax(1) < top - slack
-
-
-def _tops_inside(x: Tensor, tile: int, size: int) -> Tensor:
+def _tops(x: Tensor, tile: int, size: int) -> Tensor:
     """Largest cosine of each row with each group of ``size`` other rows: ``(groups, K)``. Every pair once."""
     k = len(x)
     tops = x.new_empty(-(-k // size), k)
@@ -245,18 +178,6 @@ def _tops_inside(x: Tensor, tile: int, size: int) -> Tensor:
     return tops
 
 
-def _tops_between(x: Tensor, others: Tensor, tile: int, size: int) -> Tensor:
-    """Largest cosine of each row of ``x (n, D)`` with each group of rows of ``others``: ``(groups, n)``."""
-    tops = x.new_empty(-(-len(others) // size), len(x))
-    scratch = x.new_empty(2 * tile * tile)
-    for i in range(0, len(x), tile):
-        for j in range(0, len(others), 2 * tile):
-            columns = slice(j, min(j + 2 * tile, len(others)))
-            cosines = _product(x[i : i + tile], others[columns], scratch)
-            tops[j // size : -(-columns.stop // size), i : i + tile] = _group_max(cosines, 1, size).T
-    return tops
-
-
 def _product(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
     # The page faults of a fresh tile cost as much as the arithmetic.
     return torch.mm(a, b.T, out=scratch[: len(a) * len(b)].view(len(a), len(b)))
@@ -271,13 +192,13 @@ def _group_max(x: Tensor, dim: int, size: int) -> Tensor:
     return torch.cat([out, x.narrow(dim, whole, x.shape[dim] - whole).amax(dim, keepdim=True)], dim)
 
 
-class _Found:
+class _Nearest:
     """Each row's nearest so far, by float64 distance."""
 
-    def __init__(self, unit: Tensor, shards: _Shards, size: int) -> None:
-        self.unit, self.start = unit, shards.start
+    def __init__(self, unit: Tensor, size: int) -> None:
+        self.unit = unit
         self.here = torch.arange(len(unit), device=unit.device)
-        self.index = (self.here + (shards.start + 1)) % shards.total
+        self.index = (self.here + 1) % len(unit)
         wide = _widest(unit)
         self.score = unit.new_full((len(unit),), -torch.inf, dtype=wide)
         self._left = unit.new_empty(_LOOK, unit.shape[1], dtype=wide)
@@ -287,7 +208,7 @@ class _Found:
         self._count = 0
 
     def look(self, which: Tensor, rows: Tensor, start: int, itself: bool) -> None:
-        """Compares this rank's rows ``which`` with ``rows``, the first of which has the index ``start``.
+        """Compares the rows ``which`` with ``rows``, the first of which has the index ``start``.
 
         ``itself``: whether some of the one may be among the other.
         """
@@ -300,7 +221,7 @@ class _Found:
             score = self._product[: len(some) * len(rows)].view(len(some), len(rows))
             torch.addmm(half, left, right.T, out=score)
             if itself:
-                score.masked_fill_((some + (self.start - start)).unsqueeze(1) == self.here[: len(rows)], -torch.inf)
+                score.masked_fill_((some - start).unsqueeze(1) == self.here[: len(rows)], -torch.inf)
             top = score.amax(1)
             at = (score >= top.unsqueeze(1) - _TIE).byte().argmax(1)  # the first of those that tie
             self._open.append((some, top, at + start))
@@ -320,43 +241,23 @@ class _Found:
 # ---------------------------------------------------------------------------------------------------- the pairs
 
 
-def _pairs(
-    unit: Tensor, neighbours: Tensor, eps: float, shards: _Shards, with_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The value, and its gradient at the unit rows of this rank."""
+def _pairs(unit: Tensor, neighbours: Tensor, eps: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The value, and its gradient at the unit rows."""
     k, dim = unit.shape
     grad = torch.zeros_like(unit) if with_grad else None
-    total = unit.new_zeros(1, dtype=_widest(unit))
+    total = unit.new_zeros((), dtype=_widest(unit))
     step = max(1, _CHUNK // dim)
-    for rank, start, rows in shards.blocks(unit):
-        if shards.group is None:
-            picks: list[Any] = [slice(s, s + step) for s in range(0, k, step)]
-            pulled = grad
-        else:
-            picks = list(torch.nonzero((neighbours >= start) & (neighbours < start + len(rows)))[:, 0].split(step))
-            pulled = torch.zeros_like(rows) if with_grad else None
-        for pick in picks:
-            other = neighbours[pick] - start if start else neighbours[pick]
-            apart = rows.index_select(0, other).neg_().add_(unit[pick])
-            squared = torch.linalg.vector_norm(apart, dim=1).square_().add_(eps**2)
-            total -= 0.5 * squared.log().sum(dtype=total.dtype)
-            if grad is not None and pulled is not None:
-                apart.div_((-shards.total * squared).unsqueeze(1))
-                _add(grad, pick, apart)
-                pulled.index_add_(0, other, apart, alpha=-1)
-        if shards.group is not None and pulled is not None and len(rows):
-            dist.reduce(pulled, group=shards.group, group_dst=rank)
-            if rank == shards.rank and grad is not None:
-                grad += pulled
-    value = sum_over_ranks(total, shards.group) / shards.total
-    return value[0].to(unit.dtype), grad
-
-
-def _add(x: Tensor, where: slice | Tensor, what: Tensor) -> None:
-    if isinstance(where, slice):
-        x[where].add_(what)
-    else:
-        x.index_add_(0, where, what)
+    for start in range(0, k, step):
+        rows = slice(start, start + step)
+        other = neighbours[rows]
+        apart = unit.index_select(0, other).neg_().add_(unit[rows])
+        squared = torch.linalg.vector_norm(apart, dim=1).square_().add_(eps**2)
+        total -= 0.5 * squared.log().sum(dtype=total.dtype)
+        if grad is not None:
+            apart.div_((-k * squared).unsqueeze(1))
+            grad[rows].add_(apart)
+            grad.index_add_(0, other, apart, alpha=-1)
+    return (total / k).to(unit.dtype), grad
 
 
 def _through_normalisation(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""DINO's cross-entropy for heads that hand over logits: one pass over them, no log-probabilities kept."""
+"""DINO's cross-entropy for heads that hand over logits: one pass over them, no log-probabilities kept.
+
+For training loops of others, whose last layer is part of the head; our own step has the projections and never makes
+logits.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Mean-entropy maximisation: every prototype should get its share of the batch (Assran et al., MSN, ECCV 2022)."""
+"""Mean-entropy maximisation: every prototype should get its share of the batch (Assran et al., MSN, ECCV 2022).
+
+For training loops of others that have MSN's second term; none of our own methods has it so far.
+"""
 
 from __future__ import annotations
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from uncollapse.checks import one_shape
-from uncollapse.distributed import Group, max_over_ranks
 from uncollapse.losses.cross_entropy import fused_cross_entropy
 from uncollapse.targets.softmax import SoftmaxTargets as SoftmaxTargets
 
@@ -47,7 +47,6 @@ def fused_dino_loss(
     targets: Sequence[Tensor] | SoftmaxTargets,
     temperature: float,
     bias: Tensor | None = None,
-    group: Group = None,
 ) -> Tensor:
     """:func:`dino_loss` on logits ``z @ weight.T / temperature + bias`` that are never kept.
 
@@ -61,8 +60,6 @@ def fused_dino_loss(
         targets: one ``(n, K)`` per teacher view, or :class:`SoftmaxTargets` with z ``(T, n, D)``; no gradient.
         temperature: the student's, above 0.
         bias: ``(K,)`` added to the logits after the temperature; gets a gradient where it requires one.
-        group: ranks that share the prototypes out; :func:`fused_cross_entropy` says what
-            every rank passes and gets.
 
     Raises:
         ValueError: fewer student views than teacher views, no pair at all, an empty batch, shapes that do not fit,
@@ -77,7 +74,7 @@ def fused_dino_loss(
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     pairing = 1 - torch.eye(views, seen, dtype=wide, device=x.device)
     row_weight = torch.full((x.shape[1],), 1 / (x.shape[1] * pairs), dtype=wide, device=x.device)
-    return fused_cross_entropy(x, weight, targets, temperature, pairing, row_weight, bias, group)
+    return fused_cross_entropy(x, weight, targets, temperature, pairing, row_weight, bias)
 
 
 def fused_patch_loss(
@@ -87,7 +84,6 @@ def fused_patch_loss(
     temperature: float,
     row_weight: Tensor,
     bias: Tensor | None = None,
-    group: Group = None,
 ) -> Tensor:
     """``Σ_i a_i · CE(t_i, s_i)`` over masked patches: iBOT's second term (Zhou et al. 2022, eq. 2).
 
@@ -101,8 +97,6 @@ def fused_patch_loss(
         temperature: the student's, above 0.
         row_weight: ``(M,)``, a, 0 or above; from :func:`patch_weights`.
         bias: ``(K,)`` added to the logits after the temperature; gets a gradient where it requires one.
-        group: ranks that share the prototypes out, as in :func:`fused_cross_entropy`; M may
-            differ from rank to rank, and the loss is the mean over ranks.
 
     Returns:
         Scalar; 0 with a gradient of zeros where nothing is masked.
@@ -110,23 +104,11 @@ def fused_patch_loss(
     Raises:
         ValueError: shapes that do not fit, a temperature that is not above 0, or a negative or infinite weight.
     """
-    z, row_weight = _pad(z, group), _pad(row_weight, group)
     if isinstance(targets, SoftmaxTargets):
-        padded = _pad(targets.z, group).unsqueeze(0)
-        views: Sequence[Tensor] | SoftmaxTargets = SoftmaxTargets(
-            padded, targets.weight, targets.temperature, targets.bias
-        )
+        views: Sequence[Tensor] | SoftmaxTargets = replace(targets, z=targets.z.unsqueeze(0))
     else:
         views = [targets]
-    return fused_cross_entropy(z.unsqueeze(0), weight, views, temperature, z.new_ones(1, 1), row_weight, bias, group)
-
-
-def _pad(x: Tensor, group: Group) -> Tensor:
-    """Rows of zeros up to the longest of all ranks."""
-    if group is None:
-        return x
-    most = int(max_over_ranks(torch.tensor(len(x), device=x.device), group))
-    return torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    return fused_cross_entropy(z.unsqueeze(0), weight, views, temperature, z.new_ones(1, 1), row_weight, bias)
 
 
 def patch_weights(mask: Tensor, unmasked_count: bool = True) -> Tensor:

@@ -3,7 +3,8 @@
 The minimum spanning tree over cosine distances holds the connected components of every ε-graph: cut its edges
 that are at least ε long and count the pieces. It is found without a K × K matrix, and without the dozen passes
 that adding the shortest edges round by round would take: a rough tree is made first, and one pass over all
-pairs keeps only the pairs that improve it.
+pairs keeps only the pairs that improve it. `uncollapse diagnose` is whom it is for: its curves over all ε then cost
+about as much as one ε does by comparing all pairs.
 
 Whether a pair improves a tree depends on the longest edge on the path between the two. In the order in which
 the tree's merges concatenate the rows, that is the largest of the gaps between their two places (the cophenetic

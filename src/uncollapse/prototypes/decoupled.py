@@ -75,6 +75,6 @@ def mixture_set(
     assert config.anneal_start
     mixture = OnlineMixture(
         count, dim, rows, config.covariance, config.memory_steps, config.balance, config.temperature,
-        bool(config.centred), generator=generator, top=config.top,
+        bool(config.centred), generator=generator,
     )  # fmt: skip
     return MixturePrototypes(mixture, config.anneal_start, config.anneal_steps or 0.0, unit)

@@ -1,6 +1,6 @@
 """The two steps of online EM for Gaussians, component by component: natural parameters and the update of moments.
 
-Plain functions on the components at hand (all K, a chunk, a rank's share); `posterior` has what concerns all of them
+Plain functions on the components at hand (all K, or a chunk); `posterior` has what concerns all of them
 at once.
 """
 

@@ -7,7 +7,6 @@ projections, responsibility-based forgetting (after Celaya & Agostini, 2015) and
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncollapse.checks import above_zero, usable_rows
-from uncollapse.distributed import Group, max_over_ranks, rank_and_size, shard, sum_over_ranks
 from uncollapse.prototypes.gaussians import (
     Covariance,
     features,
@@ -26,7 +24,7 @@ from uncollapse.prototypes.gaussians import (
     natural_parameters,
     update_moments,
 )
-from uncollapse.targets.responsibilities import BUDGET, FLOOR, Components, Posterior, chunks, log_masses, sums, top_sums
+from uncollapse.targets.responsibilities import BUDGET, FLOOR, Components, Posterior, chunks, log_masses, sums
 from uncollapse.targets.softmax import SoftmaxTargets
 
 __all__ = ["PAPER", "RECOMMENDED", "Balance", "Covariance", "MixtureOptions", "OnlineMixture"]
@@ -68,15 +66,11 @@ class OnlineMixture(nn.Module):
         iterations: Sinkhorn iterations per update; offsets start from the last update's.
         variance_floor: smallest variance of one dimension.
         generator: source of the random initial directions.
-        top: only so many of the largest responsibilities of each row, scaled to sum to 1, enter the M-step;
-            ``None``: all of them. The E-step and its balancing look at all components either way.
-        group: ranks that share the components out: each holds the rows `distributed.shard` gives it of what one
-            process would hold. All of them observe the same rows.
         budget: bytes of responsibilities held at once. Where those of all rows need more, rows are taken in
             tiles, of 64 at least, and Sinkhorn's iterations form the scores again. On a CPU they stay allocated.
 
     Raises:
-        ValueError: an option out of its range, or fewer components than ranks.
+        ValueError: an option out of its range.
     """
 
     mean: Tensor
@@ -99,15 +93,9 @@ class OnlineMixture(nn.Module):
         iterations: int = 3,
         variance_floor: float = 1e-4,
         generator: torch.Generator | None = None,
-        top: int | None = None,
-        group: Group = None,
         budget: int = BUDGET,
     ) -> None:
         super().__init__()
-        if components < rank_and_size(group)[1]:
-            raise ValueError(f"{components} components cannot be shared out over {rank_and_size(group)[1]} ranks")
-        if top is not None and top < 1:
-            raise ValueError(f"top must be at least 1, or None for all components: {top}")
         for name, value, choices in (("covariance", covariance, Covariance), ("balance", balance, Balance)):
             if value not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
@@ -122,29 +110,19 @@ class OnlineMixture(nn.Module):
         self.iterations = iterations
         self.variance_floor = variance_floor
         self.centred = centred
-        self.top = top
-        self.group = group
         self.budget = budget
         self._spare: Tensor | None = None
         self.log_lambda = forgetting_factor(memory_steps, components, rows)
         # Random directions, not data: an untrained teacher's projections nearly coincide.
-        mean = random_directions(components, dim, shard(components, group), generator)
-        count = len(mean)
-        shape = {"shared": (1, 1), "isotropic": (count, 1), "diagonal": (count, dim)}[covariance]
-        self.register_buffer("mean", mean)
+        shape = {"shared": (1, 1), "isotropic": (components, 1), "diagonal": (components, dim)}[covariance]
+        self.register_buffer("mean", F.normalize(torch.randn(components, dim, generator=generator), dim=-1))
         self.register_buffer("variance", torch.full(shape, 1.0 / dim))
         # Saturated from the start: with no evidence, the first weak responsibility would move a mean all
         # the way to the data's mean, and all means there together.
-        self.register_buffer("evidence", torch.full((count,), 1 / -math.expm1(self.log_lambda)))
-        self.register_buffer("offset", torch.zeros(count))
+        self.register_buffer("evidence", torch.full((components,), 1 / -math.expm1(self.log_lambda)))
+        self.register_buffer("offset", torch.zeros(components))
         self.register_buffer("beta", torch.ones(()))  # of the last update: the offsets fit no other
         self.register_buffer("is_centred", torch.tensor(float(centred)))  # for who has the state alone
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OnlineMixture:
-        memo[id(self.group)] = self.group  # a copy belongs to the same ranks
-        new = memo[id(self)] = type(self).__new__(type(self))
-        new.__dict__ = copy.deepcopy(self.__getstate__(), memo)
-        return new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_spare": None}  # scratch memory is no part of a copy
@@ -157,14 +135,14 @@ class OnlineMixture(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def directions(self) -> Tensor:
-        """The components as prototypes: ``(K, D)`` unit vectors; this rank's, if sharded."""
+        """The components as prototypes: ``(K, D)`` unit vectors."""
         return F.normalize(self.mean - self._centre() if self.centred else self.mean, dim=-1)
 
     def log_scores(self, x: Tensor, beta: float | None = None) -> Tensor:
         """Unnormalised log responsibilities ``(n, K)`` of unit vectors ``x (n, D)``, without the offsets.
 
         At inverse temperature ``beta``, by default the last update's. In the mixture's own float type, whatever
-        autocast says. Of this rank's components, if sharded.
+        autocast says.
         """
         with torch.autocast(x.device.type, enabled=False):
             phi, components = self._features(x), self._components(beta)
@@ -180,7 +158,7 @@ class OnlineMixture(nn.Module):
     def targets(self, x: Tensor) -> SoftmaxTargets:
         """`responsibilities` of unit vectors ``x (..., D)`` for a loss that makes them where it uses them.
 
-        Later updates do not change them. Of this rank's components, if sharded.
+        Later updates do not change them.
         """
         with torch.autocast(x.device.type, enabled=False):
             phi = self._features(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
@@ -191,23 +169,19 @@ class OnlineMixture(nn.Module):
         """The E-step: ``(n, K)``, rows summing to 1, with the offsets of the last update.
 
         Offsets balance the components at the inverse temperature they were found at, which is the default of
-        ``beta``. If sharded, this rank's columns; the rows sum to 1 over all ranks, and no gradient passes.
+        ``beta``.
         """
         scores = self.log_scores(x, beta).add_(self.offset)
-        top = max_over_ranks(scores.detach().amax(-1, keepdim=True), self.group)
-        scores = scores.sub_(top).clamp_min(FLOOR)
-        if self.group is None:
-            return torch.softmax(scores, dim=-1)
-        weight = scores.detach().exp_()
-        return weight.div_(self._sum(weight.sum(-1, keepdim=True)))
+        scores = scores.sub_(scores.detach().amax(-1, keepdim=True)).clamp_min(FLOOR)
+        return torch.softmax(scores, dim=-1)
 
     @torch.no_grad()
     def observe(self, x: Tensor, weight: Tensor | None = None, beta: float = 1.0) -> None:
         """One online EM update from unit vectors ``x (n, D)``, each counting ``weight (n,)`` times (default 1).
 
         A row of weight w counts as w rows, in the balancing as in the moments, and one of weight 0 as none, whatever
-        it holds; no rows change nothing. But for rounding, the result does not depend on the order of the rows, the
-        budget and the number of ranks. Under data parallelism, pass the rows of all ranks, in the same order on each.
+        it holds; no rows change nothing. But for rounding, the result does not depend on the order of the rows and the
+        budget. Under data parallelism, pass the rows of all ranks, in the same order on each.
 
         Args:
             x: float of any type, computed in the mixture's own.
@@ -233,11 +207,7 @@ class OnlineMixture(nn.Module):
             self.beta.fill_(beta)
             if self.balance == "sinkhorn":
                 self._rebalance(posterior, count, weight)
-            if self.top is None:
-                self._update(sums(posterior, weight))
-            else:
-                index, summed, _ = top_sums(posterior, self.top, weight)
-                self._update([(index, summed)])
+            self._update(sums(posterior, weight))
             self._spare = posterior.spare if x.device.type == "cpu" else None
 
     def _rebalance(self, posterior: Posterior, count: float, weight: Tensor | None) -> None:
@@ -246,41 +216,34 @@ class OnlineMixture(nn.Module):
         for _ in range(self.iterations):
             posterior.add(fair - log_masses(posterior, row_weight=weight))
         # The softmax ignores a common constant, float32 does not.
-        self.offset.copy_(posterior.offset - self._sum(posterior.offset.sum()) / self.components)
+        self.offset.copy_(posterior.offset - posterior.offset.sum() / self.components)
 
-    def _update(self, found: Iterable[tuple[slice | Tensor, Tensor]]) -> None:
+    def _update(self, parts: Iterable[tuple[slice, Tensor]]) -> None:
         """The M-step from the sums of some components at a time, in place."""
         shared = self.mean.new_zeros(2)
-        for part, summed in found:
+        for part, summed in parts:
             mass = summed[:, -1]
             self.evidence[part], rho = forget(self.log_lambda, mass, self.evidence[part])
             old = None if self.temperature is not None else self.variance
             if old is not None and self.covariance != "shared":
                 old = old[part]
-            mean = self.mean[part]
-            variance = update_moments(mean, old, rho, summed, self.covariance)
-            copied = not isinstance(part, slice)  # an index copies, a slice does not
-            if copied:
-                self.mean[part] = mean
+            variance = update_moments(self.mean[part], old, rho, summed, self.covariance)
             if variance is None:
                 continue
             if self.covariance == "shared":
                 shared += torch.stack([variance[:, 0] @ mass, mass.sum()])
                 continue
             variance.clamp_min_(self.variance_floor)
-            if copied or self.covariance == "isotropic":
+            if self.covariance == "isotropic":
                 self.variance[part] = variance
         if self.covariance == "shared" and self.temperature is None:
-            total, mass = self._sum(shared)
+            total, mass = shared
             self.variance.copy_(torch.where(mass > 0, total / mass, self.variance)).clamp_min_(self.variance_floor)
 
     # --- what the posterior asks for --------------------------------------------------------------------
 
-    def _sum(self, x: Tensor) -> Tensor:
-        return sum_over_ranks(x, self.group)
-
     def _centre(self) -> Tensor:
-        return self._sum(self.mean.sum(0)) / self.components
+        return self.mean.sum(0) / self.components
 
     def _features(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.mean.shape[1]:
@@ -298,7 +261,7 @@ class OnlineMixture(nn.Module):
         centre = self._centre() if self.centred and temperature is not None else None
         log_total = None
         if self.balance == "none":
-            log_total = self._sum(self.evidence.sum()).log()
+            log_total = self.evidence.sum().log()
 
         buffer = self.mean.new_empty(0, 0)
 
@@ -317,21 +280,8 @@ class OnlineMixture(nn.Module):
             buffer = eta if reuse is None else buffer  # fresh pages for every chunk would cost as much as filling them
             return _scaled(eta, power)
 
-        return Components(len(self.mean), parameters, -(-self.components // rank_and_size(self.group)[1]), self.group)
+        return Components(self.components, parameters)
 
 
 def _scaled(eta: Tensor, power: float | Tensor) -> Tensor:
     return eta if isinstance(power, float) and power == 1 else eta.mul_(power)
-
-
-def random_directions(
-    components: int, dim: int, part: slice, generator: torch.Generator | None, block: int = 1 << 16
-) -> Tensor:
-    """Rows ``part`` of ``(K, D)`` unit vectors, without ever holding more than those and a block of the others."""
-    out = torch.empty(part.stop - part.start, dim)
-    for start in range(0, components, block):
-        drawn = torch.randn(min(block, components - start), dim, generator=generator)
-        first, last = max(start, part.start), min(start + len(drawn), part.stop)
-        if first < last:
-            out[first - part.start : last - part.start] = F.normalize(drawn[first - start : last - start], dim=-1)
-    return out

@@ -44,9 +44,9 @@ def vmf_bias(weight: Tensor, temperature: float) -> Tensor:
     """``log C_p(‖w_k‖ / τ)`` up to a constant: the ``bias`` of any objective's logits that turns it into its vMF form.
 
     The constant is the value at norm 1, which a softmax and its gradient do not see; taken out in float64 it leaves
-    float32 the digits that tell prototypes apart, and ranks with different prototypes agree on it. Over unit vectors
-    every entry is 0 and the gradient leaves directions alone: weight-normalised prototypes with a frozen gain are
-    DINO's own case. Student and teacher each take their own temperature.
+    float32 the digits that tell prototypes apart. Over unit vectors every entry is 0 and the gradient leaves directions
+    alone: weight-normalised prototypes with a frozen gain are DINO's own case. Student and teacher each take their own
+    temperature.
 
     Args:
         weight: ``(K, D)``, prototypes; the gradient flows to their norms.

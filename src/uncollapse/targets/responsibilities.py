@@ -22,14 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uncollapse.distributed import (
-    Group,
-    gather_rows,
-    logsumexp_over_ranks,
-    max_over_ranks,
-    rank_and_size,
-    sum_over_ranks,
-)
+from uncollapse.distributed import Group, logsumexp_over_ranks, max_over_ranks
 
 BUDGET = 1 << 28
 """Bytes of exponentials held at once."""
@@ -51,15 +44,9 @@ _STARVED = -40.0
 
 @dataclass(frozen=True)
 class Components:
-    """K components, or this rank's share of them."""
-
     count: int
     parameters: Callable[[slice | Tensor], Tensor]
     """``(k, F)`` of those asked for, by slice or index. The caller may write to them, and so may the next call."""
-    widest: int
-    """The most components that any rank of the group has: all ranks then cut the rows alike."""
-    group: Group = None
-    """Ranks that share the components out; all of them see the same rows."""
 
 
 class Tile(NamedTuple):
@@ -71,7 +58,7 @@ class Tile(NamedTuple):
     scale: Tensor | None
     """``(K,)``; None where it is 1."""
     total: Tensor
-    """``(r,)``, over the components of all ranks."""
+    """``(r,)``"""
     top: Tensor
     """``(r,)``; the log normaliser is ``top + log total``."""
 
@@ -101,7 +88,7 @@ class Posterior:
         self.features, self.components, self.spare = features, components, spare
         self.base, self.shift = offset.clone(), torch.zeros_like(offset)
         n = len(features)
-        most = max(_FEWEST_ROWS, budget // (features.element_size() * components.widest))
+        most = max(_FEWEST_ROWS, budget // (features.element_size() * components.count))
         rows = max(1, -(-n // -(-n // most))) if n else 1
         self.parts = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None
@@ -125,28 +112,16 @@ class Posterior:
             scale = self.shift.exp() if self._moved else None
             if scale is not None:
                 total = weight.T @ scale
-            yield Tile(rows, weight, scale, sum_over_ranks(total, self.components.group), top)
-
-    def fold(self) -> None:
-        """Multiplies the scale into exponentials that are kept, so that they can be compared within a row."""
-        self._absorb()
-        if self._kept is not None and self._moved:
-            weight, top, _ = self._kept
-            weight.mul_(self.shift.exp().unsqueeze(-1))
-            self._kept = weight, top, weight.sum(0)
-            self._to_base()
+            yield Tile(rows, weight, scale, total, top)
 
     def _absorb(self) -> None:
         """Puts the offsets' change into the exponent, where that costs nothing or digits ask for it."""
         if not self._moved:
             return
         if self._kept is not None:
-            if float(max_over_ranks(self.shift.abs().amax(), self.components.group)) <= _SHIFT:
+            if float(self.shift.abs().amax()) <= _SHIFT:
                 return
             self._kept = None
-        self._to_base()
-
-    def _to_base(self) -> None:
         self.base, self.shift, self._moved = self.offset, torch.zeros_like(self.shift), False
 
     def _exponentials(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,7 +139,6 @@ class Posterior:
             eta[:, -1] += self.base[part]
             torch.mm(eta, x, out=weight[part])
             torch.maximum(top, weight[part].amax(0), out=top)
-        max_over_ranks(top, self.components.group)
         total = torch.zeros_like(top)
         for part in parts:
             total += weight[part].sub_(top).clamp_min_(FLOOR).exp_().sum(0)  # while the chunk is in cache
@@ -246,60 +220,3 @@ def sums(posterior: Posterior, row_weight: Tensor | None = None) -> Iterator[tup
 def _per_total(tile: Tile, row_weight: Tensor | None) -> Tensor:
     """What turns a tile's exponentials into responsibilities, each row as many times as it counts."""
     return 1 / tile.total if row_weight is None else row_weight[tile.rows] / tile.total
-
-
-def top_sums(posterior: Posterior, most: int, row_weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """`sums` of each row's ``most`` largest responsibilities alone, scaled to sum to 1.
-
-    Costs ``n · most · F`` instead of ``n · K · F``. The same bits each time on a GPU as well: no atomic additions.
-
-    Returns:
-        Components that got something ``(u,)`` ascending, their sums ``(u, F)``, and the share of each row's
-        responsibility ``(n,)`` that was kept, in (0, 1].
-    """
-    group = posterior.components.group
-    rank, _ = rank_and_size(group)
-    values, indices, kept = [], [], []
-    posterior.fold()
-    for tile in posterior.tiles():
-        value, index = largest(tile.weight, most)
-        best = value.topk(min(most, value.shape[1])).values
-        if group is not None:
-            value, index = F.pad(value, (0, most - value.shape[1])), F.pad(index, (0, most - index.shape[1]))
-            everyone = gather_rows(value.unsqueeze(0), group).permute(1, 0, 2).flatten(1)
-            best, at = everyone.topk(most)
-            mine = torch.zeros_like(everyone).scatter_(1, at, 1.0)[:, rank * most : (rank + 1) * most]
-            value = value * mine
-        share = best.sum(-1)
-        row = 1 / share if row_weight is None else row_weight[tile.rows] / share
-        values.append(value * row.unsqueeze(-1))
-        indices.append(index)
-        kept.append(share / tile.total)
-    value, index = torch.cat(values), torch.cat(indices)
-    rows, columns = value.nonzero(as_tuple=True)
-    order = index[rows, columns].argsort(stable=True)
-    rows, columns = rows[order], columns[order]
-    found, counts = index[rows, columns].unique_consecutive(return_counts=True)
-    summed = F.embedding_bag(
-        rows, posterior.features, counts.cumsum(0) - counts, mode="sum", per_sample_weights=value[rows, columns]
-    )
-    return found, summed, torch.cat(kept)
-
-
-def largest(weight: Tensor, most: int, width: int = 64) -> tuple[Tensor, Tensor]:
-    """The ``most`` largest of every column of ``weight (K, r)``: values and row indices ``(r, min(most, K))``.
-
-    The largest lie in the groups of ``width`` rows whose maxima are the largest, so only those are searched.
-    """
-    count, whole = len(weight), len(weight) // width * width
-    most = min(most, count)
-    if whole // width <= 2 * most:
-        found = weight.T.contiguous().topk(most)
-        return found.values, found.indices
-    groups = weight[:whole].view(-1, width, weight.shape[1]).amax(1).T.contiguous().topk(most).indices
-    within = torch.arange(width, device=weight.device)
-    candidates = (groups.unsqueeze(-1) * width + within).flatten(1)
-    rest = torch.arange(whole, count, device=weight.device).expand(len(candidates), -1)
-    candidates = torch.cat([candidates, rest], dim=1)
-    found = weight.T.gather(1, candidates).topk(most)
-    return found.values, candidates.gather(1, found.indices)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.checks import above_zero, fits, has_shape, not_empty, one_shape
-from uncollapse.distributed import Group, max_over_ranks, sum_over_ranks
+from uncollapse.distributed import Group
 from uncollapse.targets.responsibilities import BUDGET, Components, Posterior, log_masses
 
 
@@ -70,7 +70,6 @@ def sinkhorn_offsets(
     iterations: int = 3,
     bias: Tensor | None = None,
     group: Group = None,
-    shards: Group = None,
     budget: int = BUDGET,
 ) -> Tensor:
     """What `sinkhorn` adds to each column, without an ``(n, K)`` array.
@@ -79,16 +78,15 @@ def sinkhorn_offsets(
     row, for these rows; so a loss that takes a bias of the teacher's logits needs no dense target.
 
     Over ``group``, column masses are all-reduced, K numbers an iteration: the result is that of one process with all
-    rows, as in the distributed Sinkhorn of SwAV, DINOv2 and MSN. Over ``shards``, row normalisers are all-reduced.
+    rows, as in the distributed Sinkhorn of SwAV, DINOv2 and MSN.
 
     Args:
         z: ``(n, D)`` projections of this rank; computed in float32, or float64 where z or the weight are.
-        weight: ``(K, D)`` prototypes, or this rank's share of them.
+        weight: ``(K, D)`` prototypes.
         temperature: above 0.
         iterations: at least 1.
         bias: ``(K,)`` added after the temperature; a column at -∞ keeps offset 0.
         group: ranks with other rows and the same prototypes.
-        shards: ranks with other prototypes and the same rows.
         budget: bytes of assignments held at once. Where all rows need more, they are taken in tiles, of 64 rows at
             least, and logits are formed again in every iteration.
 
@@ -112,15 +110,11 @@ def sinkhorn_offsets(
         def parameters(part: slice | Tensor) -> Tensor:
             return torch.cat([weight[part], constant[part].unsqueeze(-1)], dim=1)
 
-        size = torch.tensor([float(len(weight))], dtype=torch.float64, device=z.device)
-        widest = int(max_over_ranks(size.clone(), shards))
-        columns = float(sum_over_ranks(size, shards))
         features = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
-        components = Components(len(weight), parameters, widest, shards)
-        posterior = Posterior(features, components, torch.zeros_like(constant), budget)
+        posterior = Posterior(features, Components(len(weight), parameters), torch.zeros_like(constant), budget)
         for i in range(iterations):
             log_mass = log_masses(posterior, group, raw=i == 0, exact=True)
             change = torch.where(log_mass == -math.inf, 0.0, -log_mass)
             # A common constant falls out of every softmax; without it, offsets keep their digits.
-            posterior.add(change - sum_over_ranks(change.sum(), shards) / columns)
+            posterior.add(change - change.sum() / len(weight))
         return posterior.offset
