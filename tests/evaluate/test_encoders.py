@@ -183,7 +183,7 @@ def test_a_run_folder_gives_its_newest_weights(tmp_path, side):
     start = encoder.untrained()
     fresh = build_state(config)
     torch.testing.assert_close(start.features(x), fresh.teacher.eval().backbone(x))
-    torch.testing.assert_close(start.vectors, fresh.prototypes.vectors("teacher").float())
+    torch.testing.assert_close(start.vectors, fresh.prototypes().vectors("teacher").float())
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])
