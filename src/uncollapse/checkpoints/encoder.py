@@ -15,10 +15,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uncollapse.checkpoints.backbone import Tokens
 from uncollapse.checkpoints.backbones import backbone_of
 from uncollapse.checkpoints.own import own_encoder
 from uncollapse.checkpoints.prototypes import OWN, PrototypeSet, clean, side_of
 from uncollapse.errors import InputError
+from uncollapse.models.network import Encoder
+from uncollapse.models.tokens import plain
 
 _SIDE = re.compile(r"^(student|teacher|momentum|target|online|anchor)[._]")
 
@@ -91,7 +94,16 @@ def rebuild_encoder(loaded: Any, tensors: Mapping[str, Tensor], s: PrototypeSet,
 
 def _own(loaded: Any, s: PrototypeSet, where: str) -> Rebuilt:
     encoder, config = own_encoder(loaded, "student" if s.side == "student" else "teacher", where)
-    return Rebuilt(encoder.backbone, encoder.head, config.views.global_size, config, config.backbone.name)
+    backbone, head = own_parts(encoder, s.name if s.name in encoder.heads else "cls")
+    tokens = s.name in PATCHES
+    size, described = config.views.global_size, config.backbone.name
+    return Rebuilt(Tokens(backbone) if tokens else backbone, head, size, config, described, tokens)
+
+
+def own_parts(encoder: Encoder, name: str = "cls") -> tuple[nn.Module, nn.Module]:
+    """Backbone and head of one of our encoders as `Rebuilt` has them: a plain backbone, and unit projections."""
+    head = encoder.heads[name]
+    return plain(encoder.backbone), head if getattr(head, "normalise", True) else nn.Sequential(head, Unit())
 
 
 # ------------------------------------------------------------------------------- the tensors of one side
@@ -219,14 +231,15 @@ def _sequence(
     return nn.Sequential(*modules, Unit()).requires_grad_(False)
 
 
-_CENTERS = {"patch": "center2", "region": "center_grid"}
-"""Name of the centre in the state of the loss, where it is not ``center``: iBOT's and EsViT's second ones."""
+_CENTERS = {"patch": "(center2|center_patch)", "region": "center_grid"}
+"""Name of the centre in the state of the loss, where it is not ``center``: of iBOT's second one (its own code's, and
+ours) and of EsViT's."""
 
 
 def center_of(tensors: Mapping[str, Tensor], s: PrototypeSet) -> Tensor | None:
     """The centre (K,) that training subtracted from the teacher's logits for this set, where the file has it."""
     name = _CENTERS.get(s.name, "center")
     for path, tensor in tensors.items():
-        if re.search(rf"(_loss|^objective)/{name}$", path) and tensor.numel() == len(s.weight):
+        if re.search(rf"(_loss|^objective|^memory)/{name}$", path) and tensor.numel() == len(s.weight):
             return tensor.reshape(-1).float()
     return None

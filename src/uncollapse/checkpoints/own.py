@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from uncollapse.checkpoints.files import line_of
@@ -85,14 +86,16 @@ def _plain(content: Any, where: object) -> Any:
 
 
 def own_encoder(loaded: Any, side: str, where: object) -> tuple[Encoder, Config]:
-    """The encoder of one side (``student`` or ``teacher``), in evaluation mode.
+    """The encoder of one side (``student`` or ``teacher``), in evaluation mode; SwAV's only one for either.
 
     Raises:
         InputError: no configuration, no weights, or the two do not fit.
     """
+    from uncollapse.config.schema import has_teacher
     from uncollapse.models.network import build_encoder
 
     config = own_config(loaded, where)
+    side = side if has_teacher(config) else "student"
     weights = loaded.get(side)
     if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise InputError(f"{where}: it holds no weights of a {side}")
@@ -106,8 +109,13 @@ def own_encoder(loaded: Any, side: str, where: object) -> tuple[Encoder, Config]
 
 
 def own_directions(loaded: Any, s: PrototypeSet, tensors: Mapping[str, Tensor]) -> PrototypeSet:
-    """A mixture as its directions enter the logits, its means kept beside them; any other set as it is."""
+    """A set as it enters the logits of training: a mixture's directions, its means kept beside them; a vMF model's
+
+    rows with their normalisers. Any other set as it is.
+    """
     stem = s.key.removesuffix("mean")
+    if OWN.match(s.key) and s.scale is not None:
+        return _with_normaliser(loaded, s)
     if s.family != "uncollapse" or stem == s.key:
         return s
     notes: tuple[str, ...] = ()
@@ -121,6 +129,20 @@ def own_directions(loaded: Any, s: PrototypeSet, tensors: Mapping[str, Tensor]) 
         notes = (f"the file does not say whether the mixture is centred: taken as {'' if centred else 'not '}centred",)
     s = replace(s, notes=(*s.notes, *notes))
     return replace(s, weight=s.weight - s.weight.mean(0), means=s.weight) if centred else s
+
+
+def _with_normaliser(loaded: Any, s: PrototypeSet) -> PrototypeSet:
+    from uncollapse.prototypes.vmf import vmf_bias
+
+    try:
+        if loaded["config"]["prototypes"]["vmf"] is not True:
+            return s
+        tau = own_config(loaded, "").teacher.temperature
+    except (InputError, KeyError, TypeError, AttributeError):
+        return s  # of before there was one, or a configuration that no run of ours can have had
+    assert s.scale is not None
+    rows = F.normalize(s.weight.float(), dim=1) * s.scale[:, None]
+    return replace(s, bias=tau * vmf_bias(rows, tau))  # a layer's bias is divided by the temperature too
 
 
 def _centred_by_config(loaded: Any) -> tuple[bool, tuple[str, ...]]:

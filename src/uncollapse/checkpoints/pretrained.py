@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from uncollapse.checkpoints.read import flatten, newest_of, read_tensors
 from uncollapse.errors import ConfigError
 from uncollapse.models.network import Encoder
+from uncollapse.models.tokens import plain
 from uncollapse.shown import shown
 
 COUNTERS = "num_batches_tracked"
@@ -39,9 +40,10 @@ def start_from(encoder: Encoder, file: str) -> list[str]:
     """
     path, lines = newest_of(Path(file))
     tensors = flatten(read_tensors(path), path)
-    wanted = {n: t for n, t in encoder.backbone.state_dict().items() if not n.endswith(COUNTERS)}
+    backbone = plain(encoder.backbone)
+    wanted = {n: t for n, t in backbone.state_dict().items() if not n.endswith(COUNTERS)}
     prefix, found = _best_prefix(tensors, wanted)
-    ready = {n: _fitted(tensors[prefix + n], n, encoder.backbone) for n in wanted if prefix + n in tensors}
+    ready = {n: _fitted(tensors[prefix + n], n, backbone) for n in wanted if prefix + n in tensors}
     fits = {n: t for n, t in ready.items() if t.shape == wanted[n].shape}
     name = shown(str(path))
     if 2 * found < len(wanted):
@@ -49,14 +51,16 @@ def start_from(encoder: Encoder, file: str) -> list[str]:
             f"backbone.init: {name} has {found} of the {len(wanted)} tensors of this backbone by name and shape; it "
             f"looks for {next(iter(wanted))}, {list(wanted)[-1]} … (is it the architecture of backbone.name?)"
         )
-    _put(encoder.backbone, fits, name)
+    _put(backbone, fits, name)
     missing = [n for n in wanted if n not in fits]
     lines += [f"started     {len(fits)} of {len(wanted)} tensors of the backbone from {name}, under {shown(prefix)!r}"]
     if missing:
         lines.append(f"not there   {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; these start at random")
-    if head := _head(tensors, prefix, encoder.head):
-        _put(encoder.head, head, name)
-        lines.append(f"started     the projection head too ({len(head)} tensors)")
+    for of, head in encoder.heads.items():
+        if there := _head(tensors, prefix, of, head):
+            _put(head, there, name)
+            which = "" if of == "cls" else f" of {of} tokens"
+            lines.append(f"started     the projection head{which} too ({len(there)} tensors)")
     return lines
 
 
@@ -89,11 +93,14 @@ def _fitted(tensor: Tensor, name: str, backbone: nn.Module) -> Tensor:
     return resized
 
 
-def _head(tensors: Mapping[str, Tensor], prefix: str, head: nn.Module) -> dict[str, Tensor]:
+def _head(tensors: Mapping[str, Tensor], prefix: str, of: str, head: nn.Module) -> dict[str, Tensor]:
     """The tensors of the same projection head beside the backbone, all of them or none."""
-    if not prefix.endswith("backbone."):
+    root = prefix.removesuffix("vit.").removesuffix("backbone.")
+    if not prefix.endswith(("backbone.", "backbone.vit.")):
         return {}
-    beside = prefix.removesuffix("backbone.") + "head."
+    beside = f"{root}heads.{of}."
+    if of == "cls" and not any(name.startswith(beside) for name in tensors):
+        beside = f"{root}head."  # of a network with one
     wanted = {n: t for n, t in head.state_dict().items() if not n.endswith(COUNTERS)}
     found = {n: tensors[beside + n] for n in wanted if beside + n in tensors}
     whole = len(found) == len(wanted) and all(found[n].shape == t.shape for n, t in wanted.items())

@@ -185,6 +185,8 @@ def _match(path: str, tensor: Tensor, tensors: Mapping[str, Tensor], where: str)
     cleaned = clean(path)
     if own := OWN.match(cleaned):
         side: Side = own[2] or "shared"  # type: ignore[assignment]
+        if side == "student" and path.removesuffix("student_v") + "teacher_v" not in tensors:
+            side = "shared"  # nothing follows them, as in SwAV
         scale = tensors.get(path.removesuffix("_v") + "_g") if own[2] else None
         return checked(PrototypeSet(path, own[1], side, family_of(tensors), tensor, _flat(scale)), where)
     if _is_mixture(path, tensor, tensors):

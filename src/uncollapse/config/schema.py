@@ -242,6 +242,11 @@ def _own_targets(config: Config) -> TargetKind:
     return "posterior" if config.prototypes.kind == "decoupled" else OWN_TARGETS[config.method.name]
 
 
+def has_teacher(config: Config) -> bool:
+    """Whether a network follows the student; SwAV's targets come from the student itself."""
+    return config.method.name != "swav"
+
+
 def method_name(config: Config) -> str:
     """The method of an arm, such as ``carp``; with von Mises–Fisher prototypes one of its own, such as ``dino-vmf``."""
     vmf = config.prototypes.vmf or getattr(config.method, "center", "logits") == "probabilities"

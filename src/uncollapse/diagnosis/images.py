@@ -143,7 +143,9 @@ def look(
         raise DataError(f"{data}: {len(held)} held-out image, and images tell something from two on; give more images")
     train, held = (_some(images, limit, config.seed) for images in (train, held))
     backbone = _SomePatches(rebuilt.backbone) if rebuilt.tokens else rebuilt.backbone
-    unnormalised = d.source.family == "CARP" and isinstance(rebuilt.head, nn.Sequential)
+    own = rebuilt.config
+    raw_head = not own.head.normalise if own else d.source.family == "CARP"
+    unnormalised = raw_head and isinstance(rebuilt.head, nn.Sequential)
     head = rebuilt.head[:-1] if unnormalised else rebuilt.head  # type: ignore[index]
     encoder = Encoder(backbone, {"cls": head}).to(device)
     w = d.vectors.float().cpu()
@@ -169,8 +171,11 @@ def look(
     both |= usage > 0
     usable = d.rows if d.rows is not None else torch.arange(len(w))
     lengths, bias = _rows(s.lengths(), usable), _rows(s.bias, usable)
+    temperature = _temperature(s, rebuilt)
+    if center is not None and getattr(own and own.method, "center", "") == "probabilities":
+        center = center * temperature  # subtracted after the division by it
     marginal, by_logits = _marginal(
-        w, raw if unnormalised else z, d.group_of.cpu(), _temperature(s, rebuilt), _rows(center, usable), lengths, bias
+        w, raw if unnormalised else z, d.group_of.cpu(), temperature, _rows(center, usable), lengths, bias
     )
     plain = bias is None and (lengths is None or bool((lengths == lengths[0]).all()))
     unit = "patches" if rebuilt.tokens else "images"
@@ -195,7 +200,7 @@ def look(
             f"prototypes of patches: counts are of {len(z):,} patches, at most {PATCHES} of each of {len(z) // each:,} "
             "images; view information and alignment need tokens that two views share, and crops do not"
         )
-    elif any("shared head" in note for note in d.notes):
+    elif any("shared head" in note for note in d.notes) or getattr(own and own.method, "shared", False):
         d.notes.append("this head is for patches too; counts on images are of the class token alone")
     if bias is not None:
         d.notes.append("mean target and 'used by logits' add the layer's bias; all else is by the cosine")

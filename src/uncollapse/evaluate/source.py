@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from uncollapse.checkpoints.backbone import Backbone, ClassToken
 from uncollapse.checkpoints.backbones import backbone_of, renamed
-from uncollapse.checkpoints.encoder import Rebuilt, backbone_part, one_side
+from uncollapse.checkpoints.encoder import Rebuilt, backbone_part, one_side, own_parts
 from uncollapse.checkpoints.encoder import rebuild_encoder as rebuild
 from uncollapse.checkpoints.files import damage_is_said
 from uncollapse.checkpoints.own import own_directions
 from uncollapse.checkpoints.prototypes import OWN, PrototypeSet, clean, find_prototypes, side_of
 from uncollapse.checkpoints.read import flatten, newest_of, read_tensors
+from uncollapse.config.schema import has_teacher
 from uncollapse.errors import ConfigError, InputError
 from uncollapse.evaluate.encoder import EvalEncoder, is_vit, reset
 
@@ -136,6 +137,7 @@ def _encoder(rebuilt: Rebuilt, s: PrototypeSet, side: str, where: str, notes: li
     )  # fmt: skip
     if rebuilt.config is not None:
         encoder.mean, encoder.std = rebuilt.config.views.mean, rebuilt.config.views.std
+        encoder.side = side if has_teacher(rebuilt.config) else "model"
         encoder.untrained = lambda: _own_start(encoder)
         return encoder
     return _made(encoder)
@@ -165,9 +167,9 @@ def _own_start(encoder: EvalEncoder) -> EvalEncoder:
     from uncollapse.models.network import build_encoder
     from uncollapse.prototypes.build import initial_prototypes
 
-    start = build_encoder(encoder.config, drop_path=False)
+    backbone, head = own_parts(build_encoder(encoder.config, drop_path=False))
     vectors = initial_prototypes(encoder.config).vectors("teacher").detach().float()
-    return _started(encoder, start.backbone, start.head, vectors)
+    return _started(encoder, backbone, head, vectors)
 
 
 def _made(encoder: EvalEncoder) -> EvalEncoder:

@@ -24,11 +24,16 @@ def patches_of(backbone: nn.Module, size: int) -> int:
 
 
 def _patch_side(backbone: nn.Module) -> int:
-    vit: Any = backbone.vit if isinstance(backbone, MaskedViT) else backbone
+    vit: Any = plain(backbone)
     if not isinstance(vit, VisionTransformer):
         raise ConfigError(f"backbone.name: {type(backbone).__name__} has no patch tokens to hide; take a vit_*")
     side: Any = vit.patch_embed.patch_size
     return int(side[0])
+
+
+def plain(backbone: nn.Module) -> nn.Module:
+    """The transformer itself, without what hides patches around it; any other backbone as it is."""
+    return backbone.vit if isinstance(backbone, MaskedViT) else backbone
 
 
 class MaskedViT(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from uncollapse.config.schema import Config, PrototypeConfig
+from uncollapse.config.schema import Config, PrototypeConfig, has_teacher
 from uncollapse.prototypes.decoupled import mixture_defaults, mixture_set
 from uncollapse.prototypes.sets import FixedPrototypes, JointPrototypes, Prototypes
 
@@ -42,5 +42,5 @@ def initial_prototypes(config: Config, number: int = 0, levels: int = 1) -> Prot
         levels: how many levels of tokens share it. Each counts in a mixture as much as the two global views of a batch.
     """
     seed, rows = config.seed + 7919 * (1 + number), 2 * config.run.batch * levels
-    unit, followed = config.head.normalise, config.method.name != "swav"
+    unit, followed = config.head.normalise, has_teacher(config)
     return build_prototypes(config.prototypes, config.head.bottleneck, rows, seed, unit, followed)

@@ -90,8 +90,9 @@ class JointPrototypes(Prototypes):
         start = start if followed else F.normalize(start, dim=-1)
         self.student_v = nn.Parameter(start)
         self.student_g = nn.Parameter(torch.ones(count, 1), requires_grad=learn_norm and followed)
-        self.register_buffer("teacher_v", start.clone())
-        self.register_buffer("teacher_g", torch.ones(count, 1))
+        if followed:
+            self.register_buffer("teacher_v", start.clone())
+            self.register_buffer("teacher_g", torch.ones(count, 1))
         self.koleo_weight, self.koleo_every = koleo_weight, koleo_every
         self.vmf, self.followed = vmf, followed
         self._keeps_neighbours = koleo_weight > 0 and koleo_every > 1

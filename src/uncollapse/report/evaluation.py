@@ -17,6 +17,10 @@ FIXED = ("ci95", "ci95_of", "n", "protocol", "source", "command", "details")
 """Entries of a task that are not metrics."""
 
 
+LOOKED_AT = ("teacher", "model")
+"""The network that a run's own numbers are of: the teacher, or the only one."""
+
+
 def metrics_of(task: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in task.items() if name not in FIXED}
 
@@ -36,7 +40,8 @@ def probed_by_evaluate(run: RunRecord) -> Row:
     """
     paths = [run.config.get(name) for name in ("data.path", "data.val_path")]
     found = run.evaluation.get(",".join(str(p) for p in paths if p), {})
-    encoder = found.get("encoders", {}).get("teacher", {})
+    encoders = found.get("encoders", {})
+    encoder: Row = next((encoders[label] for label in LOOKED_AT if label in encoders), {})
     summary = run.summary
     if found.get("n_test") != summary.get("n_held_out") or encoder.get("step") != summary.get("steps"):
         return {}
@@ -100,7 +105,7 @@ def _pictures(runs: list[tuple[str, RunRecord]], key: str) -> list[Row]:
     found: list[Row] = []
     for arm, run in runs:
         for label, encoder in run.evaluation[key].get("encoders", {}).items():
-            name = arm if label == "teacher" else f"{arm}, {label}"
+            name = arm if label in LOOKED_AT else f"{arm}, {label}"
             classes = encoder.get("tasks", {}).get("prototypes", {}).get("details", {}).get("classes")
             if (counts := _owned(classes)) is not None:
                 from uncollapse.figures.owners import draw_owners
@@ -117,7 +122,7 @@ def _row(arm: str, colour: str, label: str, task: str, content: Row) -> Row:
     (metric, value), *others = values.items() if values else [("", None)]
     return {
         "task": task,
-        "encoder": arm if label == "teacher" else f"{arm}, {label}",
+        "encoder": arm if label in LOOKED_AT else f"{arm}, {label}",
         "colour": colour,
         "metric": metric,
         "meaning": meaning(metric),
