@@ -60,7 +60,7 @@ def rows(c, state):
     if "patch" in state.parts.sets:
         ((_, x),) = eval_batches(held, c.views.global_size, c.views.mean, c.views.std, 256, 0)
         net.eval()
-        z["patch"] = net.heads[state.parts.sets["patch"]](net.backbone.tokens(x)[1].flatten(0, 1))
+        z["patch"] = net.head(net.backbone.tokens(x)[1].flatten(0, 1))
         net.train()
     return z
 

@@ -94,15 +94,15 @@ def rebuild_encoder(loaded: Any, tensors: Mapping[str, Tensor], s: PrototypeSet,
 
 def _own(loaded: Any, s: PrototypeSet, where: str) -> Rebuilt:
     encoder, config = own_encoder(loaded, "student" if s.side == "student" else "teacher", where)
-    backbone, head = own_parts(encoder, s.name if s.name in encoder.heads else "cls")
+    backbone, head = own_parts(encoder)
     tokens = s.name in PATCHES
     size, described = config.views.global_size, config.backbone.name
     return Rebuilt(Tokens(backbone) if tokens else backbone, head, size, config, described, tokens)
 
 
-def own_parts(encoder: Encoder, name: str = "cls") -> tuple[nn.Module, nn.Module]:
+def own_parts(encoder: Encoder) -> tuple[nn.Module, nn.Module]:
     """Backbone and head of one of our encoders as `Rebuilt` has them: a plain backbone, and unit projections."""
-    head = encoder.heads[name]
+    head = encoder.head
     return plain(encoder.backbone), head if getattr(head, "normalise", True) else nn.Sequential(head, Unit())
 
 

@@ -56,11 +56,9 @@ def start_from(encoder: Encoder, file: str) -> list[str]:
     lines += [f"started     {len(fits)} of {len(wanted)} tensors of the backbone from {name}, under {shown(prefix)!r}"]
     if missing:
         lines.append(f"not there   {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; these start at random")
-    for of, head in encoder.heads.items():
-        if there := _head(tensors, prefix, of, head):
-            _put(head, there, name)
-            which = "" if of == "cls" else f" of {of} tokens"
-            lines.append(f"started     the projection head{which} too ({len(there)} tensors)")
+    if head := _head(tensors, prefix, encoder.head):
+        _put(encoder.head, head, name)
+        lines.append(f"started     the projection head too ({len(head)} tensors)")
     return lines
 
 
@@ -93,14 +91,14 @@ def _fitted(tensor: Tensor, name: str, backbone: nn.Module) -> Tensor:
     return resized
 
 
-def _head(tensors: Mapping[str, Tensor], prefix: str, of: str, head: nn.Module) -> dict[str, Tensor]:
+def _head(tensors: Mapping[str, Tensor], prefix: str, head: nn.Module) -> dict[str, Tensor]:
     """The tensors of the same projection head beside the backbone, all of them or none."""
     root = prefix.removesuffix("vit.").removesuffix("backbone.")
     if not prefix.endswith(("backbone.", "backbone.vit.")):
         return {}
-    beside = f"{root}heads.{of}."
-    if of == "cls" and not any(name.startswith(beside) for name in tensors):
-        beside = f"{root}head."  # of a network with one
+    beside = f"{root}heads.cls."
+    if not any(name.startswith(beside) for name in tensors):
+        beside = f"{root}head."
     wanted = {n: t for n, t in head.state_dict().items() if not n.endswith(COUNTERS)}
     found = {n: tensors[beside + n] for n in wanted if beside + n in tensors}
     whole = len(found) == len(wanted) and all(found[n].shape == t.shape for n, t in wanted.items())
