@@ -12,9 +12,10 @@ from layouts import norm_old, planted, prefixed
 from uncollapse.config.load import load_config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError, InputError
-from uncollapse.evaluate.encoder import EvalEncoder, is_vit, reset
+from uncollapse.evaluate.encoder import EvalEncoder, reset
 from uncollapse.evaluate.source import open_encoder
 from uncollapse.models.backbones import Conv3
+from uncollapse.models.tokens import is_vit
 from uncollapse.run_folder.checkpoint import save_checkpoint
 from uncollapse.training.state import build_state, state_dicts
 

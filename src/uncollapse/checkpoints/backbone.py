@@ -25,29 +25,6 @@ class Backbone:
     """Images → patch tokens (n, T, width) as patch heads take them; None where there are none."""
 
 
-class ClassToken(nn.Module):
-    """A timm vision transformer as images → normalised class token."""
-
-    def __init__(self, vit: nn.Module) -> None:
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.vit.forward_features(x)[:, 0]  # type: ignore[operator]
-
-
-class Tokens(nn.Module):
-    """A timm transformer as images → normalised patch tokens (n, T, d), class token and registers left out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.model.forward_features(x)  # type: ignore[operator]
-        return found.flatten(1, 2) if found.ndim == 4 else found[:, self.model.num_prefix_tokens :]
-
-
 def count_of(weights: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the largest number that the pattern finds at the start of a name."""
     numbers = {int(m[1]) for n in weights if (m := re.match(pattern, n))}

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.checkpoints.backbone import Backbone, ClassToken, Tokens, count_of, load, ratio
+from uncollapse.checkpoints.backbone import Backbone, count_of, load, ratio
 from uncollapse.checkpoints.files import line_of
 from uncollapse.checkpoints.within import Within
 from uncollapse.errors import InputError
+from uncollapse.models.tokens import ClassToken, PatchTokens
 
 HEAD_DIM = 64
 """Width of an attention head where neither shapes nor buffers tell: every published ViT of DINO, iBOT, MSN and
@@ -95,7 +96,7 @@ def _known(weights: dict[str, Tensor], where: str) -> Backbone:
         return _xcit(weights, where)
     if "patch_embed.proj.weight" in weights:
         module, width, size, described = _vit(weights, where)
-        return Backbone(module, width, size, described, Tokens(module.vit))  # type: ignore[arg-type]
+        return Backbone(module, width, size, described, PatchTokens(module.vit))  # type: ignore[arg-type]
     if "conv1.weight" in weights and "layer4.0.conv1.weight" in weights:
         return Backbone(*_resnet(weights, where))
     some = ", ".join(list(weights)[:3]) or "nothing"
@@ -228,7 +229,7 @@ def _dinov3(weights: dict[str, Tensor], where: str) -> Backbone:
     load(model, renamed, where, "DINOv3 transformer")
     described = f"DINOv3 ViT{' with SwiGLU' if gated else ''}, {depth} blocks of width {width}, patch {patch}"
     # Rotary positions know no size: 224 pixels are what DINOv3's own models are built for.
-    return Backbone(model, width, 224 // patch * patch, described, Tokens(model))
+    return Backbone(model, width, 224 // patch * patch, described, PatchTokens(model))
 
 
 def _swin(weights: dict[str, Tensor], where: str) -> Backbone:
@@ -260,7 +261,7 @@ def _swin(weights: dict[str, Tensor], where: str) -> Backbone:
                for n, t in weights.items()}  # fmt: skip
     load(model, renamed, where, "Swin transformer")
     described = f"Swin, {'-'.join(map(str, depths))} blocks, width {model.num_features}, window {max(windows)}"
-    return Backbone(model, model.num_features, size, described, Tokens(model))
+    return Backbone(model, model.num_features, size, described, PatchTokens(model))
 
 
 def _swin_size(windows: list[int], patch: int, where: str) -> int:

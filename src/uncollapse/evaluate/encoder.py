@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.models.backbones import Conv3
+from uncollapse.models.tokens import is_vit, last_blocks
 
 BLOCKS = 4
 """Last blocks whose tokens are kept: DINO's linear probe of small vision transformers takes as many."""
@@ -100,8 +100,8 @@ class EvalEncoder:
         if not self.tokens:
             return self.module(x)[:, None], None
         cls, mean = [], []
-        for patches, prefix in self._blocks(x, self.blocks):
-            cls.append(self._pooled(patches, prefix))
+        for feature, patches in last_blocks(self.module, x, self.blocks):
+            cls.append(feature)
             mean.append(patches.mean(1))
         return torch.stack(cls, 1), torch.stack(mean, 1)
 
@@ -117,9 +117,7 @@ class EvalEncoder:
     def patches(self, x: Tensor) -> Tensor | None:
         """(n, h, w, d): the last block's patch tokens after the final norm, or the last map of a CNN; else None."""
         if self.tokens:
-            patches, _ = self._blocks(x, 1)[0]
-            h, w = self._grid(x)
-            return patches.unflatten(1, (h, w))
+            return last_blocks(self.module, x, 1)[0][1].unflatten(1, self._grid(x))
         if isinstance(self.module, Conv3):
             for layer in list(self.module)[:-2]:  # up to its pooling; a slice would be a Conv3 of its own
                 x = layer(x)
@@ -130,10 +128,10 @@ class EvalEncoder:
             tokens = self.patch_tokens(x)
             side = round(tokens.shape[1] ** 0.5)
             return tokens.unflatten(1, (side, side)) if side * side == tokens.shape[1] else None
-        found = self.module.forward_features(x)  # type: ignore[operator]
-        if found.ndim != 4:
+        maps = self.module.forward_features(x)  # type: ignore[operator]
+        if maps.ndim != 4:
             return None
-        return found if getattr(self.module, "output_fmt", "NCHW") == "NHWC" else found.permute(0, 2, 3, 1)
+        return maps if getattr(self.module, "output_fmt", "NCHW") == "NHWC" else maps.permute(0, 2, 3, 1)
 
     def attention(self, x: Tensor) -> Tensor | None:
         """(n, heads, h, w): what the class token of the last block attends to, over patches; None for others.
@@ -169,39 +167,16 @@ class EvalEncoder:
         h, w = self.module.patch_embed.patch_size  # type: ignore[union-attr, misc]
         return x.shape[2] // int(h), x.shape[3] // int(w)
 
-    def _blocks(self, x: Tensor, last: int) -> Sequence[tuple[Tensor, Tensor | None]]:
-        """Patch tokens (n, hw, d) and prefix tokens (n, p, d) of the last blocks, normalised."""
-        found = self.module.forward_intermediates(  # type: ignore[operator]
-            x, indices=last, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
-        )
-        return [f if isinstance(f, tuple) else (f, None) for f in found]
-
-    def _pooled(self, patches: Tensor, prefix: Tensor | None) -> Tensor:
-        if prefix is not None and getattr(self.module, "global_pool", "token") == "token":
-            fc_norm: Any = getattr(self.module, "fc_norm", None)
-            return prefix[:, 0] if fc_norm is None else fc_norm(prefix[:, 0])
-        tokens = patches if prefix is None else torch.cat([prefix, patches], 1)
-        pooled: Tensor = self.module.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
-        return pooled
-
-
-def is_vit(module: nn.Module) -> bool:
-    """Whether a module is a plain vision transformer as timm builds them (ViT, DeiT, BEiT, EVA, DINOv3)."""
-    named = ("blocks", "patch_embed", "norm", "forward_intermediates", "forward_head", "num_prefix_tokens")
-    if not all(hasattr(module, n) for n in named) or not hasattr(module.blocks[0], "attn"):  # type: ignore[index]
-        return False
-    return "return_prefix_tokens" in inspect.signature(module.forward_intermediates).parameters  # type: ignore[arg-type]
-
 
 def _hash(modules: Sequence[nn.Module]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for i, module in enumerate(modules):
         for name, tensor in module.state_dict().items():
-            found.update(f"{i}/{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
+            digest.update(f"{i}/{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             # numpy has no bfloat16; bytes are bytes
-            found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def reset(module: nn.Module, seed: int = 0) -> nn.Module:

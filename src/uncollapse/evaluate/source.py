@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncollapse.checkpoints.backbone import Backbone, ClassToken
+from uncollapse.checkpoints.backbone import Backbone
 from uncollapse.checkpoints.backbones import backbone_of, renamed
 from uncollapse.checkpoints.encoder import Rebuilt, backbone_part, one_side, own_parts
 from uncollapse.checkpoints.encoder import rebuild_encoder as rebuild
@@ -23,7 +23,8 @@ from uncollapse.checkpoints.prototypes import OWN, PrototypeSet, clean, find_pro
 from uncollapse.checkpoints.read import flatten, newest_of, read_tensors
 from uncollapse.config.schema import has_teacher
 from uncollapse.errors import ConfigError, InputError
-from uncollapse.evaluate.encoder import EvalEncoder, is_vit, reset
+from uncollapse.evaluate.encoder import EvalEncoder, reset
+from uncollapse.models.tokens import ClassToken, is_vit
 
 TIMM = "timm:"
 SIZE = 224

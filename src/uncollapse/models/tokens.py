@@ -1,14 +1,20 @@
-"""Class and patch tokens of a backbone, with some patches hidden: the one reader of tokens in training."""
+"""Class and patch tokens of a backbone: the one reader of them, in training, from checkpoints and in evaluation.
+
+``vit`` is a transformer as timm builds them; all tokens are those after its final norm.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 
 def patches_of(backbone: nn.Module, size: int) -> int:
@@ -24,6 +30,8 @@ def patches_of(backbone: nn.Module, size: int) -> int:
 
 
 def _patch_side(backbone: nn.Module) -> int:
+    from timm.models.vision_transformer import VisionTransformer  # late: reading a checkpoint needs none of it
+
     vit: Any = plain(backbone)
     if not isinstance(vit, VisionTransformer):
         raise ConfigError(f"backbone.name: {type(backbone).__name__} has no patch tokens to hide; take a vit_*")
@@ -34,6 +42,74 @@ def _patch_side(backbone: nn.Module) -> int:
 def plain(backbone: nn.Module) -> nn.Module:
     """The transformer itself, without what hides patches around it; any other backbone as it is."""
     return backbone.vit if isinstance(backbone, MaskedViT) else backbone
+
+
+def is_vit(module: nn.Module) -> bool:
+    """Whether a module is a plain vision transformer as timm builds them (ViT, DeiT, BEiT, EVA, DINOv3)."""
+    named = ("blocks", "patch_embed", "norm", "forward_intermediates", "forward_head", "num_prefix_tokens")
+    if not all(hasattr(module, n) for n in named) or not hasattr(module.blocks[0], "attn"):  # type: ignore[index]
+        return False
+    return "return_prefix_tokens" in inspect.signature(module.forward_intermediates).parameters  # type: ignore[arg-type]
+
+
+def tokens(vit: Any, x: Tensor, mask: Tensor | None = None, stand_in: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """All tokens of images ``(n, 3, S, S)``, and the patches' alone: ``(n, p + T, d)`` and ``(n, T, d)``.
+
+    Args:
+        mask: ``(n, T)`` bool; of these patches of a `VisionTransformer`, ``stand_in (d,)`` takes the embedding's place.
+    """
+    if mask is None or stand_in is None:
+        x = vit.forward_features(x)
+        if x.ndim == 4:  # (n, rows, columns, d), as of Swin: nothing but patches
+            x = x.flatten(1, 2)
+            return x, x
+    else:
+        x = vit.patch_embed(x)  # (n, rows, columns, d) where sizes may vary, else (n, T, d)
+        x = torch.where(mask.view(*x.shape[:-1], 1), stand_in.to(x.dtype), x)
+        x = vit.norm(vit.blocks(vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))))
+    return x, x[:, vit.num_prefix_tokens :]
+
+
+def last_blocks(vit: Any, x: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Feature ``(n, d)`` and patch tokens ``(n, T, d)`` of the last ``count`` blocks of an `is_vit`, the last one last.
+
+    The feature is the class token, or, without one, what the model's own classifier would see.
+    """
+    blocks = vit.forward_intermediates(
+        x, indices=count, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+    )
+    split = [block if isinstance(block, tuple) else (block, None) for block in blocks]
+    return [(_feature(vit, patches, prefix), patches) for patches, prefix in split]
+
+
+def _feature(vit: Any, patches: Tensor, prefix: Tensor | None) -> Tensor:
+    if prefix is not None and getattr(vit, "global_pool", "token") == "token":
+        fc_norm = getattr(vit, "fc_norm", None)
+        return prefix[:, 0] if fc_norm is None else fc_norm(prefix[:, 0])
+    pooled: Tensor = vit.forward_head(patches if prefix is None else torch.cat([prefix, patches], 1), pre_logits=True)
+    return pooled
+
+
+class ClassToken(nn.Module):
+    """A timm vision transformer as images → class token."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tokens(self.vit, x)[0][:, 0]
+
+
+class PatchTokens(nn.Module):
+    """A timm transformer as images → patch tokens (n, T, d), class token and registers left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tokens(self.model, x)[1]
 
 
 class MaskedViT(nn.Module):
@@ -55,11 +131,6 @@ class MaskedViT(nn.Module):
 
     def tokens(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Feature vectors ``(n, d)`` and patch tokens ``(n, P, d)``; ``mask (n, P)`` bool hides patches."""
-        vit: Any = self.vit
-        x = vit.patch_embed(x)  # (n, rows, columns, d) where sizes may vary, else (n, P, d)
-        if mask is not None:
-            x = torch.where(mask.view(*x.shape[:-1], 1), self.mask_token.to(x.dtype), x)
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))
-        x = vit.norm(vit.blocks(x))
-        features: Tensor = vit.forward_head(x, pre_logits=True)
-        return features, x[:, vit.num_prefix_tokens :]
+        everything, patches = tokens(self.vit, x, mask, self.mask_token)
+        features: Tensor = self.vit.forward_head(everything, pre_logits=True)
+        return features, patches
