@@ -15,13 +15,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncollapse.checkpoints.backbone import Tokens
 from uncollapse.checkpoints.backbones import backbone_of
 from uncollapse.checkpoints.own import own_encoder
 from uncollapse.checkpoints.prototypes import OWN, PrototypeSet, clean, side_of
 from uncollapse.errors import InputError
 from uncollapse.models.network import Encoder
-from uncollapse.models.tokens import plain
+from uncollapse.models.tokens import PatchTokens, plain
 
 _SIDE = re.compile(r"^(student|teacher|momentum|target|online|anchor)[._]")
 
@@ -97,7 +96,7 @@ def _own(loaded: Any, s: PrototypeSet, where: str) -> Rebuilt:
     backbone, head = own_parts(encoder)
     tokens = s.name in PATCHES
     size, described = config.views.global_size, config.backbone.name
-    return Rebuilt(Tokens(backbone) if tokens else backbone, head, size, config, described, tokens)
+    return Rebuilt(PatchTokens(backbone) if tokens else backbone, head, size, config, described, tokens)
 
 
 def own_parts(encoder: Encoder) -> tuple[nn.Module, nn.Module]:
