@@ -59,6 +59,40 @@ def test_published_numbers_of_resnet50():
     assert c.optim.weight_decay == c.optim.weight_decay_end == 1e-6
 
 
+def test_published_numbers_of_swav():
+    """As in the released script for 800 epochs, whose rates are those of 4,096 images."""
+    c = load_config("swav-resnet50")
+    o, scale = c.optim, c.run.batch / c.optim.lr_batch
+    assert (c.run.epochs, c.run.batch, o.name, o.warmup_epochs) == (800, 4096, "lars", 10)
+    assert (o.lr * scale, o.warmup_start * scale, o.min_lr, o.decay_biases) == pytest.approx((4.8, 0.3, 4.8e-3, True))
+    assert o.weight_decay == o.weight_decay_end == 1e-6
+    assert (c.prototypes.count, c.head.bottleneck, c.head.layers, c.head.activation) == (3000, 128, 2, "relu")
+    assert (c.teacher.temperature, c.teacher.student_temperature, c.method.iterations) == (0.05, 0.1, 3)
+    assert (c.views.global_scale, c.views.local_scale, c.views.local_count) == ((0.14, 1), (0.05, 0.14), 6)
+    assert c.backbone.options == {"zero_init_last": False}
+
+
+def test_published_numbers_of_carp():
+    """The defaults of its released code."""
+    c = load_config("carp-resnet50")
+    assert (c.prototypes.count, c.method.block, c.head.bottleneck, c.prototypes.learn_norm) == (65536, 512, 256, False)
+    assert (c.optim.name, c.optim.lr, c.optim.min_lr, c.optim.warmup_epochs) == ("lars", 0.45, 0.0048, 0)
+    assert (c.teacher.momentum, c.teacher.momentum_end, c.prototypes.freeze_epochs) == (0.99, 1.0, 0)
+    assert (c.views.global_scale, c.views.local_scale, c.views.local_count) == ((0.2, 1), (0.05, 0.2), 6)
+    assert (c.head.batch_norm, c.head.normalise, c.backbone.options) == (True, False, {"zero_init_last": True})
+
+
+def test_published_numbers_of_ibot():
+    """The README's command for ViT-S/16, and the defaults of its code."""
+    c = load_config("ibot-vits16")
+    assert (c.run.epochs, c.run.batch, c.optim.lr, c.optim.min_lr, c.optim.clip) == (800, 1024, 5e-4, 1e-6, 3)
+    assert (c.prototypes.count, c.prototypes.learn_norm, c.prototypes.freeze_epochs) == (8192, True, 1)
+    assert (c.method.shared, c.method.masked_crops, c.method.mask_ratio) == (True, 0.5, (0.1, 0.5))
+    assert (c.teacher.temperature_start, c.method.patch_temperature_start, c.teacher.temperature) == (0.04, 0.04, 0.07)
+    assert (c.teacher.temperature_warmup_epochs, c.teacher.momentum, c.backbone.drop_path) == (30, 0.996, 0.1)
+    assert (c.views.global_scale, c.views.local_scale, c.views.local_count) == ((0.25, 1), (0.05, 0.25), 10)
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
