@@ -41,7 +41,7 @@ def test_demo_refuses_a_folder_with_something_else(tmp_path, capsys):
 def test_a_stopped_demo_names_the_whole_command(tmp_path, capsys, monkeypatch):
     from concurrent.futures import Future
 
-    import uncollapse.cli.demo as demo
+    import uncollapse.cli.grid as grid
 
     class Pool:
         """Begins nothing."""
@@ -64,8 +64,8 @@ def test_a_stopped_demo_names_the_whole_command(tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(demo, "_follow", interrupt)
+    monkeypatch.setattr(grid, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(grid, "follow", interrupt)
     words = ["demo", "--seeds", "2", "--arms", "fixed", "--optim.lr", "1e-3", "--out", str(tmp_path / "my demo")]
     with pytest.raises(SystemExit) as stop:
         main(words)

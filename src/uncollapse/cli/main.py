@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from uncollapse import __version__
+from uncollapse.cli.compare import add_parser as add_compare
 from uncollapse.cli.diagnose import run_diagnose
 from uncollapse.cli.evaluate import add_parser as add_evaluate
+from uncollapse.cli.recipes import add_parsers as add_recipes
 from uncollapse.cli.terminal import tolerate_any_encoding
 from uncollapse.cli.train import add_parsers as add_train
 from uncollapse.cli.train import take_keys, unknown
@@ -87,7 +89,7 @@ def _parsed(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     arguments, rest = parser.parse_known_args(left)
     if rest:
         options = re.findall(r"--[a-z][a-z-]*", commands[words[0]].format_usage())
-        raise unknown(rest[0], options, keys=words[0] in ("train", "demo", "recipe"))
+        raise unknown(rest[0], options, keys=words[0] in ("train", "demo", "recipe", "compare"))
     arguments.again = shlex.join(["uncollapse", *words])
     return arguments, overrides
 
@@ -99,6 +101,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     add_train(commands)
+    add_compare(commands)
+    add_recipes(commands)
 
     diagnose = commands.add_parser(
         "diagnose",

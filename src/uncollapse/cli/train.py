@@ -1,4 +1,4 @@
-"""The commands that take a recipe: ``train``, ``demo`` and ``recipe``, and the keys that can be typed after them."""
+"""The commands ``train`` and ``demo``, and the keys of a recipe that can be typed after them."""
 
 from __future__ import annotations
 
@@ -47,10 +47,6 @@ def add_parsers(commands: Any) -> None:
     train.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR; needs nothing else")
     train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     train.set_defaults(run=_train)
-
-    recipe = commands.add_parser("recipe", help="print a recipe with every key it leaves at its default")
-    recipe.add_argument("name", help="a recipe's name (`uncollapse train --help` lists them) or a YAML file")
-    recipe.set_defaults(run=_recipe)
 
 
 # --- keys of the recipe on the command line -----------------------------------------------------------------
@@ -168,13 +164,7 @@ def _resumed(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
     return config, arguments.resume
 
 
-# --- recipe and demo ----------------------------------------------------------------------------------------
-
-
-def _recipe(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
-    from uncollapse.config.load import dump_config
-
-    print(dump_config(load_config(arguments.name, overrides)), end="")
+# --- demo ----------------------------------------------------------------------------------------
 
 
 def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:

@@ -1,0 +1,52 @@
+"""``uncollapse recipes`` and ``uncollapse recipe NAME``: what there is to train."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import resources
+from typing import Any
+
+from uncollapse.config.load import dump_config, load_config, recipe_names
+from uncollapse.config.schema import method_name
+
+
+def add_parsers(commands: Any) -> None:
+    recipes = commands.add_parser("recipes", help="list the recipes that ship: method, backbone, source")
+    recipes.add_argument("--names", action="store_true", help="names alone, one a line")
+    recipes.set_defaults(run=_recipes)
+    recipe = commands.add_parser("recipe", help="print a recipe with every key it leaves at its default")
+    recipe.add_argument("name", help="a recipe's name (`uncollapse recipes` lists them) or a YAML file")
+    recipe.set_defaults(run=_recipe)
+
+
+def _recipe(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    print(dump_config(load_config(arguments.name, overrides)), end="")
+
+
+def _recipes(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    if arguments.names:
+        print("\n".join(recipe_names()))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in ("recipe", "method", "backbone", "K", "what it is"):
+        table.add_column(column, overflow="fold")
+    for name in recipe_names():
+        config = load_config(name)
+        k = f"{config.prototypes.count:,}"
+        table.add_row(name, method_name(config), config.backbone.name, k, _described(name))
+    Console().print(table)
+
+
+def _described(name: str) -> str:
+    """The comment that begins a recipe."""
+    text = (resources.files("uncollapse") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return " ".join(lines)

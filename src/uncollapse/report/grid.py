@@ -1,0 +1,89 @@
+"""The tables of a grid of runs, as Markdown and CSV: what each arm measures, how it differs from the controls."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from uncollapse.measure.catalogue import ALIVE, KNN, LINEAR, STEP_TIME, UNIQUE, USED, VIEW_INFORMATION, Measure
+from uncollapse.report.arms import BASELINE, CONTROL, Grouping, group, rival
+from uncollapse.report.comparing import Difference, difference, stat
+from uncollapse.run_folder.read import RunRecord
+
+SHOWN = (VIEW_INFORMATION, KNN, LINEAR, *UNIQUE.values(), USED, ALIVE, STEP_TIME)
+COMPARED = (VIEW_INFORMATION, KNN, LINEAR)
+
+Rows = list[dict[str, str]]
+
+
+def table(runs: Sequence[RunRecord]) -> tuple[Rows, Rows]:
+    """What every arm measures (mean ± deviation over seeds), and its paired differences from joint and from fixed.
+
+    A difference is ± its standard error over images and seeds; one beyond 1.96 of them has a ``*``.
+    """
+    grouping = group(runs)
+    values = [_values(arm, grouping) for arm in grouping.arms]
+    differences = [
+        row for arm in grouping.arms for kind in (BASELINE, CONTROL) if (row := _against(arm, kind, grouping))
+    ]
+    return values, differences
+
+
+def _values(arm: str, grouping: Grouping) -> dict[str, str]:
+    runs = grouping.arms[arm]
+    row = {"arm": arm, "seeds": str(len(runs))}
+    for measure in SHOWN:
+        found = stat(measure, runs)
+        spread = "" if found is None or found.sd is None else f" ± {measure.text(found.sd)}"
+        row[_heading(measure)] = "–" if found is None else measure.text(found.mean) + spread
+    return row
+
+
+def _against(arm: str, kind: str, grouping: Grouping) -> dict[str, str]:
+    other = rival(arm, grouping, kind)
+    if other is None:
+        return {}
+    row = {"arm": arm, "minus": other}
+    for measure in COMPARED:
+        row[_heading(measure)] = _text(measure, difference(measure, grouping.arms[arm], grouping.arms[other]))
+    return row
+
+
+def _text(measure: Measure, found: Difference | None) -> str:
+    if found is None:
+        return "–"
+    sign = "+" if found.mean > 0 else "−" if found.mean < 0 else ""
+    error = "" if found.error is None else f" ± {measure.text(found.error)}"
+    return f"{sign}{measure.text(abs(found.mean))}{error}{'*' if found.sign else ''}"
+
+
+def _heading(measure: Measure) -> str:
+    return f"{measure.label}, {measure.unit}" if measure.unit and measure.unit not in measure.label else measure.label
+
+
+def markdown(values: Rows, differences: Rows) -> str:
+    """Both tables as GitHub shows them."""
+    parts = ["Mean ± standard deviation over seeds.", "", *_lines(values)]
+    if differences:
+        parts += [
+            "",
+            "Differences over the same held-out images, ± standard error; * beyond 1.96 of it.",
+        ]
+        parts += ["", *_lines(differences)]
+    return "\n".join(parts) + "\n"
+
+
+def _lines(rows: Rows) -> list[str]:
+    names = list(rows[0])
+    body = [[f"`{value}`" if name in ("arm", "minus") else value for name, value in row.items()] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *body)]
+
+
+def to_csv(values: Rows) -> str:
+    """The first table; numbers as they are shown."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(values[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(values)
+    return text.getvalue()

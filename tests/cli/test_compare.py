@@ -1,0 +1,92 @@
+"""Objectives × modes × seeds through the command line: the grid, its tables, and going on where it stopped."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+from uncollapse.cli.main import main
+from uncollapse.config.load import load_config, recipe_names
+
+WORDS = ["compare", "--recipes", "carp-small32", "dino-small32", "--prototypes", "joint", "decoupled", "fixed"]
+WORDS += ["--data", "builtin:digits", "--tiny", "--max-steps", "2", "--device", "cpu"]
+
+
+@pytest.mark.slow
+def test_a_grid_is_trained_once_and_becomes_tables(tmp_path, capsys):
+    out = tmp_path / "grid"
+    main([*WORDS, "--out", str(out)])
+    capsys.readouterr()
+    rows = json.loads((out / "summary.json").read_text())["arms"]
+    assert [(r["method"], r["name"]) for r in rows] == [
+        (method, mode) for method in ("carp", "dino") for mode in ("joint", "decoupled", "fixed")
+    ]
+    table = list(csv.DictReader((out / "table.csv").open()))
+    assert len(table) == 6
+    assert len({row["arm"] for row in table}) == 6
+    assert all(float(row["kNN, %"]) > 20 for row in table)
+    text = (out / "table.md").read_text()
+    assert text.count("\n| `") == 6 + 4 + 4  # values; each but joint against joint, each but fixed against fixed
+    assert (out / "report.html").stat().st_size > 50_000
+
+    # One cell is lost; the others are not trained again.
+    shutil.rmtree(out / "runs" / "dino-small32-fixed-0")
+    before = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/checkpoints/*.pt")}
+    main([*WORDS, "--out", str(out)])
+    after = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/checkpoints/*.pt")}
+    assert before.items() <= after.items()
+    assert len(after) > len(before)
+
+
+def test_a_cell_that_fails_leaves_the_others(tmp_path, capsys):
+    out = tmp_path / "grid"
+    words = ["compare", "--recipes", "dino-small32", "--prototypes", "joint", "fixed", "--data", "builtin:digits"]
+    words += ["--tiny", "--max-steps", "1", "--device", "cpu", "--out", str(out), "--jobs", "1"]
+    (out / "runs" / "dino-small32-joint-0").mkdir(parents=True)
+    (out / "runs" / "dino-small32-joint-0" / "metrics.jsonl").write_text("precious")
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code != 0
+    said = capsys.readouterr()
+    assert "1 of 2 runs failed" in said.err
+    assert "go on with: uncollapse compare" in said.err
+    assert [r["name"] for r in json.loads((out / "summary.json").read_text())["arms"]] == ["fixed"]
+    assert (out / "runs" / "dino-small32-joint-0" / "metrics.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--recipes", "dino-small23", "--data", "builtin:digits"], "did you mean dino-small32"),
+        (["--recipes", "dino-small32"], "--data PATH"),
+        (["--recipes", "dino-small32", "--data", "/no/such/place"], "/no/such/place"),
+        (["--recipes", "dino-small32", "--data", "builtin:digits", "--seeds", "0"], "--seeds"),
+        (["--recipes", "dino-small32", "--data", "builtin:digits", "--optim.lr", "x"], "optim.lr"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_any_training(words, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *words, "--out", str(tmp_path / "grid")])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "grid").exists()
+
+
+def test_recipes_are_listed_with_method_and_source(capsys):
+    main(["recipes", "--names"])
+    assert capsys.readouterr().out.split() == recipe_names()
+    main(["recipes"])
+    shown = capsys.readouterr().out
+    assert "carp" in shown
+    assert "dino-vmf" in shown
+    main(["recipe", "carp-small32"])
+    assert "name: carp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_says_what_it_is(name):
+    from uncollapse.cli.recipes import _described
+
+    assert len(_described(name)) > 20
+    load_config(name)
