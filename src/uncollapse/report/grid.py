@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from statistics import fmean
 
-from uncollapse.measure.catalogue import ALIVE, KNN, LINEAR, STEP_TIME, UNIQUE, USED, VIEW_INFORMATION, Measure
+from uncollapse.measure.catalogue import ALIVE, KNN, LINEAR, STEP_TIME, UNIQUE, USED, VIEW_INFORMATION, Measure, number
 from uncollapse.report.arms import BASELINE, CONTROL, Grouping, group, rival
 from uncollapse.report.comparing import Difference, difference, stat
 from uncollapse.run_folder.read import RunRecord
@@ -37,7 +38,13 @@ def _values(arm: str, grouping: Grouping) -> dict[str, str]:
         found = stat(measure, runs)
         spread = "" if found is None or found.sd is None else f" ± {measure.text(found.sd)}"
         row[_heading(measure)] = "–" if found is None else measure.text(found.mean) + spread
+    minutes = [s * n / 60 for run in runs if (s := _number(run, "seconds_per_step")) and (n := _number(run, "steps"))]
+    row["minutes a run"] = f"{fmean(minutes):.1f}" if minutes else "–"
     return row
+
+
+def _number(run: RunRecord, name: str) -> float | None:
+    return number(run.summary.get(name))
 
 
 def _against(arm: str, kind: str, grouping: Grouping) -> dict[str, str]:
