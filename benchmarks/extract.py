@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from common import Row, alternate, print_rows
+from uncollapse.data.batched import normalised
 from uncollapse.data.images import Files, ImageSet, LazyImages, MemoryImages
-from uncollapse.data.workers import eval_view
+from uncollapse.data.workers import eval_crop
 from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.extract import batches, extract, forward
 from uncollapse.evaluate.source import open_encoder
@@ -65,10 +66,8 @@ def _row(
     def naive() -> None:
         """What a first script does: decode, transform and forward one after the other, in one process."""
         for i in range(0, n, batch):
-            some = [
-                eval_view(images.image(j), encoder.size, encoder.mean, encoder.std) for j in range(i, min(i + batch, n))
-            ]
-            forward(encoder, torch.stack(some).to(device))["cls"].cpu()
+            crops = torch.stack([eval_crop(images.image(j), encoder.size) for j in range(i, min(i + batch, n))])
+            forward(encoder, normalised(crops.float() / 255, encoder.mean, encoder.std).to(device))["cls"].cpu()
 
     def ours() -> None:
         extract(encoder, images, device=device, batch=batch, workers=workers)

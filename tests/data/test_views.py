@@ -18,7 +18,7 @@ from uncollapse.data.batched import apply_batch, multicrop
 from uncollapse.data.images import Files, LazyImages, MemoryImages
 from uncollapse.data.load import load_images
 from uncollapse.data.views import eval_shorter_side, sample_params, uniforms, view_specs
-from uncollapse.data.workers import apply_one, eval_batches, eval_view, view_loader
+from uncollapse.data.workers import apply_one, eval_batches, eval_crop, view_loader
 from uncollapse.errors import DataError
 
 SMALL = ViewConfig(global_size=24, local_size=12, local_count=2)
@@ -261,10 +261,16 @@ def test_evaluation_view_is_resize_then_centre_crop():
     image = smooth_images().image(1)
     assert eval_shorter_side(224) == 256
     assert eval_shorter_side(32) == 32
-    expected = F.normalize(
-        F.to_dtype(F.pil_to_tensor(T.CenterCrop(96)(T.Resize(110, T.InterpolationMode.BICUBIC)(image))),
-                   torch.float32, scale=True), list(MEAN), list(STD))  # fmt: skip
-    assert torch.equal(eval_view(image, 96, MEAN, STD), expected)
+    cropped = F.pil_to_tensor(T.CenterCrop(96)(T.Resize(110, T.InterpolationMode.BICUBIC)(image)))
+    assert torch.equal(eval_crop(image, 96), cropped)
+
+
+def test_evaluation_views_of_files_are_normalised_crops(folder):
+    _, lazy, _ = folder
+    ((_, x),) = eval_batches(lazy, 16, MEAN, STD, batch=24)
+    for i in (0, 7):
+        crop = F.to_dtype(eval_crop(lazy.image(i), 16), torch.float32, scale=True)
+        assert torch.equal(x[i], F.normalize(crop, list(MEAN), list(STD)))
 
 
 def test_evaluation_leaves_out_unreadable_images(folder):

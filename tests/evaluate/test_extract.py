@@ -114,15 +114,6 @@ def test_files_give_the_features_of_the_same_pixels_in_memory(encoder, tmp_path)
     equal(from_files, extract(encoder, lazy(tmp_path / "a"), batch=4, workers=2))
 
 
-def test_loader_views_are_those_of_training_s_evaluation(encoder, tmp_path):
-    from uncollapse.data.workers import eval_batches
-
-    images = lazy(tmp_path / "a")
-    ours = torch.cat([x for _, x in module.batches(images, encoder, 7, 0, torch.device("cpu"))])
-    theirs = torch.cat([x for _, x in eval_batches(images, SIZE, encoder.mean, encoder.std, 10)])
-    torch.testing.assert_close(ours, theirs)
-
-
 @pytest.mark.parametrize("kind", ["memory", "lazy"])
 def test_the_second_time_nothing_is_computed(encoder, tmp_path, monkeypatch, kind):
     images = memory() if kind == "memory" else lazy(tmp_path / "images")

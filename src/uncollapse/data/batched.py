@@ -130,7 +130,7 @@ def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
     return torch.matmul(matrix[:, None], across)
 
 
-def _normalised(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalised(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     shift = torch.tensor(mean, device=x.device).view(3, 1, 1)
     return x.sub_(shift).div_(torch.tensor(std, device=x.device).view(3, 1, 1))
 
@@ -182,7 +182,7 @@ def _apply_chunk(canvas: Tensor, p: ViewParams, spec: ViewSpec) -> Tensor:
         at = rows.to(device)
         y = x[at]
         x[at] = torch.where(y >= SOLARISE, 1 - y, y)
-    return _normalised(x, spec.mean, spec.std)
+    return normalised(x, spec.mean, spec.std)
 
 
 def multicrop(images: MemoryImages, indices: Sequence[int] | Tensor, seed: int, step: int,
@@ -213,7 +213,7 @@ def multicrop(images: MemoryImages, indices: Sequence[int] | Tensor, seed: int, 
 def eval_batch(canvas: Tensor, sizes: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Evaluation views of n in-memory images at once: float32 (n, 3, size, size), normalised.
 
-    Shorter side resized (bicubic), central crop, as :func:`~uncollapse.data.workers.eval_view` does for one image.
+    Shorter side resized (bicubic), central crop, as :func:`~uncollapse.data.workers.eval_crop` does for one image.
     """
     with torch.autocast(canvas.device.type, enabled=False):
         return torch.cat([_eval_chunk(canvas[s], sizes[s], size, mean, std)
@@ -230,4 +230,4 @@ def _eval_chunk(canvas: Tensor, sizes: Tensor, size: int, mean: Sequence[float],
     lines = torch.stack([none, sizes, resized, offset, none]).to(canvas.device)
     rows = _resample(lines[..., 0], size, canvas.shape[-2])
     columns = _resample(lines[..., 1], size, canvas.shape[-1])
-    return _normalised(_resized(canvas, rows, columns).mul_(1 / 255), mean, std)
+    return normalised(_resized(canvas, rows, columns).mul_(1 / 255), mean, std)

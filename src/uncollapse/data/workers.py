@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from uncollapse.data.batched import eval_batch
+from uncollapse.data.batched import eval_batch, normalised
 from uncollapse.data.images import ImageSet, LazyImages, MemoryImages
 from uncollapse.data.views import (
     SOLARISE,
@@ -120,58 +120,65 @@ def view_loader(images: ImageSet, plan: Plan, specs: Sequence[ViewSpec], seed: i
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def eval_view(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Shorter side resized (bicubic), central ``size``×``size`` crop: float32 (3, size, size), normalised."""
+def eval_crop(image: Image.Image, size: int) -> Tensor:
+    """Shorter side resized (bicubic; to 256 for 224), central ``size``×``size`` crop: uint8 (3, size, size)."""
     import torchvision.transforms.v2.functional as F
 
     image = F.resize(image, [eval_shorter_side(size)], F.InterpolationMode.BICUBIC, antialias=True)
-    x = F.to_dtype(F.pil_to_tensor(F.center_crop(image, [size, size])), torch.float32, scale=True)
-    return F.normalize(x, list(mean), list(std))
+    crop: Tensor = F.pil_to_tensor(F.center_crop(image, [size, size]))
+    return crop
 
 
 @dataclass
-class _EvalViews(torch.utils.data.Dataset[Any]):
+class _Crops(torch.utils.data.Dataset[Any]):
+    """Central crops as bytes: a quarter of what normalised floats would send from the loader processes."""
+
     images: LazyImages
     size: int
-    mean: Sequence[float]
-    std: Sequence[float]
 
     def __getitem__(self, i: int) -> tuple[int, Tensor | str | None, list[str]]:
         try:
             image = self.images.readable(i)
-        except DataError as e:
-            return i, str(e), list(self.images.bad)
-        view = None if image is None else eval_view(image, self.size, self.mean, self.std)
-        return i, view, list(self.images.bad)
+        except DataError as error:  # a loader would wrap it into a traceback of many lines
+            return i, str(error), list(self.images.bad)
+        return i, None if image is None else eval_crop(image, self.size), list(self.images.bad)
 
 
-def _listed(items: list[Any]) -> list[Any]:
-    return items
+def _collated(items: Sequence[tuple[int, Tensor | str | None, list[str]]]) -> tuple[Any, Any, Any, list[str]]:
+    """Indices and crops of a batch, the error met or None, and the notes: made in the loader process."""
+    bad = [note for _, _, notes in items for note in notes]
+    error = next((crop for _, crop, _ in items if isinstance(crop, str)), None)
+    kept = [(i, crop) for i, crop, _ in items if isinstance(crop, Tensor)]
+    crops = torch.stack([crop for _, crop in kept]) if kept else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    return torch.tensor([i for i, _ in kept], dtype=torch.int64), crops, error, bad
 
 
-def eval_batches(images: ImageSet, size: int, mean: Sequence[float], std: Sequence[float], batch: int = 256,
-                 workers: int = 0,
-                 device: torch.device | str | None = None) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Evaluation views of all images, in order: (indices int64 (b,) on the CPU, float32 (b, 3, size, size)).
+@torch.no_grad()
+def eval_batches(
+    images: ImageSet,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch: int = 256,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Evaluation views of images, in order: indices int64 (b,) on the CPU, float32 (b, 3, size, size) on the device.
 
-    Unreadable images are left out (a replacement would carry the wrong label) and listed in ``images.bad``.
-    ``workers`` processes decode :class:`~uncollapse.data.images.LazyImages`; in-memory sets need none.
+    The shorter side is resized (bicubic), the centre cropped, as in DINO's protocols. Unreadable images are left out (a
+    replacement would carry the wrong label) and listed in ``images.bad``; too many raise `DataError`. ``workers``
+    processes decode :class:`~uncollapse.data.images.LazyImages`; in-memory sets need none.
     """
     n = len(images)
     if isinstance(images, MemoryImages):
         for i in range(0, n, batch):
-            canvas, sizes = images.canvas[i : i + batch], images.sizes[i : i + batch]
-            canvas = canvas if device is None else canvas.to(device)
-            yield torch.arange(i, i + len(canvas)), eval_batch(canvas, sizes, size, mean, std)
+            canvas = images.canvas[i : i + batch].to(device)
+            yield torch.arange(i, i + len(canvas)), eval_batch(canvas, images.sizes[i : i + batch], size, mean, std)
         return
     keys = [list(range(i, min(i + batch, n))) for i in range(0, n, batch)]
-    for items in _loaded(_EvalViews(images, size, mean, std), keys, workers, _listed):
-        images.note_bad([b for _, _, notes in items for b in notes])
-        for _, view, _ in items:
-            if isinstance(view, str):
-                raise DataError(view)
-        kept = [(i, view) for i, view, _ in items if view is not None]
-        if kept:
-            x = torch.stack([view for _, view in kept])
-            yield torch.tensor([i for i, _ in kept]), x if device is None else x.to(device)
+    for indices, crops, error, bad in _loaded(_Crops(images, size), keys, workers, _collated):
+        images.note_bad(bad)
+        if error is not None:
+            raise DataError(error)
+        if len(indices):
+            yield indices, normalised(crops.to(device, non_blocking=True).float().mul_(1 / 255), mean, std)

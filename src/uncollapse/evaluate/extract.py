@@ -7,8 +7,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncollapse.data.batched import eval_batch
 from uncollapse.data.images import ImageSet, LazyImages, MemoryImages, subset
-from uncollapse.data.views import eval_shorter_side
+from uncollapse.data.workers import eval_batches
 from uncollapse.errors import DataError
 from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.features import Features
@@ -36,65 +34,11 @@ Progress = Callable[[int, int], None]
 # ---------------------------------------------------------------------------------------------- batches
 
 
-@dataclass
-class _Crops(torch.utils.data.Dataset[Any]):
-    """Central crops as bytes: a quarter of what normalised floats would send from the loader processes."""
-
-    images: LazyImages
-    size: int
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor | str | None, list[str]]:
-        import torchvision.transforms.v2.functional as F  # type: ignore[import-untyped]
-
-        try:
-            image = self.images.readable(i)
-        except DataError as error:  # a loader would wrap it into a traceback of many lines
-            return i, str(error), list(self.images.bad)
-        if image is None:
-            return i, None, list(self.images.bad)
-        short = eval_shorter_side(self.size)
-        image = F.resize(image, [short], F.InterpolationMode.BICUBIC, antialias=True)
-        return i, F.pil_to_tensor(F.center_crop(image, [self.size, self.size])), list(self.images.bad)
-
-
-def _collate(items: Sequence[tuple[int, Tensor | str | None, list[str]]]) -> tuple[Any, Any, Any, list[str]]:
-    """Indices and crops of a batch, the error met or None, and the notes: made in the loader process."""
-    bad = [note for _, _, notes in items for note in notes]
-    error = next((crop for _, crop, _ in items if isinstance(crop, str)), None)
-    kept = [(i, crop) for i, crop, _ in items if isinstance(crop, Tensor)]
-    crops = torch.stack([crop for _, crop in kept]) if kept else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-    return torch.tensor([i for i, _ in kept], dtype=torch.int64), crops, error, bad
-
-
 def batches(
     images: ImageSet, encoder: EvalEncoder, batch: int, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Evaluation views in order: indices int64 (b,) on the CPU, images float32 (b, 3, size, size) on the device.
-
-    The shorter side is resized (bicubic; to 256 for 224), the centre cropped, as in DINO's protocols. Unreadable
-    images are left out and listed in ``images.bad``; too many raise `DataError`.
-    """
-    size, n = encoder.size, len(images)
-    if isinstance(images, MemoryImages):
-        for i in range(0, n, batch):
-            canvas = images.canvas[i : i + batch].to(device)
-            views = eval_batch(canvas, images.sizes[i : i + batch], size, encoder.mean, encoder.std)
-            yield torch.arange(i, i + len(canvas)), views
-        return
-    mean = torch.tensor(encoder.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(encoder.std, device=device).view(1, 3, 1, 1)
-    loader = torch.utils.data.DataLoader(
-        _Crops(images, size), batch_sampler=[list(range(i, min(i + batch, n))) for i in range(0, n, batch)],
-        num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # its own, so that loading leaves the global random state alone
-    )  # fmt: skip
-    for indices, crops, error, bad in loader:
-        images.note_bad(bad)
-        if error is not None:
-            raise DataError(error)
-        if len(indices):
-            x = crops.to(device, non_blocking=True).float().div_(255)
-            yield indices, x.sub_(mean).div_(std)
+    """`eval_batches` as this encoder takes them."""
+    return eval_batches(images, encoder.size, encoder.mean, encoder.std, batch, workers, device)
 
 
 @torch.inference_mode()
@@ -121,22 +65,22 @@ def identity(images: ImageSet) -> str:
 
     Labels are not part of it: features do not depend on them.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     if isinstance(images, MemoryImages):
-        found.update(images.sizes.numpy().tobytes())
-        found.update(f"{tuple(images.canvas.shape)}".encode())
-        found.update(images.canvas.cpu().contiguous().reshape(-1).numpy().data)
-        return found.hexdigest()
+        digest.update(images.sizes.numpy().tobytes())
+        digest.update(f"{tuple(images.canvas.shape)}".encode())
+        digest.update(images.canvas.cpu().contiguous().reshape(-1).numpy().data)
+        return digest.hexdigest()
     source: Any = images.source
-    found.update(np.ascontiguousarray(images.index).tobytes())
+    digest.update(np.ascontiguousarray(images.index).tobytes())
     paths = getattr(source, "paths", None)
     for name in paths if paths is not None else (source.name(int(i)) for i in images.index):
         try:
             state = os.stat(name)
-            found.update(os.fsencode(f"{os.path.abspath(name)}\0{state.st_size}\0{state.st_mtime_ns}\n"))
+            digest.update(os.fsencode(f"{os.path.abspath(name)}\0{state.st_size}\0{state.st_mtime_ns}\n"))
         except OSError:
-            found.update(os.fsencode(f"{name}\0missing\n"))
-    return found.hexdigest()
+            digest.update(os.fsencode(f"{name}\0missing\n"))
+    return digest.hexdigest()
 
 
 def cache_key(encoder: EvalEncoder, images: ImageSet, device: torch.device) -> str:
@@ -329,5 +273,5 @@ def _finished(rows: _Rows, images: ImageSet, name: str) -> Features:
 def timed(function: Callable[[], Features]) -> tuple[Features, float]:
     """A result and the seconds it took."""
     began = time.perf_counter()
-    found = function()
-    return found, time.perf_counter() - began
+    result = function()
+    return result, time.perf_counter() - began

@@ -1,4 +1,8 @@
-"""What an encoder makes of images: features, projections, projections of views."""
+"""What an encoder makes of images: features, projections, projections of views.
+
+Of a model in training, at the size and precision that it trains at, kept in memory. `evaluate.extract` is another
+thing: any encoder, tokens of its last blocks, shards on disk. Both see the images of `data.workers.eval_batches`.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +35,9 @@ def embed(
     """
     encoder.eval()
     features, projections, read = [], [], []
-    for indices, batch in eval_batches(images, views.global_size, views.mean, views.std, 256, workers):
+    for indices, batch in eval_batches(images, views.global_size, views.mean, views.std, 256, workers, device):
         read.append(indices)
-        f = encoder.backbone(batch.to(device))
+        f = encoder.backbone(batch)
         features.append(f.float().cpu())
         projections.append(encoder.head(f).float().cpu())
     encoder.train()

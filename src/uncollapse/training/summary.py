@@ -179,9 +179,9 @@ def _probes(
     def untrained() -> Tensor:
         encoder = build_encoder(config, drop_path=False).to(device)
         raw = [embed(encoder, images, config.views, config.data.workers, device)[0] for images in (bank, held_out)]
-        return knn_predictions(raw[0], bank_labels, raw[1], labels, k)
+        return knn_predictions(raw[0], bank_labels, raw[1], [k])[k]
 
-    measure("knn", lambda: knn_predictions(bank_features, bank_labels, features, labels, k), "kNN accuracy")
+    measure("knn", lambda: knn_predictions(bank_features, bank_labels, features, [k])[k], "kNN accuracy")
     measure("linear", linear, "linear probe")
     measure("knn_untrained", untrained, "kNN accuracy of the untrained encoder")
     return found, correct

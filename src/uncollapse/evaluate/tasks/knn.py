@@ -9,7 +9,7 @@ from torch import Tensor
 
 from uncollapse.evaluate.features import Features, labelled
 from uncollapse.evaluate.result import Result, bootstrap95_mean
-from uncollapse.measure.nearest import nearest, unit_rows, vote
+from uncollapse.measure.probes import knn_predictions
 
 HEADLINE = 20
 """The k of the headline, fixed in advance: DINO's best on ImageNet. The best k on test would be chosen on test."""
@@ -73,7 +73,5 @@ def predictions(
     """The elected class ``(n,)`` of every test image for each k ≤ the number of training images."""
     labelled(train, test)
     assert train.labels is not None
-    bank, queries = unit_rows(train.last, "training").to(device), unit_rows(test.last, "test").to(device)
-    similarity, index = nearest(bank, queries, max(ks))
-    labels = train.labels.to(device)[index]
-    return {k: vote(similarity[:, :k], labels[:, :k], temperature).cpu() for k in ks}
+    elected = knn_predictions(train.last.to(device), train.labels, test.last.to(device), ks, temperature)
+    return {k: classes.cpu() for k, classes in elected.items()}

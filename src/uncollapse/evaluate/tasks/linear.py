@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.model_selection import StratifiedShuffleSplit
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from uncollapse.evaluate.features import Features, labelled
 from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
+from uncollapse.measure.probes import held_out
 
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 """13 learning rates at batch 256, in steps of 1-2-5. DINOv2's grid, one decade up: features are standardised and
@@ -161,28 +161,18 @@ def fit_probe(
 
 
 def split(y: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to fit on and indices held out, stratified where every class has two images and room for it.
-
-    Otherwise random, with the first image of every class among those to fit on.
+    """Indices to fit on and indices held out, as `held_out` chooses them, each ascending.
 
     Raises:
         ValueError: fewer images than classes + 1, so that nothing can be held out.
     """
-    classes, counts = np.unique(y, return_counts=True)
-    held = max(1, round(share * len(y)))
-    if counts.min() >= 2 and len(classes) <= held <= len(y) - len(classes):
-        fit, check = next(StratifiedShuffleSplit(1, test_size=held, random_state=seed).split(y, y))
-        return np.sort(fit), np.sort(check)
-    order = np.random.default_rng(seed).permutation(len(y))
-    first = order[np.unique(y[order], return_index=True)[1]]
-    free = order[~np.isin(order, first)]
-    if not len(free):
+    fit, check = held_out(y, max(1, round(share * len(y))), seed)
+    if not len(check):
         raise ValueError(
-            f"{len(y)} training images of {len(classes)} classes: one of each leaves none to choose the learning "
+            f"{len(y)} training images of {len(np.unique(y))} classes: one of each leaves none to choose the learning "
             "rate on; use the fewshot task"
         )
-    check = free[:held]
-    return np.setdiff1d(order, check), np.sort(check)
+    return np.sort(fit), np.sort(check)
 
 
 def steps_for(n: int) -> tuple[int, int]:
