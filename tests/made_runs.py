@@ -50,6 +50,14 @@ def make_summary(arm: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
     return summary | changes
 
 
+def make_set(arm: str, **changes: Any) -> dict[str, Any]:
+    """What a run of ``arm`` says of a further set of prototypes, half as many of which are used by patches."""
+    of_run = make_summary(arm)
+    names = ("prototypes", "dim", "unique", "unique_used", "unique_means", "used", "alive", "alive_window", "effective")
+    own = {"used": of_run["used"] // 2, "n": 5000, "unit": "patches", "movement": 0.25}
+    return {name: of_run[name] for name in names} | own | changes
+
+
 def make_run(
     root: Path,
     arm: str,
@@ -73,7 +81,8 @@ def make_run(
     if method:
         summary["method"] = method
         keys |= {"method.name": method.removesuffix("-vmf"), "prototypes.vmf": method.endswith("-vmf")}
-        keys |= {"method.block": 32} if method == "carp" else {}
+        needed = {"carp": {"method.block": 32}, "ibot": {"backbone.name": "vit_tiny_patch16_224"}}
+        keys |= needed.get(method.removesuffix("-vmf"), {})
     (folder / "config.yaml").write_text(dump_config(load_config("demo", keys)))
     (folder / "summary.json").write_text(json.dumps(summary))
     rng = np.random.default_rng([seed, *arm.encode()])
@@ -85,8 +94,10 @@ def make_run(
                      "teacher_entropy": 1 + 4.5 * fall + 0.03 * rng.normal(),
                      "alive": round(summary["alive"] + (K - summary["alive"]) * fall)})  # fmt: skip
         if step % 100 == 0:
-            counts = {eps: round(n + (K - n) * fall) for eps, n in summary["unique"].items()}
-            rows.append({"step": step, "epoch": step / 11, "kind": "sweep", "unique": counts})
+            sets = {"unique": summary["unique"]}
+            sets |= {f"unique/{part}": of["unique"] for part, of in summary.get("sets", {}).items() if "unique" in of}
+            swept = {of: {eps: round(n + (K - n) * fall) for eps, n in counts.items()} for of, counts in sets.items()}
+            rows.append({"step": step, "epoch": step / 11, "kind": "sweep", **swept})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     centres = rng.normal(size=(6, 2)) if arm == "joint" else rng.normal(size=(K, 2))
     circle = np.repeat(centres, -(-K // len(centres)), axis=0)[:K] + 0.05 * rng.normal(size=(K, 2))

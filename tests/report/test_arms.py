@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from made_runs import ARMS, HELD_OUT, make_run, make_summary
+from made_runs import ARMS, HELD_OUT, make_run, make_set, make_summary
 from uncollapse.checkpoints.prototypes import PrototypeSet
 from uncollapse.diagnosis.run import measure
 from uncollapse.figures import panels as figures
@@ -157,6 +157,42 @@ def test_an_arm_is_a_method_and_a_mode(tmp_path: Path) -> None:
     assert list(group([*runs[:3], *(read_run(make_run(tmp_path, "joint", 0, "slow", {**own, "optim.lr": 0.1},
             "carp")),)]).arms) == ["joint, learning rate = 0.001", "joint, learning rate = 0.1",
             "decoupled, learning rate = 0.001", "fixed, learning rate = 0.001"]  # fmt: skip
+
+
+def test_a_further_set_of_prototypes_is_an_arm_beside_its_own(tmp_path: Path) -> None:
+    modes = ("joint", "decoupled", "fixed")
+    runs = [
+        read_run(make_run(tmp_path, mode, seed, method="ibot", sets={"patch": make_set(mode)}))
+        for mode in modes
+        for seed in (0, 1)
+    ]
+    runs.append(read_run(make_run(tmp_path, "joint", method="dino")))
+    grouping = group(runs)
+    names = [f"ibot {mode}{part}" for mode in modes for part in ("", " · patch")]
+    assert list(grouping.arms) == ["dino joint", *names]
+    assert [len(found) for found in grouping.arms.values()] == [1, *[2] * 6]
+    assert rival("ibot decoupled · patch", grouping, "joint") == "ibot joint · patch"
+    assert rival("ibot decoupled", grouping, "joint") == "ibot joint"
+    found = verdict("ibot decoupled · patch", grouping)
+    assert [c.against for c in found.comparisons] == ["ibot joint · patch", "ibot fixed · patch"]
+    assert not any("view information" in text for c in found.comparisons for text in [*c.better, *c.worse])
+    assert any("66 ± 0 used on 5,000 held-out patches" in s for s in found.sentences)
+    joint = verdict("ibot joint · patch", grouping)
+    assert ("bad", "partial collapse") in joint.labels
+    assert any("joint · patch (11.3 % distinct)" in line for line in takeaways(grouping))
+    curve = [row["unique"]["0.025"] for row in grouping.arms["ibot joint · patch"][0].metrics if row["kind"] == "sweep"]
+    assert (curve[0], curve[-1]) == (256, 31)
+    look = figures.styles(grouping.arms)
+    assert len({style.colour for style in look.values()}) == 7
+    assert look["ibot joint"].dashes != look["ibot joint · patch"].dashes == look["ibot fixed · patch"].dashes
+
+
+def test_a_damaged_sweep_of_a_set_costs_no_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "joint", method="ibot", sets={"patch": make_set("joint")})
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1201, "kind": "sweep", "unique": {}, "unique/patch": "many"}\n')
+    (run,) = group([read_run(folder)]).arms["joint · patch"]
+    assert run.metrics[-1]["unique"] == {}
 
 
 # -------------------------------------------------------------------------------------------- comparing

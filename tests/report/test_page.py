@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from made_runs import ARMS, EPS, HELD_OUT, K, make_all, make_run, make_summary
+from made_runs import ARMS, EPS, HELD_OUT, K, make_all, make_run, make_set, make_summary
 from uncollapse.figures import panels as figures
 from uncollapse.report import page as report
 from uncollapse.report.arms import group
@@ -215,6 +215,17 @@ def test_several_methods_stand_on_one_page(tmp_path: Path) -> None:
     one = Page(render([runs[-1]], tmp_path / "report.html", ""))
     assert "carp decoupled on digits" in one.text
     assert [cell[0] for cell in next(row for row in one.rows if row[0] == ["measure"])] == ["measure", "decoupled"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_sets_of_prototypes_have_columns_of_their_own(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path, "joint", method="ibot", sets={"patch": make_set("joint", used=17)}))
+    page = Page(render([run], tmp_path / "report.html", ""))
+    assert page.cell("joint", "used") == "64"
+    assert page.cell("joint · patch", "used") == "17"
+    assert page.cell("joint · patch", "kNN") == "–"
+    assert page.cell("joint · patch", "movement") == "0.25"
+    assert "patch" not in " ".join(page.text.partition("Figure 5.")[2].partition("Figure 6.")[0].split())
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -47,10 +47,10 @@ def printed(summaries: list[dict[str, Any]], width: int) -> str:
     return out.getvalue()
 
 
-def read_back(text: str, arms: tuple[str, ...]) -> dict[str, dict[str, str]]:
+def read_back(text: str, arms: tuple[str, ...], times: int = 2) -> dict[str, dict[str, str]]:
     """Arm → label → cell of all tables in ``text``, with broken names and cells put together again."""
     tables: dict[str, dict[str, str]] = {arm: {} for arm in arms}
-    left = list(arms) * 2  # arms appear in this order: first in the main table, then in that of the costs
+    left = list(arms) * times  # arms appear in this order: first in the main table, then in that of the costs
     for block in re.split(r"\n\s*\n", text):
         lines = block.splitlines()
         rule = next((i for i, line in enumerate(lines) if line.startswith("──")), None)
@@ -145,6 +145,23 @@ def test_methods_are_told_apart_where_there_are_several() -> None:
     assert "No control of dino here" in text
     assert "dino joint: " in text
     assert list(read_back(printed(other, 80), ("joint", "fixed"))["fixed"]) == list(table["carp fixed"])
+
+
+def test_sets_of_prototypes_have_columns_of_their_own() -> None:
+    runs = make_all(ARMS[:2], seeds=2)
+    for s in runs:
+        own = {"prototypes": 64, "dim": 8, "unique": {"0.025": 60}, "used": s["used"] + 1, "n": 900, "unit": "patches"}
+        s |= {"method": "ibot", "sets": {"patch": own}}
+    for width in (80, 200):
+        text = printed(runs, width)
+        main, costs = text.split("what a step costs")
+        assert "joint · patch: " in " ".join(main.split())
+        assert "patch" not in costs
+    table = read_back(main, ("joint", "joint · patch", "koleo", "koleo · patch"), 1)
+    assert table["joint"]["used"] == "140±141"
+    assert table["joint · patch"]["used"] == "141±141"
+    assert table["koleo · patch"]["unique ε .025, %"] == "93.8±0.0"
+    assert table["koleo · patch"]["kNN, %"] == "–"
 
 
 def test_what_was_not_measured_is_a_dash() -> None:

@@ -25,13 +25,11 @@ from uncollapse.measure.information import ViewInformation
 from uncollapse.measure.sweep import wide_of
 from uncollapse.measure.usage import prototype_argmax, prototype_report
 from uncollapse.measure.verdict import judge
-from uncollapse.models.embed import VIEWS, embed, nearest_images, project_views
+from uncollapse.models.embed import PATCHES, VIEWS, SomePatches, embed, nearest_images, project_views
 from uncollapse.models.network import Encoder
 
 TEMPERATURES = {"MSN": 0.025, "SwAV": 0.05, "CAPI": 0.06, "CARP": 1.0}
 """Of the targets, where a family's published recipe differs from DINO's final 0.07. CARP has none, so 1."""
-PATCHES = 16
-"""Most patches of an image that are looked at, where the prototypes divide up patches."""
 PICTURED, MEMBERS, NEAREST = 6, 3, 8
 """Groups with pictures, prototypes listed of each group, images listed of each prototype."""
 
@@ -103,24 +101,6 @@ class ImageFindings:
         return out
 
 
-class _SomePatches(nn.Module):
-    """Images → at most ``most`` of their patch tokens each, (n · most, d), image by image."""
-
-    def __init__(self, backbone: nn.Module, most: int = PATCHES) -> None:
-        super().__init__()
-        self.backbone, self.most = backbone, most
-        self.each = 0
-        """Patches of an image that the last call returned."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.backbone(x)
-        self.each = min(self.most, tokens.shape[1])
-        # The place in the batch decides which patches, so that the same call always sees the same ones.
-        order = torch.rand(tokens.shape[:2], generator=torch.Generator().manual_seed(0)).argsort(1)
-        chosen = order[:, : self.each].sort(1).values.to(tokens.device)
-        return tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2])).flatten(0, 1)
-
-
 def look(
     d: Diagnosis, s: PrototypeSet, rebuilt: Rebuilt, data: str, center: Tensor | None, limit: int, device: torch.device
 ) -> None:
@@ -142,7 +122,7 @@ def look(
     if len(held) < 2:
         raise DataError(f"{data}: {len(held)} held-out image, and images tell something from two on; give more images")
     train, held = (_some(images, limit, config.seed) for images in (train, held))
-    backbone = _SomePatches(rebuilt.backbone) if rebuilt.tokens else rebuilt.backbone
+    backbone = SomePatches(rebuilt.backbone) if rebuilt.tokens else rebuilt.backbone
     own = rebuilt.config
     raw_head = not own.head.normalise if own else d.source.family == "CARP"
     unnormalised = raw_head and isinstance(rebuilt.head, nn.Sequential)
@@ -158,7 +138,7 @@ def look(
         )
     z = F.normalize(raw, dim=1)
     z_views = project_views(encoder, held, config.views, config.seed, config.data.workers, device)
-    each = backbone.each if isinstance(backbone, _SomePatches) else 1
+    each = backbone.each if isinstance(backbone, SomePatches) else 1
     matching = z_views.shape[1] == len(z)  # not where images turned out to be unreadable
     aligned = matching and not rebuilt.tokens
     z_train = project_views(encoder, train, config.views, config.seed, config.data.workers, device)

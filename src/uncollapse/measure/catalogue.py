@@ -195,7 +195,7 @@ LINEAR_BALANCED = Measure(
 USED = Measure(
     "used",
     "Prototypes that are the hard argmax of the raw cosine (uncentred, unbalanced) for at least one of the "
-    "held-out images.",
+    "held-out images; prototypes of patches, of their patches.",
     entry("used"),
 )
 USED_BY_LOGITS = Measure(
@@ -229,6 +229,12 @@ AMONG_USED = Measure(
     1,
     "%",
 )
+MOVEMENT = Measure(
+    "movement",
+    "Mean cosine distance of the prototypes from where they started; where nothing moved, nothing was learned.",
+    entry("movement"),
+    2,
+)
 STEP_TIME = Measure("step time", "Mean wall time of a training step.", entry("seconds_per_step", 1e3), 1, "ms")
 UNIQUE = {eps: unique(eps) for eps in EPSILONS}
 UNIQUE_MEANS = {eps: unique_means(eps) for eps in EPSILONS}
@@ -248,6 +254,7 @@ MEASURES = (
     TARGET_AGREEMENT,
     ALIVE,
     *EFFECTIVE.values(),
+    MOVEMENT,
     STEP_TIME,
 )
 

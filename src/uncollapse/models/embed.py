@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uncollapse.config.schema import ViewConfig
 from uncollapse.data.batched import multicrop
@@ -23,6 +23,31 @@ VIEWS = 6
 """Augmented views of every held-out image behind the view information."""
 VIEW_STEP = 2**31
 """A step no training reaches: the key of the evaluation's views."""
+PATCHES = 16
+"""Most patches of an image that are looked at, where the prototypes divide up patches."""
+
+
+class SomePatches(nn.Module):
+    """Images → at most ``most`` of their patch tokens each, (n · most, d), image by image.
+
+    Args:
+        backbone: that gives patch tokens (n, P, d), such as `PatchTokens`.
+        most: so many, or all where there are fewer.
+    """
+
+    def __init__(self, backbone: nn.Module, most: int = PATCHES) -> None:
+        super().__init__()
+        self.backbone, self.most = backbone, most
+        self.each = 0
+        """Patches of an image that the last call returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.backbone(x)
+        self.each = min(self.most, tokens.shape[1])
+        # The place in the batch decides which patches, so that the same call always sees the same ones.
+        order = torch.rand(tokens.shape[:2], generator=torch.Generator().manual_seed(0)).argsort(1)
+        chosen = order[:, : self.each].sort(1).values.to(tokens.device)
+        return tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2])).flatten(0, 1)
 
 
 @torch.no_grad()

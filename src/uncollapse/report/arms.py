@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from uncollapse.config.methods import METHODS
 from uncollapse.config.schema import ARMS
 from uncollapse.measure.catalogue import Row
-from uncollapse.run_folder.read import Arms, RunRecord
+from uncollapse.run_folder.read import Arms, RunRecord, of_set
 
 BASELINE, CONTROL = "joint", "fixed"
 _PLACES = ("seed", "data.path", "data.val_path", "data.workers", "data.memory_gb")
@@ -31,7 +31,8 @@ class Grouping:
     """Runs by arm, and what has to be said about them."""
 
     arms: Arms
-    """In the order of methods and modes; the seeds of each ascending."""
+    """In the order of methods and modes; the seeds of each ascending. Further sets of prototypes stand behind the arm
+    that they are of, as arms of their own."""
     data: dict[str, int]
     """Of each arm, which of the sets of images it saw: only arms of one set are compared."""
     notes: list[str]
@@ -60,8 +61,15 @@ def group(runs: Sequence[RunRecord]) -> Grouping:
     groups = sorted(by_arm.values(), key=lambda found: _place(found[0][1]))
     names, said = _names([[run for _, run in found] for found in groups], [found[0][0] for found in groups])
     notes += said
-    arms = {name: [run for _, run in found] for name, found in zip(names, groups, strict=True)}
-    data = {name: found[0][0] for name, found in zip(names, groups, strict=True)}
+    arms: Arms = {}
+    data: dict[str, int] = {}
+    for name, found in zip(names, groups, strict=True):
+        members = [run for _, run in found]
+        arms[name], data[name] = members, found[0][0]
+        for part in dict.fromkeys(part for run in members for part in run.summary.get("sets") or {}):
+            having = [run for run in members if part in (run.summary.get("sets") or {})]
+            arms[set_name(name, part)] = [of_set(run, part) for run in having]
+            data[set_name(name, part)] = data[name]
     if len(set(data.values())) > 1:
         seen = []
         for of in dict.fromkeys(data.values()):
@@ -84,20 +92,25 @@ def arm_name(method: str, mode: str, several: bool) -> str:
     return f"{method} {mode}" if several else mode
 
 
-def rival(arm: str, grouping: Grouping, mode: str) -> str | None:
-    """The arm of that mode, of the same method and on the same images, that is configured most like ``arm``.
+def set_name(arm: str, part: str) -> str:
+    """What a further set of prototypes of an arm is called."""
+    return f"{arm} · {part}"
 
-    None without one.
-    """
+
+def rival(arm: str, grouping: Grouping, mode: str) -> str | None:
+    """The arm of that mode, of the same method, set and images, that is configured most like ``arm``; None without."""
     arms = grouping.arms
     found = [
-        other
-        for other, runs in arms.items()
-        if other != arm
-        and (runs[0].method, runs[0].name) == (arms[arm][0].method, mode)
-        and grouping.data[other] == grouping.data[arm]
+        other for other in of_mode(arm, grouping, mode) if other != arm and grouping.data[other] == grouping.data[arm]
     ]
     return min(found, key=lambda other: len(_differing([arms[arm][0], arms[other][0]])), default=None)
+
+
+def of_mode(arm: str, grouping: Grouping, mode: str) -> list[str]:
+    """The arms of that mode, of the method and the set of prototypes of ``arm``."""
+    run = grouping.arms[arm][0]
+    firsts = ((other, runs[0]) for other, runs in grouping.arms.items())
+    return [other for other, r in firsts if (r.method, r.name, r.set) == (run.method, mode, run.set)]
 
 
 def without_control(arms: Arms) -> list[str]:

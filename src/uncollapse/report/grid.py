@@ -51,10 +51,10 @@ def _against(arm: str, kind: str, grouping: Grouping) -> dict[str, str]:
     other = rival(arm, grouping, kind)
     if other is None:
         return {}
-    row = {"arm": arm, "minus": other}
-    for measure in COMPARED:
-        row[_heading(measure)] = _text(measure, difference(measure, grouping.arms[arm], grouping.arms[other]))
-    return row
+    found = {m: difference(m, grouping.arms[arm], grouping.arms[other]) for m in COMPARED}
+    if not any(found.values()):  # of further sets of prototypes, which describe
+        return {}
+    return {"arm": arm, "minus": other} | {_heading(m): _text(m, gap) for m, gap in found.items()}
 
 
 def _text(measure: Measure, found: Difference | None) -> str:

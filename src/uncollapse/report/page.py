@@ -61,7 +61,7 @@ def write_report(runs: list[RunRecord], path: Path, title: str = "", notes: Sequ
     grouping = group(runs)
     arms = grouping.arms
     look = figures.styles(arms)
-    rows = [run.summary for run in runs]
+    rows = [run.summary for found in arms.values() for run in found]
     measures = measured(rows)
     page = _template().render(
         title=title or _title(runs),
@@ -81,8 +81,9 @@ def write_report(runs: list[RunRecord], path: Path, title: str = "", notes: Sequ
         diagnosis_share=_diagnosis_share(arms),
         evaluations=evaluations(arms, look),
         probes_replaced=replaced,
-        examples=[_examples(arm, found, look[arm].colour) for arm, found in arms.items()],
+        examples=[_examples(arm, found, look[arm].colour) for arm, found in arms.items() if not found[0].set],
         has_control=any(found[0].name == CONTROL for found in arms.values()),
+        has_sets=any(found[0].set for found in arms.values()),
         uncontrolled=without_control(arms),
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from uncollapse.measure.catalogue import Measure, Row, measured
 from uncollapse.measure.verdict import judge_row
-from uncollapse.report.arms import CONTROL, arm_name
+from uncollapse.report.arms import CONTROL, arm_name, set_name
 from uncollapse.report.comparing import stat
 from uncollapse.run_folder.read import RunRecord
 from uncollapse.shown import shown
@@ -33,19 +33,33 @@ def print_table(summaries: list[Row], console: Console | None = None) -> None:
     several = len({_method(s) for s in summaries}) > 1
     for summary in summaries:
         arms.setdefault(arm_name(_method(summary), shown(summary["name"]), several), []).append(summary)
+    every = {name: found for arm, rows in arms.items() for name, found in _with_sets(arm, rows).items()}
     first = summaries[0]
     seeds = len({s["seed"] for s in summaries})
     title = f"{first['prototypes']} prototypes, {first['steps']} steps, n = {first['n_held_out']} held-out images"
     title += f", mean ± sd over {seeds} seeds" if seeds > 1 else ""
-    lines = [(m.label, [cell(m, rows) for rows in arms.values()]) for m in measured(summaries)]
-    _print(console, title, list(arms), lines)
+    lines = [
+        (m.label, [cell(m, rows) for rows in every.values()])
+        for m in measured([row for rows in every.values() for row in rows])
+    ]
+    _print(console, title, list(every), lines)
     console.print(_legend(summaries), highlight=False, markup=False)
     console.print()
-    for arm, rows in arms.items():
+    for arm, rows in every.items():
         for line in verdict_lines(arm, rows):
             console.print(line, highlight=False, markup=False)
     console.print()
     _print(console, "what a step costs, ms", list(arms), _parts(arms))
+
+
+def _with_sets(arm: str, rows: list[Row]) -> dict[str, list[Row]]:
+    """An arm, and behind it its further sets of prototypes."""
+    out = {arm: rows}
+    for row in rows:
+        for part, measures in (row.get("sets") or {}).items():
+            own = {"name": row["name"], "seed": row["seed"], **measures}
+            out.setdefault(set_name(arm, shown(part)), []).append(own)
+    return out
 
 
 def _method(summary: Row) -> str:
@@ -72,7 +86,7 @@ def _print(console: Console, title: str, arms: list[str], lines: list[Line]) -> 
     """A line per measure and a column per arm: the arms are few, so this fits where the reverse would not."""
     console.print(title, style="italic", highlight=False, markup=False)
     unbounded = console.options.update(width=100_000)
-    # What does not fit side by side is broken, first names at hyphens, then cells before ±, then the row of arms.
+    # What does not fit side by side is broken, first names, then cells before ±, then the row of arms.
     for breaks, most in [("", len(arms)), ("-", len(arms)), *(("-±", n) for n in range(len(arms), 0, -1))]:
         tables = [_table(arms, lines, slice(i, i + most), breaks) for i in range(0, len(arms), most)]
         if max(console.measure(table, options=unbounded).maximum for table in tables) <= console.width:
@@ -88,7 +102,7 @@ def _table(arms: list[str], lines: list[Line], columns: slice, breaks: str) -> T
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column(overflow="fold")  # never an ellipsis, however narrow the console
     for arm in arms[columns]:
-        name = arm.replace("-", "-\n") if "-" in breaks else arm
+        name = arm.replace("-", "-\n").replace(" ", "\n").replace("·\n", "· ") if "-" in breaks else arm
         table.add_column(Text(name), justify="right", overflow="fold")
     for label, cells in lines:
         table.add_row(label, *(c.replace("±", "\n±") if "±" in breaks else c for c in cells[columns]))
@@ -109,6 +123,8 @@ def _legend(summaries: list[Row]) -> str:
         "unique: kept by the greedy ε-cover; used: nearest to at least one held-out image; alive: nearest to a "
         f"training view in the last {first['alive_window']} steps. These describe: dead and random ones are unique too."
     )
+    if any(s.get("sets") for s in summaries):
+        lines.append("ARM · SET: a further set of prototypes of the same runs, counted on patches of held-out images.")
     if first.get("knn") is not None:
         low, high = first["knn_ci95"]
         text = f"kNN: k = {first['knn_k']}, 95 % interval of one run ± {50 * (high - low):.1f}"

@@ -13,6 +13,7 @@ from uncollapse.measure.catalogue import (
     LINEAR,
     MEASURES,
     MERIT,
+    MOVEMENT,
     OLD_VIEW_INFORMATION,
     STEP_TIME,
     UNIQUE,
@@ -27,12 +28,12 @@ from uncollapse.measure.catalogue import (
 )
 from uncollapse.measure.verdict import Verdict as Judgement
 from uncollapse.measure.verdict import judge_row
-from uncollapse.report.arms import BASELINE, CONTROL, Grouping, rival
+from uncollapse.report.arms import BASELINE, CONTROL, Grouping, of_mode, rival
 from uncollapse.report.comparing import difference, stat
 from uncollapse.run_folder.read import RunRecord, common
 
-_CONTROLLED = (*UNIQUE.values(), *UNIQUE_MEANS.values(), STEP_TIME)
-"""Measures that random prototypes have at their best by construction: nobody is compared with the control in them."""
+_CONTROLLED = (*UNIQUE.values(), *UNIQUE_MEANS.values(), MOVEMENT, STEP_TIME)
+"""Measures that follow from never learning: nobody is compared with the control in them."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,7 @@ def verdict(arm: str, grouping: Grouping) -> Verdict:
     kind = runs[0].name
     others = [] if kind == CONTROL else [rival(arm, grouping, of) for of in (BASELINE, CONTROL)]
     if kind == BASELINE:
-        first = ((o, found[0]) for o, found in grouping.arms.items())
-        others[0] = next((o for o, r in first if (r.method, r.name) == (runs[0].method, BASELINE)), None)
+        others[0] = of_mode(arm, grouping, BASELINE)[0]
     comparisons = [
         compare(arm, other, grouping)
         for other in others
@@ -174,8 +174,8 @@ def _description(runs: Sequence[RunRecord]) -> list[str]:
     if total and parts:
         sentences.append(f"{total:,.0f} prototypes: " + " and ".join(", ".join(parts).rsplit(", ", 1)) + ".")
     if used := count(USED):
-        n = common(runs, "n_held_out")
-        text = f"{used} used on {n + ' ' if n else ''}held-out images"
+        n, unit = common(runs, "n_held_out") or common(runs, "n"), common(runs, "unit") or "images"
+        text = f"{used} used on {n + ' ' if n else ''}held-out {unit}"
         if by_target := count(USED_BY_TARGET):
             text += f" ({by_target} by the training target)"
         if worth := count(EFFECTIVE[0.025]):

@@ -8,13 +8,11 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
 
 from uncollapse.measure.catalogue import Row
-from uncollapse.measure.random_start import RandomLikeness
+from uncollapse.run_folder.summary import read_summary
 from uncollapse.shown import shown
 
 MOST_ARRAY = 1 << 28
@@ -31,6 +29,7 @@ class RunRecord:
     metrics: list[Row] = field(default_factory=list)
     """Rows of ``metrics.jsonl``: kinds ``step``, ``sweep`` and ``warning``."""
     summary: Row = field(default_factory=dict)
+    """What ``summary.json`` has of the entries of a `Summary`."""
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     """The arrays of ``diagnosis.npz``."""
     evaluation: Row = field(default_factory=dict)
@@ -40,12 +39,23 @@ class RunRecord:
     folder: str = ""
     method: str = "dino"
     """The objective, such as ``carp``; with ``name`` it makes an arm. Runs of before were all DINO's."""
+    set: str = ""
+    """Which further set of prototypes this is about, as `of_set` gives it; empty: the run's own numbers."""
     problems: list[str] = field(default_factory=list)
     """A line for each damaged piece, which was left out."""
 
 
 Arms = dict[str, list[RunRecord]]
 """The runs of each arm, one per seed."""
+
+
+def of_set(run: RunRecord, name: str) -> RunRecord:
+    """What a run recorded of a further set of prototypes, under the names that the first set's numbers have."""
+    common, end = ("step", "epoch", "kind"), f"/{name}"
+    rows = [{k.removesuffix(end): v for k, v in r.items() if k in common or k.endswith(end)} for r in run.metrics]
+    rows = [row for row in rows if row.get("kind") != "warning"]
+    of_run = {"summary": run.summary["sets"][name], "metrics": rows, "arrays": {}, "evaluation": {}}
+    return dataclasses.replace(run, set=name, **of_run)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -72,88 +82,19 @@ def read_run(folder: Path) -> RunRecord:
     return record
 
 
-# ------------------------------------------------------------------------------------------------ summary
-
-Whole = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
-Above0 = Annotated[int, Field(strict=True, ge=1, lt=2**53)]
-Real = Annotated[float, Field(strict=True)]
-
-
-@dataclass
-class _Information:
-    bits: Real
-    standard_error: Real | None = None
-    fitted_on: str = ""
-    n_fit: Whole | None = None
-    n: Whole | None = None
-    views: Whole | None = None
-
-
-_Ends = tuple[Real | None, Real | None]
-_ENTRIES: dict[Any, str] = {
-    str: "name method data device encoder data_digest held_out_digest",
-    Above0: "prototypes dim",
-    Whole: "seed steps n_train n_held_out used used_by_logits used_by_target alive alive_window knn_k n_bank views",
-    Real: "knn linear knn_balanced linear_balanced knn_untrained target_agreement seconds_per_step diagnosis_share "
-    "loss effective_rank uniformity view_epsilon",
-    dict[str, Whole]: "unique unique_means unique_used",
-    dict[str, Real]: "effective step_parts",
-    _Ends: "knn_ci95 linear_ci95 knn_balanced_ci95 linear_balanced_ci95",
-    Real | _Information: "view_information",
-    RandomLikeness: "random_start",
-    list[str]: "notes",
-}
-_ADAPTERS = {
-    name: adapter for kind, names in _ENTRIES.items() for adapter in [TypeAdapter(kind)] for name in names.split()
-}
+# ------------------------------------------------------------------------------------ one reader a file
 
 
 def _summary(path: Path, record: RunRecord) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"expected an object, found a {type(content).__name__}")
-    record.summary, wrong = checked_summary(content)
+    record.summary, wrong = read_summary(content)
     if wrong:
         record.problems.append(f"{shown(path)}: of another type than a run writes, and left out: {', '.join(wrong)}")
     record.name = record.summary.get("name") or record.name
     record.method = record.summary.get("method") or record.method
     record.seed = record.summary.get("seed") or 0
-
-
-def checked_summary(content: Row) -> tuple[Row, list[str]]:
-    """The known entries of a summary that have the right type, text safe to print; and the names of the others."""
-    good: Row = {}
-    wrong = []
-    for name, adapter in _ADAPTERS.items():
-        value = content.get(name)
-        if value is None:
-            continue
-        try:
-            checked = adapter.validate_python(value)
-        except ValidationError:
-            wrong.append(name)
-            continue
-        good[name] = shown(checked)[:80] if isinstance(checked, str) else checked
-        if dataclasses.is_dataclass(checked) and not isinstance(checked, type):
-            good[name] = dataclasses.asdict(checked)
-    if (good.get("unique") or {}) and any(n > good.get("prototypes", 0) for n in good["unique"].values()):
-        del good["unique"]
-        wrong.append("unique (more than there are prototypes)")
-    for name in ("unique", "unique_means", "unique_used", "effective"):
-        if any(not _is_epsilon(key) for key in good.get(name, ())):
-            del good[name]
-            wrong.append(name)
-    return good, wrong
-
-
-def _is_epsilon(text: str) -> bool:
-    try:
-        return 0 < float(text) <= 2
-    except ValueError:
-        return False
-
-
-# ------------------------------------------------------------------------------------- the other files
 
 
 def _config(path: Path, record: RunRecord) -> None:
@@ -183,8 +124,9 @@ def _metrics(path: Path, record: RunRecord) -> None:
     rows = read_rows(path)
     good = [r for r in rows if isinstance(r.get("step", 0), int) and abs(r.get("step", 0)) < 2**53]
     for row in good:
-        if row.get("kind") == "sweep" and not isinstance(row.get("unique"), dict):
-            row["unique"] = {}
+        if row.get("kind") == "sweep":
+            counts = {key: value for key, value in row.items() if key.partition("/")[0] == "unique"}
+            row |= {"unique": {}} | {key: value if isinstance(value, dict) else {} for key, value in counts.items()}
     record.metrics = good
     if len(good) < len(rows):
         record.problems.append(f"{shown(path)}: {len(rows) - len(good)} rows without a step are left out")

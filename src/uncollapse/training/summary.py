@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from uncollapse.measure.random_start import random_likeness
 from uncollapse.measure.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
 from uncollapse.measure.usage import PrototypeReport, prototype_report, usage_counts
 from uncollapse.methods.contract import At, Seen, method_of
-from uncollapse.models.embed import embed, nearest_images, project_views
-from uncollapse.models.network import build_encoder
+from uncollapse.models.embed import SomePatches, embed, nearest_images, project_views
+from uncollapse.models.network import Encoder, build_encoder
+from uncollapse.models.tokens import PatchTokens, plain
 from uncollapse.prototypes.build import initial_prototypes
 from uncollapse.run_folder.files import write_atomically
+from uncollapse.run_folder.summary import Information, SetSummary, Summary
 from uncollapse.training.job import Job
 from uncollapse.training.state import TrainState
 
@@ -32,6 +34,7 @@ FIT_VIEWS, FEWEST_FIT, MOST_FIT = 2, 2000, 20_000
 """Views of each training image that view information is fitted on; 8 images for each prototype, within these bounds."""
 SWEEP = tuple(float(e) for e in np.round(np.linspace(0.0125, 0.5, 40), 4))
 K_NEIGHBOURS = 20
+T = TypeVar("T")
 
 
 def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: dict[str, float]) -> dict[str, Any]:
@@ -44,47 +47,95 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
         loss: of the last one.
         seconds: spent on each part of all of them.
     """
-    config, held_out, device = job.config, job.held_out, job.device
-    prototypes, monitor = state.prototypes(), state.monitors["cls"]
-    vectors = prototypes.vectors("teacher").cpu()
-    features, z, labels = embed(state.evaluated, held_out, config.views, config.data.workers, device)
+    config, device = job.config, job.device
+    main, *others = state.parts.names()
+    vectors = state.prototypes(main).vectors("teacher").cpu()
+    features, z, labels = embed(state.evaluated, job.held_out, config.views, config.data.workers, device)
     report = prototype_report(vectors, z)
     information, notes = _information(job, state, vectors)
     probes, correct = _probes(job, state, features, labels)
+    notes += probes.pop("notes")
     total = sum(seconds.values())
-    summary: dict[str, Any] = {
-        "name": mode_name(config),
-        "method": method_name(config),
-        "seed": config.seed,
-        "prototypes": len(vectors),
-        "dim": vectors.shape[1],
-        "steps": steps,
-        "n_train": len(job.images),
-        "n_held_out": len(held_out),
-        **job.digests,
-        **_jsonable(report),
-        "random_start": dataclasses.asdict(random_likeness(vectors, EPSILONS[0])),
-        "view_information": None if information is None else information.to_json(),
-        "unique_means": {f"{eps:g}": n for eps, n in epsilon_sweep(prototypes.means().cpu(), EPSILONS).items()},
+    summary = Summary(
+        name=mode_name(config),
+        method=method_name(config),
+        seed=config.seed,
+        steps=steps,
+        n_train=len(job.images),
+        n_held_out=len(job.held_out),
+        data_digest=job.digests["data_digest"],
+        held_out_digest=job.digests["held_out_digest"],
+        **_of_set(job, state, main, report),
+        effective_rank=report.effective_rank,
+        uniformity=report.uniformity,
+        view_information=None if information is None else _in_short(information),
         **_used_by_target(job, state, z, vectors),
-        "alive": monitor.alive(),
-        "alive_window": min(monitor.window, monitor.calls),
-        "loss": loss,
-        "seconds_per_step": total / max(1, steps),
-        "step_parts": {part: value / max(1, steps) for part, value in seconds.items()},
-        "diagnosis_share": seconds.get("diagnosis", 0.0) / total if total else 0.0,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "data": Path(config.data.path).name,
-        "encoder": config.backbone.name,
+        sets={name: SetSummary(**_of_other_set(job, state, name, notes)) for name in others},
+        loss=loss,
+        seconds_per_step=total / max(1, steps),
+        step_parts={part: value / max(1, steps) for part, value in seconds.items()},
+        diagnosis_share=seconds.get("diagnosis", 0.0) / total if total else 0.0,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        data=Path(config.data.path).name,
+        encoder=config.backbone.name,
         **probes,
-    }
-    summary["notes"] = [*notes, *summary["notes"]]
-    arrays: dict[str, Any] = _arrays(config, vectors, z, held_out) | correct
+        notes=notes,
+    )
+    arrays: dict[str, Any] = _arrays(config, vectors, z, job.held_out) | correct
     if information is not None:
         arrays["view_information_of_image"] = information.of_image.float().numpy()
     np.savez_compressed(job.out / "diagnosis.npz", **arrays)
-    write_atomically(job.out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
-    return summary
+    row = dataclasses.asdict(summary)
+    write_atomically(job.out / "summary.json", (json.dumps(row, indent=1) + "\n").encode())
+    return row
+
+
+def _of_set(
+    job: Job, state: TrainState, name: str, report: PrototypeReport | None, unit: str = "images"
+) -> dict[str, Any]:
+    """The entries of a `SetSummary`; those that need projections come from ``report``, of so many of a ``unit``."""
+    number, levels = state.parts.names().index(name), len(state.parts.levels(name))
+    prototypes, monitor = state.prototypes(name), state.monitors[name]
+    vectors = prototypes.vectors("teacher").cpu()
+    start = initial_prototypes(job.config, number, levels).vectors("teacher")
+    found: dict[str, Any] = {
+        "prototypes": len(vectors),
+        "dim": vectors.shape[1],
+        "unique": _by_epsilon(epsilon_sweep(vectors, EPSILONS) if report is None else report.unique),
+        "unique_means": _by_epsilon(epsilon_sweep(prototypes.means().cpu(), EPSILONS)),
+        "alive": monitor.alive(),
+        "alive_window": min(monitor.window, monitor.calls),
+        "movement": float((1 - (vectors * start).sum(-1)).mean().clamp_min(0)),
+        "random_start": random_likeness(vectors, EPSILONS[0]),
+    }
+    if report is not None:
+        found |= {"used": report.used, "n": report.n, "unit": unit}
+        found |= {"unique_used": _by_epsilon(report.unique_used), "effective": _by_epsilon(report.effective)}
+    return found
+
+
+def _of_other_set(job: Job, state: TrainState, name: str, notes: list[str]) -> dict[str, Any]:
+    """The same of a set beside the first; what uses a set of patches is seen on some patches of held-out images."""
+    report = None
+    if state.parts.levels(name) == ["patch"]:
+        config = job.config
+        tokens = PatchTokens(plain(state.evaluated.backbone))
+        encoder = Encoder(SomePatches(tokens), {"cls": state.evaluated.head})
+        try:
+            z = embed(encoder, job.held_out, config.views, config.data.workers, job.device)[1]
+            report = prototype_report(state.prototypes(name).vectors("teacher").cpu(), z)
+        except Exception as error:  # the training is done, and no measure may cost it
+            notes.append(f"no use of the prototypes of {name!r}: {_in_words(error)}")
+    return _of_set(job, state, name, report, "patches")
+
+
+def _in_short(found: ViewInformation) -> Information:
+    return Information(found.bits, found.standard_error, found.fitted_on, found.n_fit, found.n, found.views)
+
+
+def _by_epsilon(found: Mapping[float, T]) -> dict[str, T]:
+    """ε as text keys, as JSON has no numbers there."""
+    return {f"{eps:g}": number for eps, number in found.items()}
 
 
 def _information(job: Job, state: TrainState, vectors: Tensor) -> tuple[ViewInformation | None, list[str]]:
@@ -117,17 +168,6 @@ def _used_by_target(job: Job, state: TrainState, z: Tensor, vectors: Tensor) -> 
     by_target = torch.cat(hardest).cpu()
     agreement = (by_target == cosine_argmax(z, vectors)).double().mean()
     return {"used_by_target": len(by_target.unique()), "target_agreement": float(agreement)}
-
-
-def _jsonable(report: PrototypeReport) -> dict[str, Any]:
-    """ε as text keys, as JSON has no numbers there."""
-    values = dataclasses.asdict(report)
-    for name, value in values.items():
-        if isinstance(value, dict):
-            values[name] = {f"{eps:g}": number for eps, number in value.items()}
-    values.pop("n")
-    values.pop("view_information")
-    return values
 
 
 def _probes(
