@@ -6,12 +6,14 @@ import torch.nn.functional as F
 
 from steps import Steps, batch_of, small
 from uncollapse.config.load import load_config
+from uncollapse.config.schema import KINDS
 from uncollapse.methods import ibot
 from uncollapse.methods.contract import At, Batch
 from uncollapse.models.network import Projected
 from uncollapse.prototypes.sets import JointPrototypes
 
 N, D, K, P, LOCALS = 5, 6, 9, 7, 2
+SGD = {"optim.name": "sgd", "optim.lr": 1.0, "optim.lr_batch": 16, "optim.weight_decay_end": 0.0}
 START = At(0, 0.0, 0.0, 0, None)
 
 
@@ -129,6 +131,21 @@ def test_a_batch_without_any_hidden_patch(shared):
     torch.testing.assert_close(found["cls"], brute(made, "cls")["cls"], rtol=0, atol=1e-7)
     (gradient,) = torch.autograd.grad(found["patch"], made.student_patches, retain_graph=True)
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_without_any_hidden_patch_leaves_the_patches_prototypes(kind):
+    """They have no gradient and nothing to be observed; the class tokens' learn as ever."""
+    steps = Steps(small("ibot-separate", kind, **{"method.masked_crops": 0.0, "optim.weight_decay": 0.0, **SGD}))
+    start = steps.snapshot()
+    done = steps.take()
+    assert done.terms["patch"] == 0
+    moved = {
+        name: (steps.state.prototypes(name).vectors("student") - start.prototypes(name).vectors("student")).abs().max()
+        for name in ("cls", "patch")
+    }
+    assert (moved["patch"] > 1e-6) == (kind == "koleo")
+    assert (moved["cls"] > 1e-6) == (kind != "fixed")
 
 
 @pytest.mark.parametrize("method", ["ibot", "ibot-separate"])

@@ -49,6 +49,7 @@ def trained(folder, kinds):
             )
         if int(os.environ.get("RANK", "0")) == 0:
             saved = load_checkpoint(folder / kind / "checkpoints")
+            assert "NaN" not in (folder / kind / "metrics.jsonl").read_text()
             for part in ("student", "teacher", "memory"):
                 out |= {f"{kind} {part} {n}": t for n, t in saved.get(part, {}).items()}
             for name, tensors in saved["prototypes"].items():

@@ -161,7 +161,8 @@ class OnlineMixture(nn.Module):
         Later updates do not change them.
         """
         with torch.autocast(x.device.type, enabled=False):
-            phi = self._features(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+            phi = self._features(x.reshape(-1, x.shape[-1]))
+            phi = phi.view(*x.shape[:-1], phi.shape[1])  # of no rows too
             weight = self._components(None).parameters(slice(0, len(self.mean)))
             return SoftmaxTargets(phi, weight, 1.0, self.offset.clone())
 

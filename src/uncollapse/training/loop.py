@@ -209,6 +209,8 @@ class Loop:
                 row[of_set("alive", name)] = alive[name]
                 row[of_set("nearest_cosine", name)] = nearest_cosine(vectors)
             for name, targets in result.targets.items():
+                if not targets.z.numel():
+                    continue  # no hidden patch on this rank
                 row[of_set("teacher_entropy", name)], row[of_set("marginal_entropy", name)] = entropies(targets)
             self.log.row("step", done, time=time.time(), **row)
         for name, monitor in self.state.monitors.items():
