@@ -1,82 +1,120 @@
-"""Progress on the terminal: one bar per run, with the loss and the time left; plain lines where there is none."""
+"""Progress on the terminal: the one bar of every command, with what is left; plain lines where none can be drawn."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_SECONDS = 30.0
 """A log file gets a line this often."""
 
-Report = Callable[[str, int, int, float], None]
-"""Called with (name of the run, steps done, steps to do, loss)."""
+Report = Callable[[str, float, float, float | None], None]
+"""Called with (name of the work, done, in all, loss or None). Where all is 1.0, ``done`` is a share of it."""
 
 
 @contextmanager
-def run_bars(console: Console, names: list[str]) -> Iterator[Report]:
-    """Shows each named run's steps, loss, time taken and time left."""
+def bars(
+    console: Console, names: Sequence[str] = (), after: float = 0.0, keep: bool = False, show: bool = True
+) -> Iterator[Report]:
+    """A bar for each name: how much is done, the loss or the speed, time taken and time left.
+
+    Args:
+        names: those that have a bar from the start; others get one when they are first heard of.
+        after: seconds of work before anything is shown.
+        keep: whether bars stay when their work is done.
+        show: False shows nothing.
+    """
+    if not show:
+        yield lambda name, done, total, loss: None
+        return
     if not console.is_terminal or console.is_dumb_terminal:  # TERM=dumb cannot redraw a line
-        yield _lines(console)
+        yield _lines(console, last=after == 0)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[amount]}"),
+        TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as display:
-        width = max(map(len, names))
-        tasks = {n: display.add_task(f"{n:<{width}}", total=None, start=False, loss="–") for n in names}
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    display = Progress(*columns, *times, console=console, transient=not keep)
+    width, began = max(map(len, names), default=0), time.monotonic()
 
-        def report(name: str, done: int, total: int, loss: float) -> None:
-            task = tasks[name]
-            if not display.tasks[task].started:
-                display.start_task(task)
-            display.update(task, completed=done, total=total, loss=f"{loss:.3f}")
+    def task_of(name: str) -> TaskID:
+        return display.add_task(f"{name:<{width}}", total=None, start=False, amount="", note="")
 
+    tasks = {name: task_of(name) for name in names}
+
+    def report(name: str, done: float, total: float, loss: float | None) -> None:
+        if name not in tasks:
+            for earlier in () if keep else tasks.values():
+                display.update(earlier, visible=False)  # its work may have ended before its own end
+            tasks[name] = task_of(name)
+        of, task = tasks[name], display.tasks[tasks[name]]
+        if not task.started:
+            display.start_task(of)
+        speed = "" if total == 1.0 or not task.speed else f"{task.speed:,.0f}/s"
+        note = speed if loss is None else f"loss {loss:.3f}"
+        display.update(
+            of, completed=done, total=total, amount=_amount(done, total), note=note, visible=keep or done < total
+        )
+        if not display.live.is_started and time.monotonic() - began >= after:
+            display.start()
+
+    try:
+        if not after:
+            display.start()
         yield report
+    finally:
+        if display.live.is_started:
+            display.stop()
 
 
-def _lines(console: Console) -> Report:
-    first: dict[str, tuple[float, int]] = {}
-    last: dict[str, float] = {}
+def _lines(console: Console, last: bool) -> Report:
+    """``last``: whether the end of the work has a line of its own."""
+    first: dict[str, tuple[float, float]] = {}
+    said: dict[str, float] = {}
 
-    def report(name: str, done: int, total: int, loss: float) -> None:
+    def report(name: str, done: float, total: float, loss: float | None) -> None:
         now = time.monotonic()
         began, start = first.setdefault(name, (now, done))
-        if done < total and now - last.setdefault(name, now) < LINE_SECONDS:
+        if now - said.setdefault(name, now) < LINE_SECONDS and not (last and done >= total):
             return
-        last[name] = now
-        left = (now - began) / max(1, done - start) * (total - done)
-        console.print(f"{name}: step {done}/{total}, loss {loss:.3f}, {left:.0f} s left", markup=False, highlight=False)
+        said[name] = now
+        left = (now - began) / max(1e-9, done - start) * (total - done) if done > start else 0.0
+        note = "" if loss is None else f", loss {loss:.3f}"
+        say(console, f"{name}: {_amount(done, total)}{note}, {left:.0f} s left")
 
     return report
+
+
+def _amount(done: float, total: float) -> str:
+    return f"{100 * done:.0f} %" if total == 1.0 else f"{done:,.0f}/{total:,.0f}"
+
+
+def say(console: Console, line: str) -> None:
+    """A line as it is, above any bars; a closed terminal, or a log file on a full disk, stops nothing."""
+    with suppress(OSError, ValueError):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def training_bar(show: bool = True) -> Iterator[tuple[Callable[[str], None], Callable[[int, int, float], None]]]:
     """Yields ``say(line)`` and ``progress(done, total, loss)`` that share one terminal."""
-    if not show:
-        yield lambda line: None, lambda done, total, loss: None
-        return
-    console = SteadyConsole()
-    with run_bars(console, ["training"]) as report:
-
-        def say(line: str) -> None:
-            with suppress(OSError, ValueError):  # a closed terminal, or a log file on a full disk
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console = SteadyConsole(quiet=not show)
+    with bars(console, ["training"], keep=True, show=show) as report:
 
         def progress(done: int, total: int, loss: float) -> None:
             with suppress(OSError, ValueError):
                 report("training", done, total, loss)
 
-        yield say, progress
+        yield lambda line: say(console, line), progress
 
 
 class SteadyConsole(Console):
@@ -91,42 +129,3 @@ def silence_stdout() -> None:
     """What is still printed goes nowhere, also when the interpreter flushes at its end."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextmanager
-def share_bar(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """Yields ``report(what, share)``: one bar with the time left, gone at the end; now and then a line, where none can
-    be drawn. ``what`` is printed as it is; a new one starts again at its own share."""
-    if not console.is_terminal or console.is_dumb_terminal:
-        yield _share_lines(console)
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as display:
-        task = display.add_task("", total=None)
-        now = ""
-
-        def report(what: str, share: float) -> None:
-            nonlocal now
-            if what != now:
-                display.reset(task, total=1.0, description=what)
-                now = what
-            display.update(task, completed=share)
-
-        yield report
-
-
-def _share_lines(console: Console) -> Callable[[str, float], None]:
-    began: dict[str, float] = {}
-    last = time.monotonic()
-
-    def report(what: str, share: float) -> None:
-        nonlocal last
-        now = time.monotonic()
-        first = began.setdefault(what, now)
-        if now - last < LINE_SECONDS or not 0 < share < 1:
-            return
-        last = now
-        left = (now - first) * (1 - share) / share
-        console.print(f"{what}: {100 * share:.0f} %, {left:.0f} s left", markup=False, highlight=False, soft_wrap=True)
-
-    return report

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from uncollapse.cli import evaluate as evaluate_cli
 from uncollapse.evaluate.result import Result
-from uncollapse.progress import run_bars
+from uncollapse.progress import bars
 from uncollapse.report.words import meaning
 from uncollapse.training.alarms import LossWatch
 
@@ -30,9 +30,9 @@ def test_an_ascii_terminal_gets_ascii_instead_of_a_traceback() -> None:
 def test_a_dumb_terminal_gets_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     out = io.StringIO()
-    with run_bars(Console(file=out, force_terminal=True), ["training"]) as report:
+    with bars(Console(file=out, force_terminal=True), ["training"]) as report:
         report("training", 5, 5, 1.5)
-    assert "step 5/5" in out.getvalue()
+    assert "training: 5/5, loss 1.500" in out.getvalue()
 
 
 def test_evaluations_fit_eighty_columns_and_cut_no_word(

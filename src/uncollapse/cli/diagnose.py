@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uncollapse.errors import ConfigError
 from uncollapse.shown import shown
+
+if TYPE_CHECKING:
+    from uncollapse.progress import Report
+
+
+def _told(report: Report, path: str, what: str, share: float) -> None:
+    report(f"{path}: {what}", share, 1.0, None)
 
 
 def run_diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
@@ -26,7 +34,7 @@ def run_diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> No
     from uncollapse.diagnosis.run import diagnose_file, failures, in_order
     from uncollapse.errors import DataError, InputError
     from uncollapse.measure.unique import EPSILONS
-    from uncollapse.progress import share_bar
+    from uncollapse.progress import bars
 
     cuda = torch.cuda.is_available()
     if arguments.device == "cuda" and not cuda:
@@ -37,13 +45,19 @@ def run_diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> No
 
     found, refused = [], []
     for path in in_order(arguments.paths):
-        with share_bar(Console(stderr=True)) as bar:
+        with bars(Console(stderr=True), after=1.0) as report:
             try:
                 found += diagnose_file(
-                    path, arguments.eps or EPSILONS, key=arguments.key, trust=arguments.trust, complete=complete,
-                    device=device, data=arguments.data, limit=arguments.images,
-                    progress=lambda what, share, path=path: bar(f"{shown(path)}: {what}", share),  # type: ignore[misc]
-                )  # fmt: skip
+                    path,
+                    arguments.eps or EPSILONS,
+                    key=arguments.key,
+                    trust=arguments.trust,
+                    complete=complete,
+                    device=device,
+                    data=arguments.data,
+                    limit=arguments.images,
+                    progress=functools.partial(_told, report, shown(path)),
+                )
             except Exception as error:  # the others' results are not lost to one file
                 if len(arguments.paths) == 1 or os.environ.get("UNCOLLAPSE_TRACEBACK"):
                     raise

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shlex
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,7 @@ from uncollapse.errors import ConfigError
 from uncollapse.shown import shown
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from uncollapse.evaluate.run import Evaluated
-
-LINE_SECONDS = 30.0
-"""Where there is no terminal, a line appears this often."""
 
 
 def add_parser(commands: Any) -> None:
@@ -92,6 +86,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from uncollapse.evaluate.record import add_scalars, merge
     from uncollapse.evaluate.run import evaluate, settings_for
     from uncollapse.evaluate.source import open_encoder
+    from uncollapse.progress import bars, say
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device here; leave it out to use the CPU")
@@ -119,9 +114,10 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         encoders.append(encoder.untrained())
     command = shlex.join(["uncollapse", *sys.argv[1:]])
     console = Console(stderr=True)
-    with _bars(console) as (say, bar):
-        say(f"{shown(encoder.name)}: {encoder.described}, {encoder.side}, {encoder.size} pixels, on {device.type}")
-        found = evaluate(encoders, settings, say, bar, lambda one: merge(out, settings.key, one, command))
+    with bars(console) as report:
+        tell = functools.partial(say, console)
+        tell(f"{shown(encoder.name)}: {encoder.described}, {encoder.side}, {encoder.size} pixels, on {device.type}")
+        found = evaluate(encoders, settings, tell, report, lambda one: merge(out, settings.key, one, command))
     if of_run and out == folder:
         add_scalars(out, settings.key, found)
         _rewrite_report(out)
@@ -155,53 +151,6 @@ def _rewrite_report(folder: Path) -> None:
     write_report([record], folder / "report.html")
     for problem in record.problems:
         print(f"note: {problem}", file=sys.stderr)
-
-
-# --------------------------------------------------------------------------------------------- progress
-
-
-@contextmanager
-def _bars(console: Console) -> Iterator[tuple[Callable[[str], None], Callable[[str], Callable[[int, int], None]]]]:
-    """Yields ``say(line)`` and ``bar(description)``, which gives ``progress(done, total)``; all on stderr."""
-    if not console.is_terminal or console.is_dumb_terminal:  # TERM=dumb cannot redraw a line
-        yield lambda line: print(line, file=sys.stderr, flush=True), _lines
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as display:
-
-        def bar(description: str) -> Callable[[int, int], None]:
-            task, began, first = display.add_task(description, total=None, rate=""), time.monotonic(), [-1]
-
-            def progress(done: int, total: int) -> None:
-                if first[0] < 0:
-                    first[0] = done
-                rate = (done - first[0]) / max(1e-9, time.monotonic() - began)
-                display.update(task, completed=done, total=total, rate=f"{rate:,.0f}/s", visible=done < total)
-
-            return progress
-
-        yield lambda line: display.console.print(line, markup=False, highlight=False, soft_wrap=True), bar
-
-
-def _lines(description: str) -> Callable[[int, int], None]:
-    began = last = time.monotonic()
-    first = -1
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last, first
-        now = time.monotonic()
-        if first < 0:
-            first = done
-        if done < total and now - last < LINE_SECONDS:
-            return
-        last = now
-        rate = max(1e-9, (done - first) / max(1e-9, now - began))
-        left = "" if done >= total else f", {(total - done) / rate:.0f} s left"
-        print(f"{description}: {done:,} of {total:,}{left}", file=sys.stderr, flush=True)
-
-    return progress
 
 
 # ---------------------------------------------------------------------------------------------- results

@@ -20,7 +20,7 @@ from rich.console import Console
 from uncollapse.config.load import load_config
 from uncollapse.config.schema import Config
 from uncollapse.errors import ConfigError, TrainingError
-from uncollapse.progress import run_bars
+from uncollapse.progress import bars
 from uncollapse.report.grid import markdown, table, to_csv
 from uncollapse.report.page import write_report
 from uncollapse.report.table import print_table
@@ -174,7 +174,7 @@ def _train_cell(name: str, config: Config, out: str, max_steps: int | None, on_g
 def follow(started: dict[Future[dict[str, Any]], str], messages: Any, console: Console) -> None:
     """Shows every cell's progress, and that of all together, until all have ended."""
     waiting = set(started)
-    with run_bars(console, list(started.values())) as report:
+    with bars(console, list(started.values()), keep=True) as report:
         while waiting:
             with suppress(queue.Empty):
                 report(*messages.get(timeout=0.5))

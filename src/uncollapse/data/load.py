@@ -9,11 +9,10 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +20,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 
 from uncollapse.config.schema import DataConfig
 from uncollapse.data.decode import open_image, to_rgb
@@ -28,6 +28,7 @@ from uncollapse.data.images import Files, ImageSet, LazyImages, MemoryImages, ba
 from uncollapse.data.listing import Items, find_items
 from uncollapse.data.parquet import ParquetRows
 from uncollapse.errors import DataError
+from uncollapse.progress import bars
 from uncollapse.shown import shown
 
 T = TypeVar("T")
@@ -87,29 +88,6 @@ def split_items(
 # --- loading ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _progress(what: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Yields a function that advances a bar; the bar appears only after two seconds, and leaves no trace."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not show)
-    task, began, started = bar.add_task(what, total=total), time.monotonic(), False
-
-    def advance(n: int) -> None:
-        nonlocal started
-        bar.advance(task, n)
-        if not started and time.monotonic() - began > 2:
-            started = True
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        if started:
-            bar.stop()
-
-
 def _chunks(source: Files | ParquetRows, index: np.ndarray) -> Iterator[tuple[list[bytes | str | DataError], int]]:
     """Sources of consecutive images, or why there is none, and their encoded bytes in memory."""
     chunk: list[bytes | str | DataError] = []
@@ -144,11 +122,14 @@ def _in_threads(
 
     threads = min(4, os.cpu_count() or 1)
     waiting: deque[tuple[Future[list[T | DataError]], int]] = deque()
-    with _progress(what, len(index), show) as advance, ThreadPoolExecutor(threads) as pool:
+    ready = 0
+    with bars(Console(stderr=True), after=2.0, show=show) as report, ThreadPoolExecutor(threads) as pool:
 
         def take() -> list[T | DataError]:
+            nonlocal ready
             done = waiting.popleft()[0].result()
-            advance(len(done))
+            ready += len(done)
+            report(what, ready, len(index), None)
             return done
 
         try:

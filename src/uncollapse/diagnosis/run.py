@@ -27,7 +27,6 @@ from uncollapse.measure.unique import EPSILONS, greedy_cover, nearest_kept
 from uncollapse.measure.verdict import FAILING, judge
 from uncollapse.shown import shown
 
-Progress = Callable[[str, float], None]
 """Told what is being done (``reading``, ``counting``, ``images``) and the share of it that is."""
 
 SWEEP = tuple(float(e) for e in np.round(np.linspace(0.0125, 0.5, 40), 4))
@@ -79,7 +78,7 @@ def diagnose_file(
     most: int | None = None,
     data: str | None = None,
     limit: int = 2000,
-    progress: Progress = lambda what, share: None,
+    progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> list[Diagnosis]:
     """One `Diagnosis` per prototype set of a file (or run folder), teachers first, aliases left out.
 

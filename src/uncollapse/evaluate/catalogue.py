@@ -16,6 +16,7 @@ from uncollapse.errors import ConfigError
 from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
+from uncollapse.progress import Report
 
 IMBALANCED = 2.0
 """The long-tail split joins the default tasks where the largest training class has so many times the smallest."""
@@ -52,7 +53,7 @@ class Context:
     """Folder of `segment`."""
     out: Path | None = None
     """Where a task may leave pictures."""
-    report: Callable[[str, int, int, float], None] | None = None
+    report: Report | None = None
     """Called by tasks that train, with (name, steps done, steps to do, loss)."""
     pictures: list[Picture] = field(default_factory=list)
     """Filled by tasks that draw."""

@@ -27,9 +27,6 @@ SHARD = 4096
 FORMAT = 1
 _NAMES = ("cls", "mean", "projections")
 
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in all)."""
-
 
 # ---------------------------------------------------------------------------------------------- batches
 
@@ -175,7 +172,7 @@ def extract(
     cache: Path | None = None,
     batch: int = 256,
     workers: int = 0,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Features:
     """Features of unaugmented images, from the cache where it has them.
@@ -221,7 +218,7 @@ def extract(
 
 def _make(
     encoder: EvalEncoder, images: ImageSet, numbers: Tensor, rows: _Rows, missing: list[int], shards: Shards | None,
-    device: torch.device, batch: int, workers: int, progress: Progress | None,
+    device: torch.device, batch: int, workers: int, progress: Callable[[int, int], None] | None,
 ) -> None:  # fmt: skip
     """Features of ``images``, which are the images ``numbers`` of the whole set, written shard by shard."""
     waiting: list[tuple[Tensor, dict[str, Tensor]]] = []  # on the device until a shard is full: one copy, not many

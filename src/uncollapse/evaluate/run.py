@@ -18,13 +18,12 @@ from uncollapse.errors import ConfigError, DataError
 from uncollapse.evaluate.catalogue import TASKS, Context, Picture, Task, chosen
 from uncollapse.evaluate.data.pair import open_pair, split_spec
 from uncollapse.evaluate.encoder import EvalEncoder
-from uncollapse.evaluate.extract import Progress, extract, identity
+from uncollapse.evaluate.extract import extract, identity
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
+from uncollapse.progress import Report
 
 Say = Callable[[str], None]
-Bar = Callable[[str], Progress]
-"""From a description to what advances its bar."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Evaluated:
 
 
 def evaluate(
-    encoders: Sequence[EvalEncoder], settings: Settings, say: Say = lambda _: None, bar: Bar | None = None,
+    encoders: Sequence[EvalEncoder], settings: Settings, say: Say = lambda _: None, report: Report | None = None,
     keep: Callable[[Evaluated], None] = lambda _: None,
 ) -> list[Evaluated]:  # fmt: skip
     """Every task on every encoder; the first encoder decides which tasks there are.
@@ -102,7 +101,7 @@ def evaluate(
     A task that fails is noted in `Evaluated.failures` and does not keep the others from running.
 
     Args:
-        say: told a line on what is going on. bar: gives each extraction its progress.
+        say: told a line on what is going on. report: told how far each extraction and training is.
         keep: called after every task with the results so far, so that an interruption costs one task at most.
 
     Raises:
@@ -113,7 +112,7 @@ def evaluate(
     rules: list[str] = []
     if settings.data:
         cut = (settings.split_seed, settings.limit, settings.long_tail)
-        pair = open_pair(settings.data, *cut, settings.data_config, bar is not None)
+        pair = open_pair(settings.data, *cut, settings.data_config, report is not None)
         train, test = pair.train, pair.test
         rules = [*_split_note(settings), *pair.notes, *_rules(train, test)]
     counts = [] if train is None else class_counts(train)
@@ -127,7 +126,7 @@ def evaluate(
         done = Evaluated(encoder, images, notes=[*encoder.notes, *rules, *skipped])
         if train is not None and test is not None:
             done.n_train, done.n_test, done.classes = len(train), len(test), len(train.classes)
-        context = _context(encoder, train, test, mine, settings, say, bar, done.notes)
+        context = _context(encoder, train, test, mine, settings, say, report, done.notes)
         if context.train is not None and context.test is not None:
             done.n_train, done.n_test = len(context.train), len(context.test)
         for part, of_part, features in (("training", train, context.train), ("test", test, context.test)):
@@ -162,20 +161,25 @@ def _run(task: Task, context: Context, done: Evaluated) -> None:
 
 def _context(
     encoder: EvalEncoder, train: ImageSet | None, test: ImageSet | None, tasks: Sequence[Task], settings: Settings,
-    say: Say, bar: Bar | None, notes: list[str],
+    say: Say, report: Report | None, notes: list[str],
 ) -> Context:  # fmt: skip
     label = "untrained " if encoder.side == "untrained" else ""
+
+    def tell(name: str, done: float, total: float, loss: float | None) -> None:
+        if report is not None:
+            report(f"{label}{name}", done, total, loss)
 
     def features(images: ImageSet | None, part: str) -> Features:
         assert images is not None
         return extract(
             encoder, images, device=settings.device, cache=settings.cache, batch=settings.batch,
-            workers=settings.workers, progress=None if bar is None else bar(f"{label}features, {part}"),
+            workers=settings.workers,
+            progress=lambda done, total: tell(f"features, {part}", done, total, None),
             say=lambda line: say(f"{label}{part}: {line}"),
         )  # fmt: skip
 
     def of_set(spec: str) -> tuple[Features, Features]:
-        pair = open_pair(spec, settings.split_seed, settings.limit, None, settings.data_config, bar is not None)
+        pair = open_pair(spec, settings.split_seed, settings.limit, None, settings.data_config, report is not None)
         _check_labels(["transfer"], pair.train, pair.test, spec)
         name = Path(split_spec(spec)[0]).name
         found = features(pair.train, f"{name} train"), features(pair.test, f"{name} test")
@@ -189,31 +193,20 @@ def _context(
     return Context(
         encoder, train, test, features(train, "train") if needed else None,
         features(test, "test") if needed else None, of_set, settings.seed, settings.device, settings.sets,
-        settings.masks, settings.out, None if bar is None else _report(bar, label),
+        settings.masks, settings.out, None if report is None else tell,
         options={"workers": settings.workers, **settings.options},
     )  # fmt: skip
-
-
-def _report(bar: Bar, label: str) -> Callable[[str, int, int, float], None]:
-    bars: dict[str, Progress] = {}
-
-    def report(name: str, done: int, total: int, loss: float) -> None:
-        if name not in bars:
-            bars[name] = bar(f"{label}{name}")
-        bars[name](done, total)
-
-    return report
 
 
 # ----------------------------------------------------------------------------------------- data, checked
 
 
 def _digest(train: ImageSet, test: ImageSet) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for images in (train, test):
         labels = b"" if images.labels is None else images.labels.numpy().tobytes()
-        found.update(f"{identity(images)} {hashlib.sha256(labels).hexdigest()} {images.classes}\n".encode())
-    return found.hexdigest()[:32]
+        digest.update(f"{identity(images)} {hashlib.sha256(labels).hexdigest()} {images.classes}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def _unreadable(part: str, images: ImageSet, features: Features | None) -> list[str]:

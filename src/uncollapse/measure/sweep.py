@@ -55,11 +55,7 @@ class Sweep:
     no_neighbour: dict[float, int]
 
 
-Progress = Callable[[float], None]
-"""Told the share of the work that is done."""
-
-
-def spanning_tree(w: Tensor, progress: Progress = lambda share: None) -> SpanningTree:
+def spanning_tree(w: Tensor, progress: Callable[[float], None] = lambda share: None) -> SpanningTree:
     """The minimum spanning tree of the rows of w under cosine distance.
 
     Time: about half a K × K product, and what improves the tree. Memory: a few copies of ``w`` and O(K).
@@ -101,7 +97,7 @@ def spanning_tree(w: Tensor, progress: Progress = lambda share: None) -> Spannin
 
 def complete_sweep(
     w: Tensor, epsilons: Sequence[float] = EPSILONS, tree: SpanningTree | None = None,
-    progress: Progress = lambda share: None,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> Sweep:  # fmt: skip
     """The greedy count, the connected components and the rows without a neighbour, at every ε.
 

@@ -8,13 +8,14 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.data.load import split_items
@@ -23,7 +24,7 @@ from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.extract import batches, identity
 from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
 from uncollapse.evaluate.tasks.finetune_model import FinetuneConfig, Tuned, augmented_batches, parameter_groups, seeded
-from uncollapse.progress import Report, run_bars
+from uncollapse.progress import Report, bars
 from uncollapse.run_folder.checkpoint import load_checkpoint, save_checkpoint
 from uncollapse.schedules import cosine
 
@@ -84,7 +85,7 @@ def finetune(
     saved = state.load()
     scores: dict[str, float] = saved.get("scores", {})
     work = _Work(encoder, config, classes, seed, torch.device(device), workers, max_steps, state, scores)
-    with shown("fine-tuning", report) as tell:
+    with told("fine-tuning", report) as tell:
         for k, lr in enumerate(config.lrs):
             if len(config.lrs) > 1 and f"{lr:g}" not in scores:
                 try:
@@ -135,19 +136,13 @@ def _result(
 
 
 @contextmanager
-def shown(name: str, report: Report | None = None) -> Iterator[Report]:
-    """``report`` where there is one; else a bar called ``name`` on stderr, unless another has the terminal."""
-    from rich.console import Console
-    from rich.errors import LiveError
-
-    with ExitStack() as stack:
-        tell = report
-        if tell is None:
-            with suppress(LiveError):
-                bar = stack.enter_context(run_bars(Console(stderr=True), [name]))
-                # One bar for all trainings of a task, which have names of their own.
-                tell = lambda _, done, total, loss: bar(name, done, total, loss)  # noqa: E731
-        yield tell or (lambda name, done, total, loss: None)
+def told(name: str, report: Report | None = None) -> Iterator[Report]:
+    """``report`` where there is one; else one bar called ``name`` on stderr for all trainings of a task."""
+    if report is not None:
+        yield report
+        return
+    with bars(Console(stderr=True), [name], keep=True) as tell:
+        yield lambda _, done, total, loss: tell(name, done, total, loss)
 
 
 # --- state --------------------------------------------------------------------------------------------------

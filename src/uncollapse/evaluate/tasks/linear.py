@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from uncollapse.evaluate.features import Features, labelled
 from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
 from uncollapse.measure.probes import held_out
+from uncollapse.progress import Report
 
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 """13 learning rates at batch 256, in steps of 1-2-5. DINOv2's grid, one decade up: features are standardised and
@@ -71,7 +72,7 @@ def linear(
     seed: int = 0,
     rates: Sequence[float] = RATES,
     device: torch.device | str = "cpu",
-    report: Callable[[str, int, int, float], None] | None = None,
+    report: Report | None = None,
     probe: Probe | None = None,
 ) -> Result:
     """Top-1 accuracy of the best of a grid of linear classifiers on frozen features.
@@ -118,7 +119,7 @@ def linear(
 
 def fit_probe(
     train: Features, test: Features, seed: int = 0, rates: Sequence[float] = RATES,
-    device: torch.device | str = "cpu", report: Callable[[str, int, int, float], None] | None = None,
+    device: torch.device | str = "cpu", report: Report | None = None,
 ) -> Probe:  # fmt: skip
     """What `linear` does up to the numbers, which see; labels of the test images are not looked at."""
     y, classes, _ = labelled(train, test)

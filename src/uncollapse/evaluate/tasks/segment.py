@@ -20,7 +20,7 @@ from uncollapse.data.listing import image_names
 from uncollapse.errors import DataError
 from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.result import Result, bootstrap95
-from uncollapse.evaluate.tasks.finetune import shown
+from uncollapse.evaluate.tasks.finetune import told
 from uncollapse.progress import Report
 
 SOURCE = "linear segmentation of DINOv2 (Oquab et al. 2023): batch norm and a linear layer on the last patch tokens"
@@ -251,7 +251,7 @@ def segment(
     order = np.random.default_rng(seed).permutation(len(train))
     held = order[: max(1, round(config.held_out * len(train)))]
     scores: dict[str, float] = {}
-    with shown("segmentation", report) as tell:
+    with told("segmentation", report) as tell:
         if len(order) > 1:
             for lr in config.lrs if len(config.lrs) > 1 else ():
                 head = _train(source, order[len(held) :], classes, lr, config, seed, tell)
