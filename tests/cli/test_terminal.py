@@ -66,17 +66,17 @@ def test_every_name_in_the_documentation_is_explained() -> None:
     assert meaning("nonsense") == ""
 
 
-@pytest.mark.parametrize("arm", ["joint", "koleo", "decoupled", "decoupled-paper", ""])
-def test_the_warning_of_dead_prototypes_fits_the_arm(arm: str) -> None:
-    watch = LossWatch(100, {}, arm=arm)
+@pytest.mark.parametrize("mode", ["joint", "koleo", "decoupled", "decoupled-paper", ""])
+def test_the_warning_of_dead_prototypes_fits_the_mode(mode: str) -> None:
+    watch = LossWatch(100, {}, mode=mode)
     assert watch.alive(60, 20) is None
     text = watch.alive(40, 20)
     assert text is not None
     assert "only 40 of 100" in text
     assert "20 steps before" in text
-    assert ("--prototypes decoupled" in text) == (arm not in ("decoupled", ""))
+    assert ("--prototypes decoupled" in text) == (mode not in ("decoupled", ""))
     assert watch.alive(30, 20) is None, "once"
 
 
 def test_the_control_is_not_warned_of_what_it_is_for() -> None:
-    assert LossWatch(100, {}, arm="fixed").alive(5, 20) is None
+    assert LossWatch(100, {}, mode="fixed").alive(5, 20) is None

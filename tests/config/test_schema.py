@@ -171,8 +171,14 @@ def test_an_arm_is_named_by_what_makes_it(arm):
 
 
 def test_a_method_with_von_mises_fisher_prototypes_has_a_name_of_its_own():
-    shipped = {"demo": "dino", "dino-vmf-vits16": "dino-vmf", "ibot-vits16": "ibot", "ibot-vmf-vits16": "ibot-vmf",
-               "swav-small32": "swav", "carp-small32": "carp"}  # fmt: skip
+    shipped = {
+        "demo": "dino",
+        "dino-vmf-vits16": "dino-vmf",
+        "ibot-vits16": "ibot",
+        "ibot-vmf-vits16": "ibot-vmf",
+        "swav-small32": "swav",
+        "carp-small32": "carp",
+    }
     assert {recipe: method_name(load_config(recipe)) for recipe in shipped} == shipped
     assert method_name(load_config("demo", {"method.center": "probabilities"})) == "dino-vmf"
 

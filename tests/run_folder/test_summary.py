@@ -33,9 +33,15 @@ def test_what_is_written_is_what_is_read():
     accuracies = dict.fromkeys(shares, 0.5) | {f"{name}_ci95": (0.4, 0.6) for name in shares}
     counts = {"seed": 3, "steps": 7, "used_by_logits": 4, "used_by_target": 5, "target_agreement": 0.5}
     written = Summary(
-        **of_set(), **accuracies, **counts, name="joint", method="ibot", view_information=Information(1.5, 0.1),
-        seconds_per_step=0.1, sets={"patch": SetSummary(**of_set())},
-    )  # fmt: skip
+        **of_set(),
+        **accuracies,
+        **counts,
+        name="joint",
+        method="ibot",
+        view_information=Information(1.5, 0.1),
+        seconds_per_step=0.1,
+        sets={"patch": SetSummary(**of_set())},
+    )
     row, wrong = read_summary(json.loads(json.dumps(asdict(written))))
     assert not wrong
     assert row["sets"] == {"patch": of_set()}

@@ -47,18 +47,18 @@ def judge(
     n: int | None = None,
     unit: str = "images",
     wide: int | None = None,
-    arm: str = "",
+    mode: str = "",
 ) -> Verdict:
     """The verdict on K = ``total`` prototypes, ``bad`` of which are zero or not finite.
 
     ``unique`` counts the usable ones at each ε, the headline first; ``used`` and ``effective`` (N_eff at the
     headline) come from ``n`` images, or what ``unit`` says; ``wide`` is the count at ε = 0.25 where ``unique`` lacks
-    it; ``arm`` (how the prototypes were learned, where that is known) only changes the advice. No verdict calls a
+    it; ``mode`` (how the prototypes were learned, where that is known) only changes the advice. No verdict calls a
     matrix healthy from its vectors alone: random vectors that nothing ever used are all unique.
     """
     label, rule, sentence = _judged(total, bad, dim, unique, likeness, used, effective, n, unit, wide)
     few = n if label == "distinct, use unknown" and used is not None else None
-    return Verdict(label, rule, sentence, advice(label, arm, None if few is None else total))
+    return Verdict(label, rule, sentence, advice(label, mode, None if few is None else total))
 
 
 def _judged(
@@ -145,7 +145,7 @@ def _judged(
     )
 
 
-def judge_row(row: Mapping[str, Any], arm: str = "") -> Verdict | None:
+def judge_row(row: Mapping[str, Any], mode: str = "") -> Verdict | None:
     """`judge` on the entries of a ``summary.json`` (or of `Diagnosis.to_json`); None where they lack the counts."""
     total, unique = row.get("prototypes"), row.get("unique") or {}
     if not total or not unique:
@@ -166,7 +166,7 @@ def judge_row(row: Mapping[str, Any], arm: str = "") -> Verdict | None:
         row.get("n_held_out", row.get("n")),
         row.get("unit") or "images",
         sweep.get(f"{WIDE:g}"),
-        arm,
+        mode,
     )
 
 
@@ -181,20 +181,20 @@ _APART = {
 """What helps against duplicates and dead prototypes, by how they are learned; "": not known."""
 
 
-def help_apart(arm: str) -> str:
+def help_apart(mode: str) -> str:
     """What helps such prototypes against copies and death, as the end of a sentence."""
-    return _APART.get(arm.removesuffix("-sinkhorn"), _APART[""])
+    return _APART.get(mode.removesuffix("-sinkhorn"), _APART[""])
 
 
-def advice(label: str, arm: str = "", images: int | None = None) -> str:
+def advice(label: str, mode: str = "", images: int | None = None) -> str:
     """What to do next about a verdict, in a sentence.
 
     Args:
-        arm: how the prototypes were learned, such as ``joint``; empty where that is not known.
+        mode: how the prototypes were learned, such as ``joint``; empty where that is not known.
         images: so many images would tell whether they are used, where fewer were looked at.
     """
-    apart = help_apart(arm)
-    if arm == "fixed" and label in ("untrained or unused", "mostly unused", "distinct and used"):
+    apart = help_apart(mode)
+    if mode == "fixed" and label in ("untrained or unused", "mostly unused", "distinct and used"):
         return "As it should be: this is the control. Learned prototypes must beat its view information and kNN."
     if images is not None:
         return f"Give at least {images:,} held-out images (diagnose --data, --images; training: data.held_out_max)."

@@ -26,7 +26,7 @@ def table(runs: Sequence[RunRecord]) -> tuple[Rows, Rows]:
     grouping = group(runs)
     values = [_values(arm, grouping) for arm in grouping.arms]
     differences = [
-        row for arm in grouping.arms for kind in (BASELINE, CONTROL) if (row := _against(arm, kind, grouping))
+        row for arm in grouping.arms for mode in (BASELINE, CONTROL) if (row := _against(arm, mode, grouping))
     ]
     return values, differences
 
@@ -47,8 +47,8 @@ def _number(run: RunRecord, name: str) -> float | None:
     return number(run.summary.get(name))
 
 
-def _against(arm: str, kind: str, grouping: Grouping) -> dict[str, str]:
-    other = rival(arm, grouping, kind)
+def _against(arm: str, mode: str, grouping: Grouping) -> dict[str, str]:
+    other = rival(arm, grouping, mode)
     if other is None:
         return {}
     found = {m: difference(m, grouping.arms[arm], grouping.arms[other]) for m in COMPARED}

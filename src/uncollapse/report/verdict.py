@@ -94,18 +94,18 @@ def compare(arm: str, other: str, grouping: Grouping) -> Comparison:
 def verdict(arm: str, grouping: Grouping) -> Verdict:
     """Plain words about one arm: the verdict on its checkpoints, and how it differs from baseline and control."""
     runs = grouping.arms[arm]
-    kind = runs[0].name
-    others = [] if kind == CONTROL else [rival(arm, grouping, of) for of in (BASELINE, CONTROL)]
-    if kind == BASELINE:
+    mode = runs[0].name
+    others = [] if mode == CONTROL else [rival(arm, grouping, other) for other in (BASELINE, CONTROL)]
+    if mode == BASELINE:
         others[0] = of_mode(arm, grouping, BASELINE)[0]
     comparisons = [
         compare(arm, other, grouping)
         for other in others
         if other and other != arm and grouping.data[other] == grouping.data[arm]
     ]
-    judged = [found for run in runs if (found := judge_row(run.summary, kind)) is not None]
+    judged = [found for run in runs if (found := judge_row(run.summary, mode)) is not None]
     labels = _labels(judged)
-    if kind == CONTROL:
+    if mode == CONTROL:
         labels.insert(0, ("plain", "control"))
     if any(c.is_control and c.worse for c in comparisons):
         labels.append(("bad", "worse than the control"))

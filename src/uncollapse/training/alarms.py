@@ -16,11 +16,11 @@ class LossWatch:
         prototypes: K of every set.
         uninformed: term → its value when the student predicts all prototypes alike.
         patience: steps running.
-        arm: how prototypes are learned, for the advice.
+        mode: how prototypes are learned, for the advice.
     """
 
-    def __init__(self, prototypes: int, uninformed: Mapping[str, float], patience: int = 200, arm: str = "") -> None:
-        self.prototypes, self.uninformed, self.patience, self.arm = prototypes, uninformed, patience, arm
+    def __init__(self, prototypes: int, uninformed: Mapping[str, float], patience: int = 200, mode: str = "") -> None:
+        self.prototypes, self.uninformed, self.patience, self.mode = prototypes, uninformed, patience, mode
         self.stuck: dict[str, int] = {}
         self.told: set[str] = set()
 
@@ -43,12 +43,12 @@ class LossWatch:
 
     def alive(self, alive: int, window: int, name: str = "cls") -> str | None:
         """A message when fewer than half of a set were used in the window; none for the control."""
-        if alive >= 0.5 * self.prototypes or f"alive {name}" in self.told or self.arm == "fixed":
+        if alive >= 0.5 * self.prototypes or f"alive {name}" in self.told or self.mode == "fixed":
             return None
         self.told.add(f"alive {name}")
         which = "prototypes" if name == "cls" else f"prototypes of {name!r}"
         return (
             f"only {alive} of {self.prototypes} {which} were any image's nearest in the {window} steps before; "
             "the others were dead or copies then. The share of unique prototypes counts dead ones as healthy. If it "
-            f"stays so to the end: {help_apart(self.arm)}."
+            f"stays so to the end: {help_apart(self.mode)}."
         )

@@ -62,7 +62,7 @@ class Loop:
         self.specs: list[ViewSpec] = view_specs(self.config.views)
         self.watch = Stopwatch(job.device)
         self.watch_seconds: dict[str, float] = {}
-        self.alarms = LossWatch(self.config.prototypes.count, state.parts.uninformed, arm=mode_name(self.config))
+        self.alarms = LossWatch(self.config.prototypes.count, state.parts.uninformed, mode=mode_name(self.config))
         self.last_loss = math.nan
         self.folder = identity(self.out)
         self.inside = False  # a step is under way: the state is neither of before nor of after
