@@ -108,17 +108,6 @@ class PrototypeMonitor(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
-def assignment_statistics(targets: Tensor) -> dict[str, float]:
-    """Of a batch of teacher targets ``(n, K)``: mean entropy of a row and entropy of their mean, in nats.
-
-    The marginal's entropy is near ln K whenever the assignment is balanced, collapsed or not; it is logged
-    to be compared with the number of *unique* prototypes.
-    """
-    entropy = torch.special.entr(targets).sum(-1).mean()
-    marginal = torch.special.entr(targets.mean(0)).sum()
-    return {"teacher_entropy": float(entropy), "marginal_entropy": float(marginal)}
-
-
 def nearest_cosine(vectors: Tensor, sample: int = 128) -> float:
     """Mean cosine of an evenly spaced sample of prototypes to their nearest other one."""
     unit = F.normalize(vectors.float(), dim=-1)

@@ -26,7 +26,7 @@ from uncollapse.measure.catalogue import (
     entry,
     number,
 )
-from uncollapse.measure.verdict import Verdict as Judgement
+from uncollapse.measure.verdict import Verdict
 from uncollapse.measure.verdict import judge_row
 from uncollapse.report.arms import BASELINE, CONTROL, Grouping, of_mode, rival
 from uncollapse.report.comparing import difference, stat
@@ -53,7 +53,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ArmVerdict:
     """What the numbers say about one arm."""
 
     arm: str
@@ -91,7 +91,7 @@ def compare(arm: str, other: str, grouping: Grouping) -> Comparison:
     return Comparison(**{**vars(out), "unpaired": unpaired})
 
 
-def verdict(arm: str, grouping: Grouping) -> Verdict:
+def verdict(arm: str, grouping: Grouping) -> ArmVerdict:
     """Plain words about one arm: the verdict on its checkpoints, and how it differs from baseline and control."""
     runs = grouping.arms[arm]
     mode = runs[0].name
@@ -113,7 +113,7 @@ def verdict(arm: str, grouping: Grouping) -> Verdict:
     if any(isinstance(loss := run.summary.get("loss"), float) and not math.isfinite(loss) for run in runs):
         labels.insert(0, ("bad", "diverged"))
         sentences.append("The final loss is not a finite number: training diverged.")
-    return Verdict(
+    return ArmVerdict(
         arm,
         labels,
         list(dict.fromkeys(f.rule for f in judged)),
@@ -124,7 +124,7 @@ def verdict(arm: str, grouping: Grouping) -> Verdict:
     )
 
 
-def _labels(judged: Sequence[Judgement]) -> list[tuple[str, str]]:
+def _labels(judged: Sequence[Verdict]) -> list[tuple[str, str]]:
     """The label of each checkpoint; where seeds disagree, how many have which."""
     found = [(f.tone, f.label) for f in judged]
     distinct = dict.fromkeys(found)
