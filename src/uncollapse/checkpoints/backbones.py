@@ -62,12 +62,17 @@ def backbone_of(weights: Mapping[str, Tensor], where: str) -> Backbone:
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 """Places of a ResNet's children in ``nn.Sequential(*resnet.children())``, as lightly's tutorials have it."""
 _TORCHVISION = (
-    (r"^conv_proj\.", "patch_embed.proj."), (r"^class_token$", "cls_token"), (r"^encoder\.pos_embedding$", "pos_embed"),
-    (r"^encoder\.ln\.", "norm."), (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
-    (r"\.ln_([12])\.", r".norm\1."), (r"\.self_attention\.in_proj_", ".attn.qkv."),
-    (r"\.self_attention\.out_proj\.", ".attn.proj."), (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^class_token$", "cls_token"),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
     (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
-)  # fmt: skip
+)
 """Names in torchvision's vision transformer, and timm's for the same."""
 
 
@@ -144,10 +149,12 @@ def _vit(weights: dict[str, Tensor], where: str) -> tuple[nn.Module, int, int, s
     learned = side > 0 and weights["pos_embed"].shape[1] == side * side + 1
     if not learned or "cls_token" not in weights or "blocks.0.mlp.fc1.weight" not in weights or width % head:
         missing = (
-            f"a width of {width}, which is no multiple of {head}" if width % head
-            else "blocks without an MLP" if depth and learned
+            f"a width of {width}, which is no multiple of {head}"
+            if width % head
+            else "blocks without an MLP"
+            if depth and learned
             else "no learned position embedding on a square, class token or blocks"
-        )  # fmt: skip
+        )
         raise InputError(f"{where}: a vision transformer that was not understood ({missing}); --data cannot run it")
     registers = weights.pop("register_tokens", None)
     # timm would put its own default activation into the gate.
@@ -159,11 +166,20 @@ def _vit(weights: dict[str, Tensor], where: str) -> tuple[nn.Module, int, int, s
         weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
         weights["pos_embed"] = weights["pos_embed"][:, 1:]
     model = VisionTransformer(
-        img_size=side * patch, patch_size=patch, embed_dim=width, depth=depth, num_heads=width // head,
-        mlp_ratio=ratio(weights["blocks.0.mlp.fc1.weight"].shape[0], width), num_classes=0, global_pool="token",
-        qkv_bias="blocks.0.attn.qkv.bias" in weights, proj_bias="blocks.0.attn.proj.bias" in weights,
-        dynamic_img_size=True, init_values=1.0 if "blocks.0.ls1.gamma" in weights else None, **options,
-    )  # fmt: skip
+        img_size=side * patch,
+        patch_size=patch,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // head,
+        mlp_ratio=ratio(weights["blocks.0.mlp.fc1.weight"].shape[0], width),
+        num_classes=0,
+        global_pool="token",
+        qkv_bias="blocks.0.attn.qkv.bias" in weights,
+        proj_bias="blocks.0.attn.proj.bias" in weights,
+        dynamic_img_size=True,
+        init_values=1.0 if "blocks.0.ls1.gamma" in weights else None,
+        **options,
+    )
     load(model, weights, where, "vision transformer")
     kind = "ViT with SwiGLU" if gated else "ViT"
     return ClassToken(model), width, side * patch, f"{kind}, {depth} blocks of width {width}, patch {patch}"
@@ -190,8 +206,9 @@ def _dinov3(weights: dict[str, Tensor], where: str) -> Backbone:
     weights, gated = _gates_packed(weights)
     depth = count_of(weights, r"blocks\.(\d+)\.")
     if not depth or width % head or "cls_token" not in weights or "blocks.0.mlp.fc1.weight" not in weights:
-        raise InputError(f"{where}: DINOv3's transformer was not understood (heads of {head}, {depth} blocks); --data "
-                         "cannot run it")  # fmt: skip
+        raise InputError(
+            f"{where}: DINOv3's transformer was not understood (heads of {head}, {depth} blocks); --data cannot run it"
+        )
     registers = weights.pop("storage_tokens", None)
     count = 0 if registers is None else registers.shape[1]
     if registers is not None:
@@ -201,12 +218,26 @@ def _dinov3(weights: dict[str, Tensor], where: str) -> Backbone:
     biased = "blocks.0.attn.qkv.bias" in weights
     rows = weights["blocks.0.mlp.fc1.weight"].shape[0]
     model: Any = Eva(
-        img_size=16 * patch, patch_size=patch, embed_dim=width, depth=depth, num_heads=width // head, num_classes=0,
-        global_pool="token", qkv_bias=biased, swiglu_mlp=gated, mlp_ratio=ratio(rows // 2 if gated else rows, width),
-        init_values=1.0 if "blocks.0.ls1.gamma" in weights else None, num_reg_tokens=count, use_abs_pos_emb=False,
-        use_rot_pos_emb=True, rope_type="dinov3", rope_rotate_half=True, use_fc_norm=False, dynamic_img_size=True,
+        img_size=16 * patch,
+        patch_size=patch,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // head,
+        num_classes=0,
+        global_pool="token",
+        qkv_bias=biased,
+        swiglu_mlp=gated,
+        mlp_ratio=ratio(rows // 2 if gated else rows, width),
+        init_values=1.0 if "blocks.0.ls1.gamma" in weights else None,
+        num_reg_tokens=count,
+        use_abs_pos_emb=False,
+        use_rot_pos_emb=True,
+        rope_type="dinov3",
+        rope_rotate_half=True,
+        use_fc_norm=False,
+        dynamic_img_size=True,
         norm_layer=norm,
-    )  # fmt: skip
+    )
     model.rope.periods.copy_(periods)
     renamed = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", n): t for n, t in weights.items()}
     renamed.pop("mask_token", None)
@@ -242,8 +273,10 @@ def _swin(weights: dict[str, Tensor], where: str) -> Backbone:
     tables = [weights.get(f"layers.{i}.blocks.0.attn.relative_position_bias_table") for i in range(stages)]
     embed = weights.get("patch_embed.proj.weight")
     if not stages or 0 in depths or embed is None or embed.ndim != 4 or any(t is None for t in tables):
-        raise InputError(f"{where}: a Swin transformer that was not understood ({stages} stages, blocks {depths}); "
-                         "--data cannot run it")  # fmt: skip
+        raise InputError(
+            f"{where}: a Swin transformer that was not understood ({stages} stages, blocks {depths}); "
+            "--data cannot run it"
+        )
     if "absolute_pos_embed" in weights:
         raise InputError(f"{where}: a Swin transformer with absolute positions, which was not understood")
     windows = [(round(len(t) ** 0.5) + 1) // 2 for t in tables if t is not None]
@@ -251,14 +284,22 @@ def _swin(weights: dict[str, Tensor], where: str) -> Backbone:
     size = _swin_size(windows, patch, where)
     rows = weights["layers.0.blocks.0.mlp.fc1.weight"].shape[0]
     model = SwinTransformer(
-        img_size=size, patch_size=patch, embed_dim=width, depths=depths, window_size=max(windows),
-        num_heads=tuple(t.shape[1] for t in tables if t is not None), mlp_ratio=ratio(rows, width),
-        qkv_bias="layers.0.blocks.0.attn.qkv.bias" in weights, num_classes=0,
+        img_size=size,
+        patch_size=patch,
+        embed_dim=width,
+        depths=depths,
+        window_size=max(windows),
+        num_heads=tuple(t.shape[1] for t in tables if t is not None),
+        mlp_ratio=ratio(rows, width),
+        qkv_bias="layers.0.blocks.0.attn.qkv.bias" in weights,
+        num_classes=0,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     # The originals shrink the map at the end of a stage, timm at the start of the next.
-    renamed = {re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", n): t
-               for n, t in weights.items()}  # fmt: skip
+    renamed = {
+        re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", n): t
+        for n, t in weights.items()
+    }
     load(model, renamed, where, "Swin transformer")
     described = f"Swin, {'-'.join(map(str, depths))} blocks, width {model.num_features}, window {max(windows)}"
     return Backbone(model, model.num_features, size, described, PatchTokens(model))
@@ -286,18 +327,25 @@ def _xcit(weights: dict[str, Tensor], where: str) -> Backbone:
     depth = count_of(weights, r"blocks\.(\d+)\.")
     temperature = weights.get("blocks.0.attn.temperature")
     if not width or convolutions not in (3, 4) or temperature is None or "blocks.0.mlp.fc1.weight" not in weights:
-        raise InputError(f"{where}: an XCiT that was not understood ({convolutions} convolutions, {depth} blocks); "
-                         "--data cannot run it")  # fmt: skip
+        raise InputError(
+            f"{where}: an XCiT that was not understood ({convolutions} convolutions, {depth} blocks); "
+            "--data cannot run it"
+        )
     patch = 2**convolutions
     model = Xcit(
-        img_size=224, patch_size=patch, num_classes=0, embed_dim=width, depth=depth, num_heads=len(temperature),
+        img_size=224,
+        patch_size=patch,
+        num_classes=0,
+        embed_dim=width,
+        depth=depth,
+        num_heads=len(temperature),
         mlp_ratio=ratio(weights["blocks.0.mlp.fc1.weight"].shape[0], width),
         qkv_bias="blocks.0.attn.qkv.bias" in weights,
         cls_attn_layers=count_of(weights, r"cls_attn_blocks\.(\d+)\."),
         use_pos_embed="pos_embeder.token_projection.weight" in weights,
         # Of XCiT's sizes only nano, 128 wide, norms the class token alone in its last blocks.
         tokens_norm=width != 128,
-    )  # fmt: skip
+    )
     renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         name = name.replace("pos_embeder.", "pos_embed.")

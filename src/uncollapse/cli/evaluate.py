@@ -31,8 +31,11 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("source", metavar="RUN|FILE|timm:NAME", help="run folder, checkpoint of any known family, or a timm model")
-    add("--data", metavar="TRAIN[,TEST]", help="labelled images; without TEST a part of TRAIN is held out (a run's own "
-        "data, if left out)")  # fmt: skip
+    add(
+        "--data",
+        metavar="TRAIN[,TEST]",
+        help="labelled images; without TEST a part of TRAIN is held out (a run's own data, if left out)",
+    )
     add("--tasks", nargs="+", metavar="TASK", help="which, apart by commas or spaces; or all (default: the cheap ones)")
     add("--side", choices=("teacher", "student"), default="teacher", help="which network (default: %(default)s)")
     add("--untrained", action="store_true", help="also the same architecture at its random start: the control")
@@ -92,21 +95,36 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         raise ConfigError("--device cuda: torch finds no CUDA device here; leave it out to use the CPU")
     device = torch.device("cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu")
     encoder = open_encoder(
-        arguments.source, arguments.side, size=arguments.size, weights=arguments.weights,
-        pretrained=arguments.pretrained, trust=arguments.trust, seed=arguments.seed,
-    )  # fmt: skip
+        arguments.source,
+        arguments.side,
+        size=arguments.size,
+        weights=arguments.weights,
+        pretrained=arguments.pretrained,
+        trust=arguments.trust,
+        seed=arguments.seed,
+    )
     folder = Path(arguments.source)
     of_run = encoder.config is not None and folder.is_dir()
     out = arguments.out or (folder if of_run else Path("runs") / f"evaluate-{_slug(arguments.source)}")
     cache = None if arguments.no_cache else arguments.cache or (folder if of_run else Path("runs")) / "features"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = settings_for(
-        encoder, columns, data=arguments.data, tasks=tasks, seed=arguments.seed, limit=arguments.limit,
-        long_tail=arguments.long_tail, sets=arguments.sets, masks=arguments.masks, cache=cache, out=out,
-        batch=arguments.batch, device=device,
+        encoder,
+        columns,
+        data=arguments.data,
+        tasks=tasks,
+        seed=arguments.seed,
+        limit=arguments.limit,
+        long_tail=arguments.long_tail,
+        sets=arguments.sets,
+        masks=arguments.masks,
+        cache=cache,
+        out=out,
+        batch=arguments.batch,
+        device=device,
         options={} if arguments.max_steps is None else {"max_steps": arguments.max_steps},
         workers=min(16, cores) if arguments.workers is None else arguments.workers,
-    )  # fmt: skip
+    )
     encoders = [encoder]
     if arguments.untrained:
         if encoder.untrained is None:

@@ -121,10 +121,12 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     diagnose.add_argument("--json", action="store_true", help="print a JSON list, one object per prototype set")
     diagnose.add_argument("--html", type=Path, metavar="FILE", help="also write one self-contained page")
     diagnose.add_argument(
-        "--fail-under", type=float, metavar="SHARE",
+        "--fail-under",
+        type=float,
+        metavar="SHARE",
         help="exit 1 if a set has a smaller share of unique prototypes or, whatever the share, is damaged, untrained "
         "or unused, mostly unused, or collapsed (below half unique)",
-    )  # fmt: skip
+    )
     diagnose.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     diagnose.set_defaults(run=run_diagnose)
 

@@ -228,8 +228,19 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-for _cls in (DataConfig, ViewConfig, BackboneConfig, HeadConfig, MixtureConfig, PrototypeConfig,
-             TeacherConfig, OptimConfig, RunConfig, LogConfig, Config):  # fmt: skip
+for _cls in (
+    DataConfig,
+    ViewConfig,
+    BackboneConfig,
+    HeadConfig,
+    MixtureConfig,
+    PrototypeConfig,
+    TeacherConfig,
+    OptimConfig,
+    RunConfig,
+    LogConfig,
+    Config,
+):
     _cls.__pydantic_config__ = _strict  # type: ignore[union-attr]
 
 

@@ -143,8 +143,7 @@ def _chunks(n: int, canvas: Tensor, size: int) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def apply_batch(canvas: Tensor, params: ViewParams, spec: ViewSpec,
-                device: torch.device | str | None = None) -> Tensor:  # fmt: skip
+def apply_batch(canvas: Tensor, params: ViewParams, spec: ViewSpec, device: torch.device | str | None = None) -> Tensor:
     """One view of n images at once.
 
     ``canvas``: uint8 (n, 3, H, W), each image in the top left corner; ``params``: of the same n images.
@@ -185,9 +184,15 @@ def _apply_chunk(canvas: Tensor, p: ViewParams, spec: ViewSpec) -> Tensor:
     return normalised(x, spec.mean, spec.std)
 
 
-def multicrop(images: MemoryImages, indices: Sequence[int] | Tensor, seed: int, step: int,
-              specs: Sequence[ViewSpec], positions: Sequence[int] | Tensor,
-              device: torch.device | str | None = None) -> list[Tensor]:  # fmt: skip
+def multicrop(
+    images: MemoryImages,
+    indices: Sequence[int] | Tensor,
+    seed: int,
+    step: int,
+    specs: Sequence[ViewSpec],
+    positions: Sequence[int] | Tensor,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
     """All views of the images at ``indices``, which stand at ``positions`` of the global batch of ``step``.
 
     Returns one float32 (n, 3, size, size) per spec, on ``device`` (default: where the canvas is).
@@ -196,8 +201,9 @@ def multicrop(images: MemoryImages, indices: Sequence[int] | Tensor, seed: int, 
     canvas, sizes = images.canvas[rows.to(images.canvas.device)], images.sizes[rows]
     canvas = canvas if device is None else canvas.to(device, non_blocking=True)
     first = int(at.min(initial=0))
-    draws = [uniforms(seed, step, view, int(at.max(initial=-1)) + 1 - first, first)[at - first]
-             for view in range(len(specs))]  # fmt: skip
+    draws = [
+        uniforms(seed, step, view, int(at.max(initial=-1)) + 1 - first, first)[at - first] for view in range(len(specs))
+    ]
     views: list[Tensor] = [canvas] * len(specs)
     for spec in dict.fromkeys(specs):  # views made alike are made together: half the calls, the same images
         alike = [view for view, other in enumerate(specs) if other == spec]
@@ -216,8 +222,9 @@ def eval_batch(canvas: Tensor, sizes: Tensor, size: int, mean: Sequence[float], 
     Shorter side resized (bicubic), central crop, as :func:`~uncollapse.data.workers.eval_crop` does for one image.
     """
     with torch.autocast(canvas.device.type, enabled=False):
-        return torch.cat([_eval_chunk(canvas[s], sizes[s], size, mean, std)
-                          for s in _chunks(len(canvas), canvas, size)])  # fmt: skip
+        return torch.cat(
+            [_eval_chunk(canvas[s], sizes[s], size, mean, std) for s in _chunks(len(canvas), canvas, size)]
+        )
 
 
 def _eval_chunk(canvas: Tensor, sizes: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:

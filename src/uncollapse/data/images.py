@@ -147,13 +147,21 @@ def subset(images: ImageSet, indices: Sequence[int] | np.ndarray | torch.Tensor)
     labels = None if images.labels is None else images.labels[rows]
     if isinstance(images, MemoryImages):
         names = [images.names[i] for i in rows.tolist()] if images.names else []
-        return replace(images, canvas=images.canvas[rows], sizes=images.sizes[rows], labels=labels,
-                       bad=list(images.bad), names=names)  # fmt: skip
+        return replace(
+            images,
+            canvas=images.canvas[rows],
+            sizes=images.sizes[rows],
+            labels=labels,
+            bad=list(images.bad),
+            names=names,
+        )
     # Notes are of the images one holds; those on the others would count against this set's share.
     return replace(images, index=images.index[rows.numpy()], labels=labels, bad=[], dropped=0)
 
 
 def bad_message(bad: Sequence[str], n: int, max_bad: float) -> str:
     """What to say of a set with more unreadable images (``bad``: "name: reason") than it may have."""
-    return (f"{len(bad)} of {n} images cannot be read, more than data.max_bad={max_bad:g} allows; "
-            f"the first is {bad[0]}. Repair or remove them, or raise data.max_bad.")  # fmt: skip
+    return (
+        f"{len(bad)} of {n} images cannot be read, more than data.max_bad={max_bad:g} allows; "
+        f"the first is {bad[0]}. Repair or remove them, or raise data.max_bad."
+    )

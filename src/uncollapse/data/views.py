@@ -61,10 +61,16 @@ def view_specs(config: ViewConfig) -> list[ViewSpec]:
             name="local" if local else "global",
             size=config.local_size if local else config.global_size,
             scale=config.local_scale if local else config.global_scale,
-            flip=config.flip, jitter=config.jitter, jitter_strength=config.jitter_strength, grey=config.grey,
-            blur=config.blur[kind], blur_sigma=config.blur_sigma, solarise=config.solarise[kind],
-            mean=config.mean, std=config.std,
-        )  # fmt: skip
+            flip=config.flip,
+            jitter=config.jitter,
+            jitter_strength=config.jitter_strength,
+            grey=config.grey,
+            blur=config.blur[kind],
+            blur_sigma=config.blur_sigma,
+            solarise=config.solarise[kind],
+            mean=config.mean,
+            std=config.std,
+        )
 
     return [spec(0), spec(1), *[spec(2)] * config.local_count]
 
@@ -143,13 +149,19 @@ def sample_params(u: np.ndarray, sizes: np.ndarray | Tensor, spec: ViewSpec) -> 
         return torch.from_numpy(u[:, column] < probability)
 
     return ViewParams(
-        whole(top), whole(left), whole(h), whole(w), flip=flag(22, spec.flip), jitter=flag(23, spec.jitter),
+        whole(top),
+        whole(left),
+        whole(h),
+        whole(w),
+        flip=flag(22, spec.flip),
+        jitter=flag(23, spec.jitter),
         order=whole(u[:, 24:28].argsort(1)),
         factors=torch.from_numpy((low + (high - low) * u[:, 28:32]).astype(np.float32)),
-        grey=flag(32, spec.grey), blur=flag(33, spec.blur),
+        grey=flag(32, spec.grey),
+        blur=flag(33, spec.blur),
         sigma=torch.from_numpy(_between(u[:, 34], *spec.blur_sigma).astype(np.float32)),
         solarise=flag(35, spec.solarise),
-    )  # fmt: skip
+    )
 
 
 def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:

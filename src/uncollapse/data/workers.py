@@ -92,23 +92,30 @@ def _stacked(items: list[tuple[list[Tensor] | str, list[str]]]) -> tuple[list[Te
 
 
 def _loaded(dataset: torch.utils.data.Dataset[Any], keys: Iterable[Any], workers: int, collate: Any) -> Any:
-    return iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own, so that loading leaves the global random state alone
-    ))  # fmt: skip
+    return iter(
+        torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=keys,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # its own, so that loading leaves the global random state alone
+        )
+    )
 
 
-def view_loader(images: ImageSet, plan: Plan, specs: Sequence[ViewSpec], seed: int,
-                workers: int) -> Iterator[list[Tensor]]:  # fmt: skip
+def view_loader(
+    images: ImageSet, plan: Plan, specs: Sequence[ViewSpec], seed: int, workers: int
+) -> Iterator[list[Tensor]]:
     """For each batch of ``plan``, in order, its views made by loader processes.
 
     Like :func:`~uncollapse.data.batched.multicrop`, one float32 (n, 3, size, size) per spec. ``workers`` processes
     (0: this one) change the speed and nothing else. An unreadable image is replaced by the next readable one
     and listed in ``images.bad``; too many raise :class:`~uncollapse.errors.DataError`.
     """
-    keys = ([(step, int(i), int(p)) for i, p in zip(indices, positions, strict=True)]
-            for step, indices, positions in plan)  # fmt: skip
+    keys = (
+        [(step, int(i), int(p)) for i, p in zip(indices, positions, strict=True)] for step, indices, positions in plan
+    )
     for views, bad in _loaded(_Views(images, specs, seed), keys, workers, _stacked):
         if isinstance(images, LazyImages):
             images.note_bad(bad)

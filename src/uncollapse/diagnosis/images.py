@@ -160,10 +160,20 @@ def look(
     plain = bias is None and (lengths is None or bool((lengths == lengths[0]).all()))
     unit = "patches" if rebuilt.tokens else "images"
     d.images = ImageFindings(
-        encoder=rebuilt.described, unit=unit, n=len(z), n_train=each * len(train), n_images=len(z) // each,
-        views=VIEWS, used=report.used, used_by_logits=None if plain else by_logits, alive=len(of_training),
-        dead=d.prototypes - int(both.sum()), unique_used=report.unique_used, effective=report.effective,
-        view_information=report.view_information, marginal=marginal,
+        encoder=rebuilt.described,
+        unit=unit,
+        n=len(z),
+        n_train=each * len(train),
+        n_images=len(z) // each,
+        views=VIEWS,
+        used=report.used,
+        used_by_logits=None if plain else by_logits,
+        alive=len(of_training),
+        dead=d.prototypes - int(both.sum()),
+        unique_used=report.unique_used,
+        effective=report.effective,
+        view_information=report.view_information,
+        marginal=marginal,
         health={
             "features": features.shape[1],
             "effective_rank_features": effective_rank(features),
@@ -174,7 +184,7 @@ def look(
         },
         shared=_shared(w, z.unflatten(0, (-1, each)), d.group_of.cpu(), argmax, usable, held),
         usage=usage.numpy(),
-    )  # fmt: skip
+    )
     if rebuilt.tokens:
         d.notes.append(
             f"prototypes of patches: counts are of {len(z):,} patches, at most {PATCHES} of each of {len(z) // each:,} "
@@ -185,10 +195,18 @@ def look(
     if bias is not None:
         d.notes.append("mean target and 'used by logits' add the layer's bias; all else is by the cosine")
     d.verdict = judge(
-        d.prototypes, d.zero_rows + d.non_finite_rows, d.dim, d.unique, d.random, report.used,
-        report.effective[d.epsilon], len(z), unit, wide_of(d.sweep),
+        d.prototypes,
+        d.zero_rows + d.non_finite_rows,
+        d.dim,
+        d.unique,
+        d.random,
+        report.used,
+        report.effective[d.epsilon],
+        len(z),
+        unit,
+        wide_of(d.sweep),
         mode_name(rebuilt.config) if rebuilt.config is not None else "",
-    )  # fmt: skip
+    )
 
 
 def _temperature(s: PrototypeSet, rebuilt: Rebuilt) -> float:
@@ -221,9 +239,14 @@ def _rows(values: Tensor | None, usable: Tensor) -> Tensor | None:
 
 
 def _marginal(
-    w: Tensor, z: Tensor, group: Tensor, temperature: float, center: Tensor | None = None,
-    lengths: Tensor | None = None, bias: Tensor | None = None,
-) -> tuple[dict[str, Any], int]:  # fmt: skip
+    w: Tensor,
+    z: Tensor,
+    group: Tensor,
+    temperature: float,
+    center: Tensor | None = None,
+    lengths: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[dict[str, Any], int]:
     """The mean target over all prototypes and over distinct ones, against a uniform prior; and how many are used.
 
     The prior of the methods is uniform over K. Where g prototypes are one vector, the distinct vector gets
@@ -298,9 +321,14 @@ def _shared(
         pictures = None
         if held is not None and len(out) < PICTURED:
             pictures = nearest_images(torch.eye(len(members)), near.T.contiguous(), held, NEAREST)
-        out.append(SharedGroup(
-            int(size[leader]), usable[members].tolist(), int((of_image == leader).any(1).sum()),
-            [[names[i] for i in row] for row in nearest],
-            float(np.mean([len(a & b) / len(a) for a, b in pairs])), pictures,
-        ))  # fmt: skip
+        out.append(
+            SharedGroup(
+                int(size[leader]),
+                usable[members].tolist(),
+                int((of_image == leader).any(1).sum()),
+                [[names[i] for i in row] for row in nearest],
+                float(np.mean([len(a & b) / len(a) for a, b in pairs])),
+                pictures,
+            )
+        )
     return out

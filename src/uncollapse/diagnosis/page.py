@@ -31,9 +31,12 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 def write_page(found: Sequence[Diagnosis], path: Path) -> None:
     """Writes one HTML file about one or several prototype sets; it needs nothing else and no network."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("uncollapse"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("uncollapse"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    )
     names = names_of(found)
     page = environment.get_template("diagnosis.html.j2").render(
         title="Are these prototypes collapsed?",
@@ -48,19 +51,32 @@ def write_page(found: Sequence[Diagnosis], path: Path) -> None:
 
 def _set(d: Diagnosis, name: str, colour: str) -> dict[str, Any]:
     return {
-        "name": name, "file": shown(d.source.file), "colour": colour,
+        "name": name,
+        "file": shown(d.source.file),
+        "colour": colour,
         "cells": [read(d) for _, read in columns(d.epsilon)],
         "where": f"{shown(d.source.file)}: {shown(d.source.key) or 'the tensor itself'} · {d.prototypes:,} × {d.dim}, "
         + d.dtype
         + (f" · {d.source.family}" if d.source.family else ""),
-        "label": d.verdict.label, "tone": d.verdict.tone, "sentence": d.verdict.sentence,
-        "advice": d.verdict.advice, "rule": d.verdict.rule,
-        "notes": list(map(shown, d.notes)), "facts": facts(d),
-        "epsilons": [f"{e:g}" for e in d.unique], "rows": rows_of(d),
-        "headline": f"{d.epsilon:g}", "has_images": d.images is not None,
-        "sweep": _sweep(d), "circle": _circle(d), "heat": _heat(d), "heat_rows": min(HEAT, d.prototypes),
-        "spectrum": _spectrum(d), "map": _map(d), "shared": _shared(d),
-    }  # fmt: skip
+        "label": d.verdict.label,
+        "tone": d.verdict.tone,
+        "sentence": d.verdict.sentence,
+        "advice": d.verdict.advice,
+        "rule": d.verdict.rule,
+        "notes": list(map(shown, d.notes)),
+        "facts": facts(d),
+        "epsilons": [f"{e:g}" for e in d.unique],
+        "rows": rows_of(d),
+        "headline": f"{d.epsilon:g}",
+        "has_images": d.images is not None,
+        "sweep": _sweep(d),
+        "circle": _circle(d),
+        "heat": _heat(d),
+        "heat_rows": min(HEAT, d.prototypes),
+        "spectrum": _spectrum(d),
+        "map": _map(d),
+        "shared": _shared(d),
+    }
 
 
 def _words(found: Sequence[Diagnosis]) -> list[Measure]:
@@ -89,9 +105,13 @@ def _over(found: Sequence[Diagnosis]) -> Panels:
     if not curves:
         return []
     image = figures.line_panel(
-        curves, f"Unique at ε = {found[0].epsilon:g}", "file, in the order given", "unique prototypes (%)",
-        (0, 100), marker=True,
-    )  # fmt: skip
+        curves,
+        f"Unique at ε = {found[0].epsilon:g}",
+        "file, in the order given",
+        "unique prototypes (%)",
+        (0, 100),
+        marker=True,
+    )
     ends = "; ".join(f"{kind} {c[0][1][0]:.1f} % to {c[0][1][-1]:.1f} %" for kind, c in curves.items())
     return [(image, f"Unique prototypes from the first file to the last: {ends}.")]
 
@@ -181,9 +201,15 @@ def _map(d: Diagnosis) -> Panels:
         figure, axes = panel("First two principal axes")
         top = max(2.0, float(size.max()))
         shown = axes.scatter(
-            points[:, 0], points[:, 1], c=size.numpy(), s=5, cmap="viridis", norm=LogNorm(1, top), linewidths=0,
+            points[:, 0],
+            points[:, 1],
+            c=size.numpy(),
+            s=5,
+            cmap="viridis",
+            norm=LogNorm(1, top),
+            linewidths=0,
             rasterized=True,
-        )  # fmt: skip
+        )
         axes.set_aspect("equal", "datalim")
         bar = figure.colorbar(shown, ax=axes, shrink=0.8, label="prototypes on this direction")
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

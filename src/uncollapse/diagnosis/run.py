@@ -127,9 +127,14 @@ def diagnose_file(
 
 
 def _add_images(
-    d: Diagnosis, s: PrototypeSet, loaded: Any, tensors: dict[str, Tensor], data: str, limit: int,
+    d: Diagnosis,
+    s: PrototypeSet,
+    loaded: Any,
+    tensors: dict[str, Tensor],
+    data: str,
+    limit: int,
     device: torch.device | str | None,
-) -> None:  # fmt: skip
+) -> None:
     from uncollapse.checkpoints.encoder import center_of, rebuild_encoder
     from uncollapse.diagnosis.images import look
 
@@ -157,15 +162,22 @@ def _counted_before(s: PrototypeSet, twin: Diagnosis) -> Diagnosis:
     """The diagnosis of a set whose vectors are those of another one."""
     file = twin.source.file
     return dataclasses.replace(
-        twin, source=Source(file, s.key, s.side, s.name, s.family), norms=_norms(s, twin.rows), seconds={},
+        twin,
+        source=Source(file, s.key, s.side, s.name, s.family),
+        norms=_norms(s, twin.rows),
+        seconds={},
         notes=[*s.notes, f"the same vectors as {twin.source} ({twin.source.key}): counted once"],
-    )  # fmt: skip
+    )
 
 
 def measure(
-    s: PrototypeSet, file: str, eps: float | Sequence[float] = EPSILONS, complete: bool | None = None,
-    device: torch.device | str | None = None, progress: Callable[[float], None] = lambda share: None,
-) -> Diagnosis:  # fmt: skip
+    s: PrototypeSet,
+    file: str,
+    eps: float | Sequence[float] = EPSILONS,
+    complete: bool | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Diagnosis:
     """The diagnosis of one set; see `diagnose`. ``progress`` is told the share that is done."""
     several = eps if isinstance(eps, Sequence | np.ndarray) else [eps]
     epsilons = [float(e) for e in several]
@@ -189,17 +201,30 @@ def measure(
         notes.append("CARP compares prototypes within random blocks, drawn anew each step; counted over all of them")
     source = Source(file, s.key, s.side, s.name, s.family)
     common: dict[str, Any] = {
-        "source": source, "prototypes": total, "dim": dim, "dtype": str(s.weight.dtype).removeprefix("torch."),
-        "zero_rows": int(zero.sum()), "non_finite_rows": total - int(finite.sum()),
-        "norms": _norms(s, usable.nonzero()[:, 0].cpu()), "notes": notes,
-    }  # fmt: skip
+        "source": source,
+        "prototypes": total,
+        "dim": dim,
+        "dtype": str(s.weight.dtype).removeprefix("torch."),
+        "zero_rows": int(zero.sum()),
+        "non_finite_rows": total - int(finite.sum()),
+        "norms": _norms(s, usable.nonzero()[:, 0].cpu()),
+        "notes": notes,
+    }
     if not len(w):
         none = dict.fromkeys(epsilons, 0)
         verdict = judge(total, bad, dim, none, None)
         return Diagnosis(
-            unique=none, components=dict(none), no_neighbour=dict(none), unique_means=dict(none), sweep=None,
-            groups=np.empty(0, np.int64), nearest={}, random=None, verdict=verdict, **common,
-        )  # fmt: skip
+            unique=none,
+            components=dict(none),
+            no_neighbour=dict(none),
+            unique_means=dict(none),
+            sweep=None,
+            groups=np.empty(0, np.int64),
+            nearest={},
+            random=None,
+            verdict=verdict,
+            **common,
+        )
     began = time.perf_counter()
     work = float(total) * total * dim
     everything = work <= (COMPLETE_WORK if w.device.type == "cpu" else 100 * COMPLETE_WORK)
@@ -232,11 +257,21 @@ def measure(
     seconds["rest"] = time.perf_counter() - began
     progress(1.0)
     return Diagnosis(
-        unique=unique, components=linked, no_neighbour=alone, unique_means=dict(means), sweep=sweep,
-        groups=np.sort(np.bincount(group_of.cpu().numpy())[kept.cpu().numpy()])[::-1].copy(), nearest=nearest,
-        random=likeness, verdict=judge(total, bad, dim, unique, likeness, wide=wide_of(sweep)), seconds=seconds,
-        vectors=w, group_of=group_of, rows=usable.nonzero()[:, 0].cpu(), **common,
-    )  # fmt: skip
+        unique=unique,
+        components=linked,
+        no_neighbour=alone,
+        unique_means=dict(means),
+        sweep=sweep,
+        groups=np.sort(np.bincount(group_of.cpu().numpy())[kept.cpu().numpy()])[::-1].copy(),
+        nearest=nearest,
+        random=likeness,
+        verdict=judge(total, bad, dim, unique, likeness, wide=wide_of(sweep)),
+        seconds=seconds,
+        vectors=w,
+        group_of=group_of,
+        rows=usable.nonzero()[:, 0].cpu(),
+        **common,
+    )
 
 
 def _unique_means(means: Tensor, epsilons: list[float], device: torch.device) -> dict[float, int]:

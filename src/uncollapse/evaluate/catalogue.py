@@ -211,8 +211,12 @@ def chosen(
     Raises:
         ConfigError: an unknown name, or a task named outright that lacks what it needs.
     """
-    there = {"prototypes": encoder.vectors is not None and encoder.head is not None, "sets": bool(sets),
-             "masks": masks is not None, "": True}  # fmt: skip
+    there = {
+        "prototypes": encoder.vectors is not None and encoder.head is not None,
+        "sets": bool(sets),
+        "masks": masks is not None,
+        "": True,
+    }
     lacking = {
         "prototypes": f"{encoder.name} has no prototypes with a projection head",
         "sets": "it needs --sets SET...",
@@ -221,8 +225,9 @@ def chosen(
     if asked is not None and list(asked) != ["all"]:
         unknown = [name for name in asked if name not in TASKS]
         if unknown or not asked:
-            raise ConfigError(f"--tasks: no task {', '.join(map(repr, unknown)) or 'named'}; "
-                              f"there are {', '.join(TASKS)} and all")  # fmt: skip
+            raise ConfigError(
+                f"--tasks: no task {', '.join(map(repr, unknown)) or 'named'}; there are {', '.join(TASKS)} and all"
+            )
         named = [TASKS[name] for name in dict.fromkeys(asked)]
         for task in named:
             if not there[task.needs]:

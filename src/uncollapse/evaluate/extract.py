@@ -83,10 +83,15 @@ def identity(images: ImageSet) -> str:
 def cache_key(encoder: EvalEncoder, images: ImageSet, device: torch.device) -> str:
     """Of weights, data, preprocessing and precision; anything that changes a feature changes it."""
     parts = {
-        "format": FORMAT, "weights": encoder.weights_hash, "data": identity(images), "size": encoder.size,
-        "mean": list(encoder.mean), "std": list(encoder.std), "blocks": encoder.blocks,
+        "format": FORMAT,
+        "weights": encoder.weights_hash,
+        "data": identity(images),
+        "size": encoder.size,
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
+        "blocks": encoder.blocks,
         "precision": "bf16" if device.type == "cuda" else "fp32",
-    }  # fmt: skip
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -217,9 +222,17 @@ def extract(
 
 
 def _make(
-    encoder: EvalEncoder, images: ImageSet, numbers: Tensor, rows: _Rows, missing: list[int], shards: Shards | None,
-    device: torch.device, batch: int, workers: int, progress: Callable[[int, int], None] | None,
-) -> None:  # fmt: skip
+    encoder: EvalEncoder,
+    images: ImageSet,
+    numbers: Tensor,
+    rows: _Rows,
+    missing: list[int],
+    shards: Shards | None,
+    device: torch.device,
+    batch: int,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
     """Features of ``images``, which are the images ``numbers`` of the whole set, written shard by shard."""
     waiting: list[tuple[Tensor, dict[str, Tensor]]] = []  # on the device until a shard is full: one copy, not many
     done, before = 0, rows.n - len(numbers)
@@ -262,9 +275,13 @@ def _finished(rows: _Rows, images: ImageSet, name: str) -> Features:
                 "damaged or overflow"
             )
     return Features(
-        tensors["cls"], tensors.get("mean"), tensors.get("projections"),
-        None if images.labels is None else images.labels[kept], kept, images.classes,
-    )  # fmt: skip
+        tensors["cls"],
+        tensors.get("mean"),
+        tensors.get("projections"),
+        None if images.labels is None else images.labels[kept],
+        kept,
+        images.classes,
+    )
 
 
 def timed(function: Callable[[], Features]) -> tuple[Features, float]:

@@ -45,10 +45,14 @@ def merge(folder: Path, key: str, one: Evaluated, command: str) -> None:
     pictures = {t: p for t, p in old.get("pictures", {}).items() if t in tasks}
     pictures |= _drawn(folder, key, one)
     data["encoders"][one.label] = {
-        "name": one.encoder.name, "described": one.encoder.described, **state,
-        "step": one.encoder.step, "notes": one.notes, "tasks": tasks,
+        "name": one.encoder.name,
+        "described": one.encoder.described,
+        **state,
+        "step": one.encoder.step,
+        "notes": one.notes,
+        "tasks": tasks,
         "pictures": pictures,
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / FILE, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 

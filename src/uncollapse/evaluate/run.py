@@ -93,9 +93,12 @@ class Evaluated:
 
 
 def evaluate(
-    encoders: Sequence[EvalEncoder], settings: Settings, say: Say = lambda _: None, report: Report | None = None,
+    encoders: Sequence[EvalEncoder],
+    settings: Settings,
+    say: Say = lambda _: None,
+    report: Report | None = None,
     keep: Callable[[Evaluated], None] = lambda _: None,
-) -> list[Evaluated]:  # fmt: skip
+) -> list[Evaluated]:
     """Every task on every encoder; the first encoder decides which tasks there are.
 
     A task that fails is noted in `Evaluated.failures` and does not keep the others from running.
@@ -160,9 +163,15 @@ def _run(task: Task, context: Context, done: Evaluated) -> None:
 
 
 def _context(
-    encoder: EvalEncoder, train: ImageSet | None, test: ImageSet | None, tasks: Sequence[Task], settings: Settings,
-    say: Say, report: Report | None, notes: list[str],
-) -> Context:  # fmt: skip
+    encoder: EvalEncoder,
+    train: ImageSet | None,
+    test: ImageSet | None,
+    tasks: Sequence[Task],
+    settings: Settings,
+    say: Say,
+    report: Report | None,
+    notes: list[str],
+) -> Context:
     label = "untrained " if encoder.side == "untrained" else ""
 
     def tell(name: str, done: float, total: float, loss: float | None) -> None:
@@ -172,30 +181,48 @@ def _context(
     def features(images: ImageSet | None, part: str) -> Features:
         assert images is not None
         return extract(
-            encoder, images, device=settings.device, cache=settings.cache, batch=settings.batch,
+            encoder,
+            images,
+            device=settings.device,
+            cache=settings.cache,
+            batch=settings.batch,
             workers=settings.workers,
             progress=lambda done, total: tell(f"features, {part}", done, total, None),
             say=lambda line: say(f"{label}{part}: {line}"),
-        )  # fmt: skip
+        )
 
     def of_set(spec: str) -> tuple[Features, Features]:
         pair = open_pair(spec, settings.split_seed, settings.limit, None, settings.data_config, report is not None)
         _check_labels(["transfer"], pair.train, pair.test, spec)
         name = Path(split_spec(spec)[0]).name
         found = features(pair.train, f"{name} train"), features(pair.test, f"{name} test")
-        notes.extend(f"{name}: {note}" for note in [
-            *pair.notes, *_rules(pair.train, pair.test), *_unreadable("training", pair.train, found[0]),
-            *_unreadable("test", pair.test, found[1]),
-        ])  # fmt: skip
+        notes.extend(
+            f"{name}: {note}"
+            for note in [
+                *pair.notes,
+                *_rules(pair.train, pair.test),
+                *_unreadable("training", pair.train, found[0]),
+                *_unreadable("test", pair.test, found[1]),
+            ]
+        )
         return found
 
     needed = any(t.features for t in tasks)
     return Context(
-        encoder, train, test, features(train, "train") if needed else None,
-        features(test, "test") if needed else None, of_set, settings.seed, settings.device, settings.sets,
-        settings.masks, settings.out, None if report is None else tell,
+        encoder,
+        train,
+        test,
+        features(train, "train") if needed else None,
+        features(test, "test") if needed else None,
+        of_set,
+        settings.seed,
+        settings.device,
+        settings.sets,
+        settings.masks,
+        settings.out,
+        None if report is None else tell,
         options={"workers": settings.workers, **settings.options},
-    )  # fmt: skip
+    )
 
 
 # ----------------------------------------------------------------------------------------- data, checked
@@ -254,8 +281,10 @@ def _rules(train: ImageSet, test: ImageSet) -> list[str]:
     unseen = int(((in_train == 0) & (in_test > 0)).sum())
     if unseen:
         theirs = int(in_test[in_train == 0].sum())
-        rules.append(f"{unseen} class(es) of the test part have no training image: their {theirs} test images "
-                     "stay in and count as errors of every classifier")  # fmt: skip
+        rules.append(
+            f"{unseen} class(es) of the test part have no training image: their {theirs} test images "
+            "stay in and count as errors of every classifier"
+        )
     empty = int(((in_train == 0) & (in_test == 0)).sum())
     if empty:
         rules.append(f"{empty} class(es) have no image at all and are left out of means over classes")

@@ -108,10 +108,17 @@ def _checkpoint(loaded: Any, tensors: Mapping[str, Tensor], side: str, where: st
         notes.append("its prototypes divide up patches, not images: only the backbone is evaluated")
     found_backbone = _backbone(tensors, side, where)
     stated = any(side_of(clean(path)) == side for path in tensors)
-    return _made(EvalEncoder(
-        _plain(found_backbone.module, found_backbone.width), found_backbone.size, described=found_backbone.described,
-        name=where, side=side if stated else "model", notes=notes[:1], patch_tokens=found_backbone.tokens,
-    ))  # fmt: skip
+    return _made(
+        EvalEncoder(
+            _plain(found_backbone.module, found_backbone.width),
+            found_backbone.size,
+            described=found_backbone.described,
+            name=where,
+            side=side if stated else "model",
+            notes=notes[:1],
+            patch_tokens=found_backbone.tokens,
+        )
+    )
 
 
 def _of_side(found: list[PrototypeSet], side: str) -> list[PrototypeSet]:
@@ -133,9 +140,16 @@ def _encoder(rebuilt: Rebuilt, s: PrototypeSet, side: str, where: str, notes: li
         notes = [*notes, f"{lost} are zero, NaN or infinite and are left out: no image is theirs"]
         rows = rows[usable]
     encoder = EvalEncoder(
-        _plain(rebuilt.backbone), rebuilt.size, head=rebuilt.head, vectors=F.normalize(rows, dim=1),
-        described=rebuilt.described, name=where, side=side, config=rebuilt.config, notes=notes,
-    )  # fmt: skip
+        _plain(rebuilt.backbone),
+        rebuilt.size,
+        head=rebuilt.head,
+        vectors=F.normalize(rows, dim=1),
+        described=rebuilt.described,
+        name=where,
+        side=side,
+        config=rebuilt.config,
+        notes=notes,
+    )
     if rebuilt.config is not None:
         encoder.mean, encoder.std = rebuilt.config.views.mean, rebuilt.config.views.std
         encoder.side = side if has_teacher(rebuilt.config) else "model"
@@ -181,9 +195,18 @@ def _made(encoder: EvalEncoder) -> EvalEncoder:
 
 def _started(encoder: EvalEncoder, module: nn.Module, head: nn.Module | None, vectors: Tensor | None) -> EvalEncoder:
     return EvalEncoder(
-        module, encoder.size, encoder.mean, encoder.std, head, vectors, f"{encoder.described}, untrained",
-        encoder.name, "untrained", 0, encoder.config,
-    )  # fmt: skip
+        module,
+        encoder.size,
+        encoder.mean,
+        encoder.std,
+        head,
+        vectors,
+        f"{encoder.described}, untrained",
+        encoder.name,
+        "untrained",
+        0,
+        encoder.config,
+    )
 
 
 def _backbone(tensors: Mapping[str, Tensor], side: str, where: str) -> Backbone:
@@ -223,9 +246,15 @@ def _timm(
     where = "downloaded weights" if pretrained else f"weights of {Path(weights).name}" if weights else "random weights"
     notes = [] if pretrained or weights else [f"{source}: random weights; --weights FILE or --pretrained gives trained"]
     encoder = EvalEncoder(
-        module, size or int(data["input_size"][-1]), tuple(data["mean"]), tuple(data["std"]),
-        described=f"timm {name}, {where}", name=source, side="model", notes=notes,
-    )  # fmt: skip
+        module,
+        size or int(data["input_size"][-1]),
+        tuple(data["mean"]),
+        tuple(data["std"]),
+        described=f"timm {name}, {where}",
+        name=source,
+        side="model",
+        notes=notes,
+    )
     if pretrained or weights:
         encoder.untrained = lambda: _started(encoder, _create(source, name, False, size, seed), None, None)
     return encoder

@@ -74,7 +74,11 @@ def _mark_splits(axes: Any, class_train: Ints) -> None:
             if start:
                 axes.axvline(start + 0.5, color="#9aa5b1", linewidth=0.8, dashes=(1, 3))
             axes.annotate(
-                f"{name}-shot: {n}", (start + (n + 1) / 2, 1), xycoords=("data", "axes fraction"), ha="center",
-                va="top", fontsize=7.5,
-            )  # fmt: skip
+                f"{name}-shot: {n}",
+                (start + (n + 1) / 2, 1),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="top",
+                fontsize=7.5,
+            )
         start += n

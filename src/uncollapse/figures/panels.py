@@ -46,9 +46,15 @@ def line_panel(
         if reference is not None:
             axes.axhline(reference[0], color=INK, linewidth=0.8, dashes=(1, 3))
             axes.annotate(
-                reference[1], (1, reference[0]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                xytext=(0, 1.5), textcoords="offset points", fontsize=7.5,
-            )  # fmt: skip
+                reference[1],
+                (1, reference[0]),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                xytext=(0, 1.5),
+                textcoords="offset points",
+                fontsize=7.5,
+            )
         axes.set(xlabel=x_label, ylabel=y_label)
         if y_range is not None:
             low, high = y_range[0], axes.get_ylim()[1] if y_range[1] is None else y_range[1]
@@ -114,17 +120,17 @@ def circle(arm: str, points: Array, used: NDArray[np.bool_] | None, top: float, 
         edge = np.stack([np.cos(around_density) * radius, np.sin(around_density) * radius])
         ring = np.stack([np.cos(around), np.sin(around)])
         axes.fill(
-            np.append(edge[0], ring[0][::-1]), np.append(edge[1], ring[1][::-1]),
-            color=colour, alpha=0.55, linewidth=0,
-        )  # fmt: skip
+            np.append(edge[0], ring[0][::-1]), np.append(edge[1], ring[1][::-1]), color=colour, alpha=0.55, linewidth=0
+        )
         axes.plot(*edge, color=colour, linewidth=0.8)
         axes.plot(*ring, color=INK, linewidth=0.8)
         axes.plot(*(ring * (1 + np.sqrt(1 / top))), color=INK, linewidth=0.7, dashes=(2, 3))
         if used is not None and used.any():
             chosen = points[used]
             chosen = chosen[:: -(-len(chosen) // MAX_POINTS)]
-            axes.plot(chosen[:, 0] * 0.9, chosen[:, 1] * 0.9, "o", color=colour, markersize=2.8, alpha=0.6,
-                      markeredgewidth=0)  # fmt: skip
+            axes.plot(
+                chosen[:, 0] * 0.9, chosen[:, 1] * 0.9, "o", color=colour, markersize=2.8, alpha=0.6, markeredgewidth=0
+            )
             axes.text(0, 0, f"{int(used.sum()):,}\nused", ha="center", va="center", fontsize=9)
         return svg(figure)
 
@@ -140,8 +146,16 @@ def step_parts(parts: Mapping[str, Mapping[str, float]], look: Mapping[str, Styl
         left = np.zeros(len(arms))
         for index, name in enumerate(names):
             width = np.array([1e3 * parts[arm].get(name, 0.0) for arm in arms])
-            axes.barh(arms, width, left=left, color=_PART_COLOURS[index % len(_PART_COLOURS)], label=name,
-                      height=0.66, edgecolor="white", linewidth=0.6)  # fmt: skip
+            axes.barh(
+                arms,
+                width,
+                left=left,
+                color=_PART_COLOURS[index % len(_PART_COLOURS)],
+                label=name,
+                height=0.66,
+                edgecolor="white",
+                linewidth=0.6,
+            )
             left += width
         for row, total in enumerate(left):
             axes.annotate(f"{total:.3g} ms", (total, row), xytext=(4, 0), textcoords="offset points", va="center")

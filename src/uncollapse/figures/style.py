@@ -140,9 +140,8 @@ def legend(figure: Figure, axes: Axes) -> None:
     """Below the panel, and only where there is more than one line to tell apart."""
     if len(axes.get_legend_handles_labels()[0]) > 1:
         figure.legend(
-            loc="outside lower center", ncols=3, fontsize=8,
-            handlelength=1.9, columnspacing=1.1, handletextpad=0.4,
-        )  # fmt: skip
+            loc="outside lower center", ncols=3, fontsize=8, handlelength=1.9, columnspacing=1.1, handletextpad=0.4
+        )
 
 
 def svg(figure: Figure) -> str:

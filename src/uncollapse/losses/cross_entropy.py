@@ -20,13 +20,11 @@ from torch import Tensor
 
 from uncollapse.checks import above_zero, has_shape, usable_weights
 from uncollapse.losses.autograd import with_gradient
-from uncollapse.numerics import exponent_floor
+from uncollapse.numerics import IN_FLIGHT, exponent_floor, rows_at_once
 from uncollapse.targets.softmax import SoftmaxTargets
 
-_BLOCK = 1 << 23
-"""Logits in flight at once: 32 MiB of float32. Matrix products with fewer rows run well below the processor's rate."""
 _LEAST_ROWS = 64
-"""Rows of a block however large K is, for the same reason: at K = 1,000,000 a block is 256 MB, a quarter of W."""
+"""Rows of a block however large K is: products of fewer are slow. At K = 1,000,000 it is 256 MB, a quarter of W."""
 _NEAR = 1 << 18
 """Logits that stay near the processor between one pass and the next: 1 MiB."""
 
@@ -270,8 +268,7 @@ def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(weight: Tensor, least: int) -> int:
-    block = 16 * _BLOCK if weight.is_cuda else _BLOCK
-    return max(least, block // len(weight))
+    return rows_at_once(len(weight), (16 if weight.is_cuda else 1) * IN_FLIGHT, least)
 
 
 def _slices(count: int, step: int) -> Iterator[slice]:

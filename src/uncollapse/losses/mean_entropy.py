@@ -14,6 +14,7 @@ from torch import Tensor
 from uncollapse.checks import above_zero, fits, one_shape
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
 from uncollapse.losses.autograd import first_order
+from uncollapse.numerics import rows_at_once
 
 _BLOCK = 1 << 22
 """Logits in flight at once: 16 MiB of float32."""
@@ -48,7 +49,7 @@ def me_max(z: Tensor, weight: Tensor, temperature: float, bias: Tensor | None = 
 
 
 def _blocks(z: Tensor, weight: Tensor) -> list[slice]:
-    rows = max(64, _BLOCK // len(weight))
+    rows = rows_at_once(len(weight), _BLOCK)
     return [slice(start, start + rows) for start in range(0, len(z), rows)]
 
 

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncollapse.measure.unique import EPSILONS, epsilon_sweep
-
-_BLOCK = 1 << 23
-"""Cosines in flight at once: 32 MiB of float32."""
+from uncollapse.numerics import rows_at_once
 
 
 def _argmax(x: Tensor) -> Tensor:
@@ -78,7 +76,7 @@ class PrototypeMonitor(nn.Module):
     @torch.no_grad()
     def observe_projections(self, z: Tensor, vectors: Tensor) -> None:
         """As :meth:`observe`, from projections ``(n, D)`` and prototypes ``(K, D)``, in blocks of rows."""
-        rows = max(64, _BLOCK // len(vectors))
+        rows = rows_at_once(len(vectors))
         self.observe_argmax(torch.cat([_argmax(some @ vectors.T) for some in z.detach().split(rows)]))
 
     @torch.no_grad()

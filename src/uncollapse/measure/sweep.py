@@ -96,9 +96,11 @@ def spanning_tree(w: Tensor, progress: Callable[[float], None] = lambda share: N
 
 
 def complete_sweep(
-    w: Tensor, epsilons: Sequence[float] = EPSILONS, tree: SpanningTree | None = None,
+    w: Tensor,
+    epsilons: Sequence[float] = EPSILONS,
+    tree: SpanningTree | None = None,
     progress: Callable[[float], None] = lambda share: None,
-) -> Sweep:  # fmt: skip
+) -> Sweep:
     """The greedy count, the connected components and the rows without a neighbour, at every ε.
 
     All three are exact (what `unique_prototypes`, `components` and `no_neighbour` return): where an ε lies

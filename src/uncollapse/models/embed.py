@@ -72,9 +72,14 @@ def embed(
 
 @torch.no_grad()
 def project_views(
-    encoder: Encoder, images: ImageSet, views: ViewConfig, seed: int, workers: int, device: torch.device,
+    encoder: Encoder,
+    images: ImageSet,
+    views: ViewConfig,
+    seed: int,
+    workers: int,
+    device: torch.device,
     count: int = VIEWS,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Projections ``(count, n, D)`` of first global views, keyed by the seed: equal views for every arm."""
     encoder.eval()
     specs: list[ViewSpec] = view_specs(views)[:1] * count

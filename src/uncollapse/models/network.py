@@ -46,9 +46,13 @@ class Encoder(nn.Module):
         return self.heads["cls"]
 
     def forward(
-        self, views: list[Tensor], keys: Tensor | None = None, read: Tensor | None = None, hide: bool = False,
+        self,
+        views: list[Tensor],
+        keys: Tensor | None = None,
+        read: Tensor | None = None,
+        hide: bool = False,
         mean: bool = False,
-    ) -> Projected:  # fmt: skip
+    ) -> Projected:
         """Projections of each view; views of one size go through the backbone together.
 
         As in DINO's multi-crop wrapper, a head sees all views at once, so that batch norm in it (where

@@ -74,7 +74,14 @@ def mixture_set(
     assert config.balance
     assert config.anneal_start
     mixture = OnlineMixture(
-        count, dim, rows, config.covariance, config.memory_steps, config.balance, config.temperature,
-        bool(config.centred), generator=generator,
-    )  # fmt: skip
+        count,
+        dim,
+        rows,
+        config.covariance,
+        config.memory_steps,
+        config.balance,
+        config.temperature,
+        bool(config.centred),
+        generator=generator,
+    )
     return MixturePrototypes(mixture, config.anneal_start, config.anneal_steps or 0.0, unit)

@@ -81,9 +81,16 @@ class JointPrototypes(Prototypes):
     neighbours_age: Tensor
 
     def __init__(
-        self, count: int, dim: int, learn_norm: bool, koleo_weight: float, generator: torch.Generator,
-        koleo_every: int = 1, vmf: bool = False, followed: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        count: int,
+        dim: int,
+        learn_norm: bool,
+        koleo_weight: float,
+        generator: torch.Generator,
+        koleo_every: int = 1,
+        vmf: bool = False,
+        followed: bool = True,
+    ) -> None:
         super().__init__()
         # The distribution of PyTorch's linear layer, which DINO's last layer keeps.
         start = (torch.rand(count, dim, generator=generator) * 2 - 1) / dim**0.5

@@ -26,8 +26,7 @@ from uncollapse.measure.catalogue import (
     entry,
     number,
 )
-from uncollapse.measure.verdict import Verdict
-from uncollapse.measure.verdict import judge_row
+from uncollapse.measure.verdict import Verdict, judge_row
 from uncollapse.report.arms import BASELINE, CONTROL, Grouping, of_mode, rival
 from uncollapse.report.comparing import difference, stat
 from uncollapse.run_folder.read import RunRecord, common

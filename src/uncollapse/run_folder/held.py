@@ -18,8 +18,16 @@ except ImportError:  # Windows has no such locks: there, nothing keeps two proce
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-WRITTEN = ("config.yaml", "metrics.jsonl", "metrics.csv", "summary.json", "diagnosis.npz", "report.html",
-           "checkpoints", "tensorboard")  # fmt: skip
+WRITTEN = (
+    "config.yaml",
+    "metrics.jsonl",
+    "metrics.csv",
+    "summary.json",
+    "diagnosis.npz",
+    "report.html",
+    "checkpoints",
+    "tensorboard",
+)
 """What a run writes into its folder."""
 
 

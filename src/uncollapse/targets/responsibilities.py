@@ -82,9 +82,13 @@ class Posterior:
     """
 
     def __init__(
-        self, features: Tensor, components: Components, offset: Tensor, budget: int = BUDGET,
+        self,
+        features: Tensor,
+        components: Components,
+        offset: Tensor,
+        budget: int = BUDGET,
         spare: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.features, self.components, self.spare = features, components, spare
         self.base, self.shift = offset.clone(), torch.zeros_like(offset)
         n = len(features)

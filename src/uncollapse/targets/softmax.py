@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.checks import above_zero, fits
-
-_BLOCK = 1 << 23
-"""Probabilities in flight at once: 32 MiB of float32."""
+from uncollapse.numerics import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def entropies(targets: SoftmaxTargets) -> tuple[float, float]:
     The second is near ln K whenever the assignment is balanced, collapsed or not; it is logged to be compared with the
     number of *unique* prototypes.
     """
-    z, rows = targets.z.flatten(0, -2), max(64, _BLOCK // len(targets.weight))
+    z, rows = targets.z.flatten(0, -2), rows_at_once(len(targets.weight))
     total, mean = z.new_zeros(()), z.new_zeros(len(targets.weight))
     for some in z.split(rows):
         p = SoftmaxTargets(some, targets.weight, targets.temperature, targets.bias).dense()
@@ -66,7 +64,7 @@ def entropies(targets: SoftmaxTargets) -> tuple[float, float]:
 @torch.no_grad()
 def log_marginal(targets: SoftmaxTargets) -> Tensor:
     """``(K,)``: the log of the mean row, over this process's rows; a block of rows at a time."""
-    z, rows = targets.z.flatten(0, -2), max(64, _BLOCK // len(targets.weight))
+    z, rows = targets.z.flatten(0, -2), rows_at_once(len(targets.weight))
     parts = [
         SoftmaxTargets(some, targets.weight, targets.temperature, targets.bias).dense().sum(0) for some in z.split(rows)
     ]

@@ -90,8 +90,10 @@ def torchvision_parts(spec: str) -> tuple[Part, Part | None]:
     one = SETS[name]
     looked = Path(root).expanduser() / one.looks_for
     if not looked.exists():
-        raise DataError(f"{spec}: torchvision's {name} looks for {looked}, which is not there; nothing is downloaded "
-                        f"here, torchvision.datasets.{name}(root, download=True) may")  # fmt: skip
+        raise DataError(
+            f"{spec}: torchvision's {name} looks for {looked}, which is not there; nothing is downloaded "
+            f"here, torchvision.datasets.{name}(root, download=True) may"
+        )
     pieces = [_torchvision(spec, name, root, given) for given in one.train]
     return _joined(pieces), None if one.test is None else _torchvision(spec, name, root, one.test)
 
@@ -105,14 +107,18 @@ def _torchvision(spec: str, name: str, root: str, given: dict[str, Any]) -> Part
     except Exception as error:  # each class has its own way of finding nothing, or half of it
         reason = " ".join(str(error).replace("You can use download=True to download it", "").split())
         what = ", ".join(f"{k}={v!r}" for k, v in given.items()) or "only"
-        raise DataError(f"{spec}: torchvision cannot open its {what} part below {root}, where it looks for "
-                        f"{SETS[name].looks_for} ({reason or type(error).__name__})") from None  # fmt: skip
+        raise DataError(
+            f"{spec}: torchvision cannot open its {what} part below {root}, where it looks for "
+            f"{SETS[name].looks_for} ({reason or type(error).__name__})"
+        ) from None
     try:
         return _opened(dataset)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         version = torchvision.__version__
-        raise DataError(f"{spec}: torchvision {version} keeps this set in a way that is not known here ({error}); "
-                        f"give its images as a folder with a sub-folder per class") from None  # fmt: skip
+        raise DataError(
+            f"{spec}: torchvision {version} keeps this set in a way that is not known here ({error}); "
+            f"give its images as a folder with a sub-folder per class"
+        ) from None
 
 
 def _opened(dataset: Any) -> Part:
@@ -161,8 +167,9 @@ def _pixels(data: np.ndarray, labels: np.ndarray, classes: list[str]) -> MemoryI
         x = x.permute(0, 3, 1, 2)
     if x.ndim != 4 or x.shape[1] != 3 or x.dtype != torch.uint8 or len(x) != len(labels):
         raise ValueError(f"an array of shape {tuple(data.shape)} and type {data.dtype}")
-    return MemoryImages(x.contiguous(), torch.tensor([list(x.shape[2:])]).repeat(len(x), 1), torch.from_numpy(labels),
-                        classes)  # fmt: skip
+    return MemoryImages(
+        x.contiguous(), torch.tensor([list(x.shape[2:])]).repeat(len(x), 1), torch.from_numpy(labels), classes
+    )
 
 
 def _joined(pieces: Sequence[Part]) -> Part:
@@ -213,9 +220,10 @@ def _inat(file: Path) -> Items:
         pairs = [(int(a["category_id"]), names[int(a["image_id"])]) for a in annotations]
         titles = {int(c["id"]): str(c.get("name", c["id"])) for c in categories}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
-        raise DataError(f"{file}: not in iNaturalist's layout: looked for images (id, file_name), annotations "
-                        f"(image_id, category_id) and categories (id, name); {type(error).__name__}: {error}"
-                        ) from None  # fmt: skip
+        raise DataError(
+            f"{file}: not in iNaturalist's layout: looked for images (id, file_name), annotations "
+            f"(image_id, category_id) and categories (id, name); {type(error).__name__}: {error}"
+        ) from None
     unknown = {c for c, _ in pairs} - set(titles)
     if unknown or not pairs:
         raise DataError(f"{file}: {f'categories {sorted(unknown)[:3]} are not listed' if unknown else 'no annotation'}")
@@ -307,5 +315,7 @@ def _check_first(file: Path, root: Path, name: str) -> None:
     with suppress(OSError, ValueError):  # of a name that cannot be one
         there = (root / name).is_file()
     if not there:
-        raise DataError(f"{file}: its images are not where it says: {root / name} does not exist. "
-                        f"Paths count from {root}; a list can name another folder: {LIST}FILE@FOLDER")  # fmt: skip
+        raise DataError(
+            f"{file}: its images are not where it says: {root / name} does not exist. "
+            f"Paths count from {root}; a list can name another folder: {LIST}FILE@FOLDER"
+        )

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,21 +51,22 @@ class Pair:
     """What was found in the data or done to them that the user should know, a line each."""
 
 
-def load_pair(
-    data: str, seed: int = 0, limit: int | None = None, long_tail: float | None = None,
-    config: DataConfig | None = None, progress: bool = False,
-) -> tuple[ImageSet, ImageSet]:  # fmt: skip
-    """Training and test images of `open_pair`; its notes are warnings."""
-    pair = open_pair(data, seed, limit, long_tail, config, progress)
+def load_pair(data: str, seed: int = 0, limit: int | None = None, **options: Any) -> tuple[ImageSet, ImageSet]:
+    """Training and test images of `open_pair`, which has the other options too; its notes are warnings."""
+    pair = open_pair(data, seed, limit, **options)
     for note in pair.notes:
         warnings.warn(note, stacklevel=2)
     return pair.train, pair.test
 
 
 def open_pair(
-    data: str, seed: int = 0, limit: int | None = None, long_tail: float | None = None,
-    config: DataConfig | None = None, progress: bool = False,
-) -> Pair:  # fmt: skip
+    data: str,
+    seed: int = 0,
+    limit: int | None = None,
+    long_tail: float | None = None,
+    config: DataConfig | None = None,
+    progress: bool = False,
+) -> Pair:
     """Training and test images of ``data``, which is ``TRAIN`` or ``TRAIN,TEST``.
 
     Either is a folder of images, a Parquet file or folder, a CSV file or ``builtin:digits`` (`data.load_images`); a
@@ -117,11 +119,15 @@ def open_pair(
     notes += _unreadable(train, train_index, sets[0])
     same = _same_files(train, train_index, test, test_index)
     if same == len(test_index):
-        raise DataError(f"{data}: every test image is a training image too, so nothing can be measured; name other "
-                        "images as TEST, or leave it out to have a part held out")  # fmt: skip
+        raise DataError(
+            f"{data}: every test image is a training image too, so nothing can be measured; name other "
+            "images as TEST, or leave it out to have a part held out"
+        )
     if twice := max(same, _same_pixels(*sets)):
-        notes.append(f"{twice:,} of {len(sets[1]):,} test images are training images too (the same "
-                     f"{'file' if same else 'pixels'}), which flatters every number")  # fmt: skip
+        notes.append(
+            f"{twice:,} of {len(sets[1]):,} test images are training images too (the same "
+            f"{'file' if same else 'pixels'}), which flatters every number"
+        )
     return Pair(*sets, notes=notes)
 
 
@@ -227,13 +233,16 @@ def _aligned(train: Part, test: Part, notes: list[str]) -> tuple[list[str], np.n
         return classes, labels
     extra = [c for c in theirs if c not in set(mine)]
     if len(extra) == len(theirs):
-        raise DataError(f"training and test images share no class: training has {_listed(mine)}, "
-                        f"test has {_listed(theirs)}")  # fmt: skip
+        raise DataError(
+            f"training and test images share no class: training has {_listed(mine)}, test has {_listed(theirs)}"
+        )
     if extra:
         alike = {_folded(c) for c in extra} & {_folded(c) for c in mine}
         hint = "; some differ from training classes only in case or spaces" if alike else ""
-        notes.append(f"{len(extra)} test class(es) are not among the training classes and are kept as classes of "
-                     f"their own: {_listed(extra)}{hint}")  # fmt: skip
+        notes.append(
+            f"{len(extra)} test class(es) are not among the training classes and are kept as classes of "
+            f"their own: {_listed(extra)}{hint}"
+        )
     classes = mine + extra
     number = {c: i for i, c in enumerate(classes)}
     return classes, np.array([number[c] for c in theirs], dtype=np.int64)[labels]
@@ -252,8 +261,10 @@ def folder_notes(folder: Path, classes: Sequence[str]) -> list[str]:
         alike[_folded(name)].append(name)
     for same in alike.values():
         if len(same) > 1:
-            notes.append(f"{folder}: class folders {_listed(same)} differ only in case, spaces or Unicode form; "
-                         "they are separate classes")  # fmt: skip
+            notes.append(
+                f"{folder}: class folders {_listed(same)} differ only in case, spaces or Unicode form; "
+                "they are separate classes"
+            )
     odd = [n for n in names if n != n.strip() and len(alike[_folded(n)]) == 1]
     if odd:
         notes.append(f"{folder}: class folder(s) {_listed(odd)} begin or end with a space, which is part of the name")
@@ -352,13 +363,16 @@ def long_tail_rows(labels: np.ndarray, factor: float, seed: int = 0) -> np.ndarr
     share = factor ** (-np.arange(len(classes)) / (len(classes) - 1))
     head = int(np.min((counts + 1 - 1e-6) / share))  # the largest with ⌊head·share⌋ ≤ counts
     if head * BALANCED < counts.max():
-        raise DataError(f"long tail: with imbalance factor {factor:g} the first class could keep {head} images, less "
-                        f"than half of the largest class ({counts.max()}): the set is not balanced enough"
-                        )  # fmt: skip
+        raise DataError(
+            f"long tail: with imbalance factor {factor:g} the first class could keep {head} images, less "
+            f"than half of the largest class ({counts.max()}): the set is not balanced enough"
+        )
     keep = np.floor(head * share + 1e-9).astype(int)
     if keep.min() < 1:
-        raise DataError(f"long tail: with imbalance factor {factor:g} and {head} images in the first class the last "
-                        f"would keep none; the factor can be {head} at most")  # fmt: skip
+        raise DataError(
+            f"long tail: with imbalance factor {factor:g} and {head} images in the first class the last "
+            f"would keep none; the factor can be {head} at most"
+        )
     rng = np.random.default_rng(seed)
     rows = [rng.permutation(np.flatnonzero(labels == c))[:k] for c, k in zip(classes, keep, strict=True)]
     return np.sort(np.concatenate(rows))

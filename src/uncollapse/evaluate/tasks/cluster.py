@@ -81,10 +81,15 @@ def cluster(train: Features, test: Features, vectors: Tensor | None = None, seed
         "bootstrap sample agree on cluster and class and would raise agreement",
     ]
     return Result(
-        "cluster", metrics, intervals[f"{headline}_ami"], len(truth),
+        "cluster",
+        metrics,
+        intervals[f"{headline}_ami"],
+        len(truth),
         f"{'argmax of the raw cosine; ' if 'prototypes' in clusters else ''}{how}",
-        "unsupervised classes of iBOT (Zhou et al., 2022); AMI: Vinh et al., 2010", notes, intervals,
-    )  # fmt: skip
+        "unsupervised classes of iBOT (Zhou et al., 2022); AMI: Vinh et al., 2010",
+        notes,
+        intervals,
+    )
 
 
 def kmeans(train: Tensor, test: Tensor, k: int, seed: int = 0) -> tuple[Ints, str]:
@@ -214,10 +219,16 @@ def expected_information(sizes: Ints, classes: Ints) -> float:
         a = np.repeat(a_all, length)
         cell = np.arange(length.sum()) - np.repeat(start - first, length)
         log_p = (
-            log_factorial[a] + log_factorial[n - a] + log_factorial[b] + log_factorial[n - b] - log_factorial[n]
-            - log_factorial[cell] - log_factorial[a - cell] - log_factorial[b - cell]
+            log_factorial[a]
+            + log_factorial[n - a]
+            + log_factorial[b]
+            + log_factorial[n - b]
+            - log_factorial[n]
+            - log_factorial[cell]
+            - log_factorial[a - cell]
+            - log_factorial[b - cell]
             - log_factorial[n - a - b + cell]
-        )  # fmt: skip
+        )
         terms = cell / n * np.log(n * cell / (a * b)) * np.exp(log_p)
         total += float(times * (np.repeat(a_times, length) * terms).sum())
     return total

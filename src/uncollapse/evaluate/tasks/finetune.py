@@ -45,10 +45,18 @@ def published(encoder: EvalEncoder) -> FinetuneConfig:
 
 
 def finetune(
-    encoder: EvalEncoder, train: ImageSet, test: ImageSet, config: FinetuneConfig | None = None, *,
-    max_steps: int | None = None, seed: int = 0, device: torch.device | str = "cpu", workers: int = 0,
-    out: Path | None = None, report: Report | None = None,
-) -> Result:  # fmt: skip
+    encoder: EvalEncoder,
+    train: ImageSet,
+    test: ImageSet,
+    config: FinetuneConfig | None = None,
+    *,
+    max_steps: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    out: Path | None = None,
+    report: Report | None = None,
+) -> Result:
     """Accuracy on test images after training a copy of the encoder, with a linear classifier, on the labels.
 
     The learning rate is chosen by accuracy on held-out *training* images, in a shorter training for each candidate
@@ -97,8 +105,10 @@ def finetune(
         usable = [(lr, scores.get(f"{lr:g}", 0.0)) for lr in sorted(config.lrs)]
         usable = [(lr, s) for lr, s in usable if not math.isnan(s)]
         if not usable:
-            raise Diverged(f"finetune: the loss became NaN or infinite at every learning rate of {config.lrs}; "
-                           "the encoder's weights may be damaged, or the rates far too large")  # fmt: skip
+            raise Diverged(
+                f"finetune: the loss became NaN or infinite at every learning rate of {config.lrs}; "
+                "the encoder's weights may be damaged, or the rates far too large"
+            )
         lr = max(usable, key=lambda one: one[1])[0]
         model = _train(work, train, len(config.lrs), lr, 1.0, saved, tell)
     top1, top5, labels = _scores(model, test, work)
@@ -118,21 +128,28 @@ def _result(
     metrics["class_mean"] = float(np.mean(means))
     short = "" if steps == full else f"; reduced to {steps} of {full} steps"
     return Result(
-        "finetune", metrics, bootstrap95_mean(top1), len(top1),
+        "finetune",
+        metrics,
+        bootstrap95_mean(top1),
+        len(top1),
         f"all weights, {steps / per_epoch:.3g} epochs of {per_epoch} steps of {batch} images, lr {lr:g} × "
         f"{batch}/{config.lr_batch}, layer decay {config.layer_decay:g}{short}",
         SOURCE,
         {
-            "settings": dataclasses.asdict(config), "lr": lr, "held_out_accuracy_by_lr": work.scores,
+            "settings": dataclasses.asdict(config),
+            "lr": lr,
+            "held_out_accuracy_by_lr": work.scores,
             "rule": f"lr by accuracy on {held} held-out training images after {config.search_share:g} of the steps; "
             "test images seen once, at the end",
-            "steps": steps, "full_steps": full, "batch": batch,
+            "steps": steps,
+            "full_steps": full,
+            "batch": batch,
         },
         {
             **({"top5": bootstrap95_mean(top5)} if work.classes > 5 else {}),
             "class_mean": bootstrap95_class_means(top1, labels),
         },
-    )  # fmt: skip
+    )
 
 
 @contextmanager
@@ -247,8 +264,10 @@ def _train(
                 logits = model(x)
         loss = -(targets * torch.log_softmax(logits.float(), 1)).sum(1).mean()
         if not math.isfinite(value := float(loss.detach())):
-            raise Diverged(f"finetune: the loss is {value} at step {step} of {steps} with lr {lr:g} × {batch}/"
-                           f"{config.lr_batch}; give smaller learning rates")  # fmt: skip
+            raise Diverged(
+                f"finetune: the loss is {value} at step {step} of {steps} with lr {lr:g} × {batch}/"
+                f"{config.lr_batch}; give smaller learning rates"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

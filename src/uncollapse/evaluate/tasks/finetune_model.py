@@ -180,10 +180,19 @@ def _transform(encoder: EvalEncoder, config: FinetuneConfig) -> Any:
     from timm.data import create_transform
 
     transform: Any = create_transform(
-        encoder.size, is_training=True, auto_augment=config.randaugment or None, color_jitter=0.0,
-        interpolation="bicubic", scale=config.crop, hflip=config.flip, re_prob=config.erasing, re_mode="pixel",
-        re_count=1, mean=encoder.mean, std=encoder.std,
-    )  # fmt: skip
+        encoder.size,
+        is_training=True,
+        auto_augment=config.randaugment or None,
+        color_jitter=0.0,
+        interpolation="bicubic",
+        scale=config.crop,
+        hflip=config.flip,
+        re_prob=config.erasing,
+        re_mode="pixel",
+        re_count=1,
+        mean=encoder.mean,
+        std=encoder.std,
+    )
     for step in transform.transforms:
         for op in getattr(step, "ops", ()):
             # At a magnitude of exactly 10, one draw in 44, timm posterises to 0 bits, which newer Pillows refuse.
@@ -193,9 +202,15 @@ def _transform(encoder: EvalEncoder, config: FinetuneConfig) -> Any:
 
 
 def augmented_batches(
-    images: ImageSet, encoder: EvalEncoder, config: FinetuneConfig, seed: tuple[int, int], batch: int, steps: range,
-    workers: int, device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    images: ImageSet,
+    encoder: EvalEncoder,
+    config: FinetuneConfig,
+    seed: tuple[int, int],
+    batch: int,
+    steps: range,
+    workers: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of ``steps``: float32 (batch, 3, size, size) and int64 labels, on the device.
 
     Every epoch of ⌊n / batch⌋ steps has its own order. A batch depends on ``seed`` and its step alone: not on where
@@ -211,9 +226,13 @@ def augmented_batches(
             yield [(epoch, int(i)) for i in order[k * batch : (k + 1) * batch]]
 
     loader: Any = torch.utils.data.DataLoader(
-        _Augmented(images, _transform(encoder, config), seed), batch_sampler=keys(),
-        num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda", generator=torch.Generator(),
-    )  # fmt: skip
+        _Augmented(images, _transform(encoder, config), seed),
+        batch_sampler=keys(),
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )
     for x, y, error, bad in loader:
         if isinstance(images, LazyImages):
             images.note_bad(bad)

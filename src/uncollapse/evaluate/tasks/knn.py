@@ -61,10 +61,15 @@ def knn(
     if unseen := int((~torch.isin(torch.from_numpy(truth), train.labels)).sum()):  # type: ignore[arg-type]
         details["unseen"] = f"{unseen} test images of classes that are not in train count as wrong"
     return Result(
-        "knn", metrics, bootstrap95_mean(right[headline]), len(test),
-        f"weighted kNN on L2-normalised features, k = {headline}, temperature {temperature:g}", SOURCE, details,
+        "knn",
+        metrics,
+        bootstrap95_mean(right[headline]),
+        len(test),
+        f"weighted kNN on L2-normalised features, k = {headline}, temperature {temperature:g}",
+        SOURCE,
+        details,
         {f"top1_k{k}": bootstrap95_mean(r) for k, r in right.items()},
-    )  # fmt: skip
+    )
 
 
 def predictions(

@@ -118,9 +118,13 @@ def linear(
 
 
 def fit_probe(
-    train: Features, test: Features, seed: int = 0, rates: Sequence[float] = RATES,
-    device: torch.device | str = "cpu", report: Report | None = None,
-) -> Probe:  # fmt: skip
+    train: Features,
+    test: Features,
+    seed: int = 0,
+    rates: Sequence[float] = RATES,
+    device: torch.device | str = "cpu",
+    report: Report | None = None,
+) -> Probe:
     """What `linear` does up to the numbers, which see; labels of the test images are not looked at."""
     y, classes, _ = labelled(train, test)
     if len(np.unique(y)) < 2:
@@ -183,9 +187,15 @@ def steps_for(n: int) -> tuple[int, int]:
 
 
 def _train(
-    x: Tensor, y: Tensor, unseen: Tensor, classes: int, groups: Sequence[tuple[slice, Sequence[float]]], seed: int,
-    device: torch.device | str, told: Callable[[int, float], None],
-) -> list[Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    unseen: Tensor,
+    classes: int,
+    groups: Sequence[tuple[slice, Sequence[float]]],
+    seed: int,
+    device: torch.device | str,
+    told: Callable[[int, float], None],
+) -> list[Tensor]:
     """Scores ``(rates, m, classes)`` of the images ``unseen (m, F)``, one classifier a rate, for each group.
 
     A group is the columns that it sees and its learning rates. All see the same batches; those of a group share one
@@ -224,9 +234,14 @@ class _Grid:
     """Classifiers of the same input, one for each learning rate, trained by SGD with momentum 0.9."""
 
     def __init__(
-        self, width: int, classes: int, rates: Sequence[float], batch: int, generator: torch.Generator,
+        self,
+        width: int,
+        classes: int,
+        rates: Sequence[float],
+        batch: int,
+        generator: torch.Generator,
         device: torch.device,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.shape = len(rates), classes
         start = 0.01 * torch.randn(1, classes, width, generator=generator)
         self.weight = start.repeat(len(rates), 1, 1).to(device)  # every rate from one start

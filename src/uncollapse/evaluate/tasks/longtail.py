@@ -76,6 +76,4 @@ def longtail(
         details["unseen"] = f"{unseen} test images of classes that are not in train count as wrong"
     metrics = {"macro": metrics["linear_macro"], **metrics}
     protocol = f"many > {cuts[0]}, few < {cuts[1]} training images; linear probe, and kNN with k = {k}"
-    return Result(
-        "longtail", metrics, intervals["linear_macro"], len(test), protocol, SOURCE, details, intervals
-    )  # fmt: skip
+    return Result("longtail", metrics, intervals["linear_macro"], len(test), protocol, SOURCE, details, intervals)

@@ -57,9 +57,14 @@ class GroupPicture:
 
 
 def group_maps(
-    encoder: EvalEncoder, images: ImageSet, features: Features, vectors: Tensor, eps: float = 0.025,
-    groups: int = 3, each: int = 6,
-) -> list[GroupPicture]:  # fmt: skip
+    encoder: EvalEncoder,
+    images: ImageSet,
+    features: Features,
+    vectors: Tensor,
+    eps: float = 0.025,
+    groups: int = 3,
+    each: int = 6,
+) -> list[GroupPicture]:
     """Maps for the busiest groups of duplicates, then for the busiest prototypes that have no duplicate.
 
     Vision transformers show the attention of their class token (Caron et al., 2021). Encoders without one show
@@ -99,9 +104,7 @@ def group_maps(
             near = (F.normalize(z[rows], dim=1) @ w[leader]).argsort(descending=True, stable=True)[:each]
             label = _label(features, rows)
             toward = _toward(w, leader)
-            picture = _picture(
-                encoder, images, features.indices[rows[near]], toward, mean, members, len(rows), label
-            )  # fmt: skip
+            picture = _picture(encoder, images, features.indices[rows[near]], toward, mean, members, len(rows), label)
             if picture is not None:
                 found.append(picture)
     return found
@@ -123,9 +126,15 @@ def _label(features: Features, rows: Tensor) -> str:
 
 
 def _picture(
-    encoder: EvalEncoder, images: ImageSet, indices: Tensor, toward: Tensor, mean: Tensor | None, members: Tensor,
-    assigned: int, label: str,
-) -> GroupPicture | None:  # fmt: skip
+    encoder: EvalEncoder,
+    images: ImageSet,
+    indices: Tensor,
+    toward: Tensor,
+    mean: Tensor | None,
+    members: Tensor,
+    assigned: int,
+    label: str,
+) -> GroupPicture | None:
     device = next(encoder.module.parameters()).device
     parts = [x for _, x in batches(subset(images, indices), encoder, len(indices), 0, device)]
     if not parts:
@@ -140,9 +149,16 @@ def _picture(
     middle, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (encoder.mean, encoder.std))
     seen = ((x * std + middle).clamp(0, 1)).cpu()
     return GroupPicture(
-        len(members), members[:4].tolist(), assigned, indices.tolist(), label, kind,
-        maps.numpy().astype(np.float32), _spread(maps), *overlay(seen, maps),
-    )  # fmt: skip
+        len(members),
+        members[:4].tolist(),
+        assigned,
+        indices.tolist(),
+        label,
+        kind,
+        maps.numpy().astype(np.float32),
+        _spread(maps),
+        *overlay(seen, maps),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the maps

@@ -89,9 +89,16 @@ def ownership(train: Features, test: Features, vectors: torch.Tensor, eps: float
     with np.errstate(invalid="ignore"):
         purity = largest / counts
     return Ownership(
-        _majority(mine, labels, k, classes)[0], group, np.bincount(mine, minlength=k), counts, purity, entropy,
-        _majority(group[mine], labels, k, classes)[0][group], theirs, np.bincount(labels, minlength=classes),
-    )  # fmt: skip
+        _majority(mine, labels, k, classes)[0],
+        group,
+        np.bincount(mine, minlength=k),
+        counts,
+        purity,
+        entropy,
+        _majority(group[mine], labels, k, classes)[0][group],
+        theirs,
+        np.bincount(labels, minlength=classes),
+    )
 
 
 def _majority(cluster: Ints, labels: Ints, k: int, classes: int) -> tuple[Ints, Ints, Floats]:
@@ -165,17 +172,22 @@ def prototype_owners(
     }
     metrics |= _by_split(o, truth, right, owned, distinct)
     return Result(
-        "prototypes", metrics, bootstrap95_mean(right.astype(np.float64)), len(truth),
+        "prototypes",
+        metrics,
+        bootstrap95_mean(right.astype(np.float64)),
+        len(truth),
         f"owner: commonest class of {len(train)} training images by raw cosine argmax, K = {len(o.owner)}, "
         f"duplicates at ε = {eps:g}",
         "ours; duplicates as in partial prototype collapse (Govindarajan et al., 2024), splits of Liu et al., 2019",
         _details(o, test, truth, right, owned, distinct, seed),
         {
-            "top1_merged": bootstrap95_mean(right_merged), "duplicates_usage": bootstrap95_mean(on_copy),
+            "top1_merged": bootstrap95_mean(right_merged),
+            "duplicates_usage": bootstrap95_mean(on_copy),
             "top1_commonest": bootstrap95_mean(truth == o.class_train.argmax()),
             **{
                 name: bootstrap95_mean(right[some])
-                for name, some in (("duplicates_top1", on_copy), ("distinct_top1", ~on_copy)) if some.any()
+                for name, some in (("duplicates_top1", on_copy), ("distinct_top1", ~on_copy))
+                if some.any()
             },
             **{
                 f"{name}_top1": bootstrap95_class_means(right[some], truth[some])
@@ -183,7 +195,7 @@ def prototype_owners(
                 if (some := of_class[truth]).any()
             },
         },
-    )  # fmt: skip
+    )
 
 
 def _details(
@@ -199,12 +211,16 @@ def _details(
         "duplicates": _quality(o, o.duplicated, truth, right, seed),
         "distinct": _quality(o, ~o.duplicated, truth, right, seed),
         "prototypes_with_enough": {
-            "fewest": FEWEST, "n": int(enough.sum()), "purity": _mean(o.purity[enough]),
+            "fewest": FEWEST,
+            "n": int(enough.sum()),
+            "purity": _mean(o.purity[enough]),
             "class_entropy_bits": _mean(o.entropy[enough]),
         },
         "classes": {
             "names": [test.classes[c] if c < len(test.classes) else str(c) for c in range(len(owned))],
-            "train_images": o.class_train.tolist(), "prototypes": owned.tolist(), "distinct": distinct.tolist(),
+            "train_images": o.class_train.tolist(),
+            "prototypes": owned.tolist(),
+            "distinct": distinct.tolist(),
         },
         "rules": [
             "test images on a prototype without training images count as errors",
@@ -213,7 +229,7 @@ def _details(
             "what purity_random shows; top1 has no such bias",
             "exact copies never share images: equal cosines go to the first of them",
         ],
-    }  # fmt: skip
+    }
 
 
 def _quality(
@@ -236,9 +252,7 @@ def _quality(
     }
 
 
-def _by_split(
-    o: Ownership, truth: Ints, right: NDArray[np.bool_], owned: Ints, distinct: Ints
-) -> dict[str, float]:  # fmt: skip
+def _by_split(o: Ownership, truth: Ints, right: NDArray[np.bool_], owned: Ints, distinct: Ints) -> dict[str, float]:
     total = np.bincount(truth, minlength=len(owned))
     with np.errstate(invalid="ignore"):
         accuracy = np.bincount(truth[right], minlength=len(owned)) / total

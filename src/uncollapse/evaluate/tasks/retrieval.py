@@ -71,21 +71,30 @@ def retrieval(train: Features, test: Features, top: int = 100, device: torch.dev
         "rules": ["queries without a training image of their class are left out", "equal cosines share the last rank"],
     }
     return Result(
-        "retrieval", metrics, bootstrap95_mean(found["ap"]), int(asked.sum()),
+        "retrieval",
+        metrics,
+        bootstrap95_mean(found["ap"]),
+        int(asked.sum()),
         f"cosine ranking of {len(train)} training images, full-depth average precision",
-        "average precision over the full ranking, as in TREC and scikit-learn", details,
+        "average precision over the full ranking, as in TREC and scikit-learn",
+        details,
         {
-            f"map_at_{top}": bootstrap95_mean(found["ap_top"]), "recall_at_1": bootstrap95_mean(found["recall_1"]),
+            f"map_at_{top}": bootstrap95_mean(found["ap_top"]),
+            "recall_at_1": bootstrap95_mean(found["recall_1"]),
             "recall_at_10": bootstrap95_mean(found["recall_10"]),
             "map_per_class": bootstrap95_class_means(found["ap"], codes),
         },
-    )  # fmt: skip
+    )
 
 
 def average_precisions(
-    bank: Tensor, bank_labels: NDArray[np.int64], queries: Tensor, labels: NDArray[np.int64], top: int = 100,
+    bank: Tensor,
+    bank_labels: NDArray[np.int64],
+    queries: Tensor,
+    labels: NDArray[np.int64],
+    top: int = 100,
     device: torch.device | str = "cpu",
-) -> Found:  # fmt: skip
+) -> Found:
     """Per query (n,), float64: ``ap``, ``ap_top`` and the two recalls; NaN where nothing is relevant.
 
     Only the ranks of relevant images are needed, and those follow from the sorted cosines without knowing which

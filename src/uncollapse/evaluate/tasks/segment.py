@@ -73,14 +73,17 @@ class Masks:
         try:
             with open_image(self.masks[i]) as file:
                 if file.mode not in ("L", "P", "1", "I", "I;16"):
-                    raise DataError(f"a mask holds one class index per pixel (grey or palette), "
-                                    f"this one has mode {file.mode}")  # fmt: skip
+                    raise DataError(
+                        f"a mask holds one class index per pixel (grey or palette), this one has mode {file.mode}"
+                    )
                 values = np.asarray(upright(file)).astype(np.int64)
         except DataError as error:
             raise DataError(f"{self.masks[i]}: not a readable mask ({error})") from None
         if values.max(initial=0) > IGNORE or values.min(initial=0) < 0:
-            raise DataError(f"{self.masks[i]}: class indices must lie in 0..254 (255: ignored), "
-                            f"found {values.min()}..{values.max()}")  # fmt: skip
+            raise DataError(
+                f"{self.masks[i]}: class indices must lie in 0..254 (255: ignored), "
+                f"found {values.min()}..{values.max()}"
+            )
         mask = torch.from_numpy(values)
         return torch.where(mask == 0, IGNORE, mask - (mask != IGNORE).long()) if self.reduce_zero else mask
 
@@ -110,8 +113,10 @@ def find_masks(root: Path, seed: int = 0) -> tuple[Masks, Masks]:
     whole = _folders(root, "{kind}", "")
     if whole is None:
         there = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
-        raise DataError(f"{root}: expected images/ and masks/ (or annotations/), with or within train and val folders; "
-                        f"found {there}")  # fmt: skip
+        raise DataError(
+            f"{root}: expected images/ and masks/ (or annotations/), with or within train and val folders; "
+            f"found {there}"
+        )
     both = _paired(*whole, False)
     if len(both) < 2:
         raise DataError(f"{root}: {len(both)} image(s) with a mask, but at least two are needed")
@@ -132,8 +137,11 @@ def _paired(images: Path, masks: Path, reduce_zero: bool) -> Masks:
     by_stem = {str(Path(n).with_suffix("")): masks / n for n in image_names(masks)}
     missing = [n for n in names if str(Path(n).with_suffix("")) not in by_stem]
     if missing or not names:
-        raise DataError(f"{images}: {len(missing)} of {len(names)} images have no mask in {masks}; first: {missing[0]}"
-                        if missing else f"{images}: no images")  # fmt: skip
+        raise DataError(
+            f"{images}: {len(missing)} of {len(names)} images have no mask in {masks}; first: {missing[0]}"
+            if missing
+            else f"{images}: no images"
+        )
     found = Masks([images / n for n in names], [by_stem[str(Path(n).with_suffix(""))] for n in names], reduce_zero)
     for image, mask in zip(found.images, found.masks, strict=True):
         try:
@@ -142,8 +150,9 @@ def _paired(images: Path, masks: Path, reduce_zero: bool) -> Masks:
         except DataError as error:
             raise DataError(f"{image} or its mask {mask}: not readable ({error})") from None
         if sizes[0] != sizes[1]:
-            raise DataError(f"{mask}: its size {sizes[1][0]}×{sizes[1][1]} is not its image's, "
-                            f"{sizes[0][0]}×{sizes[0][1]}")  # fmt: skip
+            raise DataError(
+                f"{mask}: its size {sizes[1][0]}×{sizes[1][1]} is not its image's, {sizes[0][0]}×{sizes[0][1]}"
+            )
     return found
 
 
@@ -214,9 +223,14 @@ class _Head(nn.Module):
 
 
 def segment(
-    encoder: EvalEncoder, masks: Path | str, config: SegmentConfig | None = None, *, seed: int = 0,
-    device: torch.device | str = "cpu", report: Report | None = None,
-) -> Result:  # fmt: skip
+    encoder: EvalEncoder,
+    masks: Path | str,
+    config: SegmentConfig | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    report: Report | None = None,
+) -> Result:
     """Mean intersection over union of a linear layer on the frozen last map of patches (of a CNN: its last map).
 
     Whole images are squeezed to the encoder's square, without augmentation. The layer is trained by cross-entropy
@@ -266,19 +280,26 @@ def segment(
     unseen = sorted(set(np.flatnonzero(total[2]).tolist()) - set(in_train))
     details: dict[str, Any] = {
         "iou": {str(c): float(v) for c, v in enumerate(iou) if not math.isnan(v)},
-        "lr": lr, "held_out_miou_by_lr": scores, "classes": classes, "training_images": len(train),
-        "map": list(source.grid), "settings": dataclasses.asdict(config),
-    }  # fmt: skip
+        "lr": lr,
+        "held_out_miou_by_lr": scores,
+        "classes": classes,
+        "training_images": len(train),
+        "map": list(source.grid),
+        "settings": dataclasses.asdict(config),
+    }
     if unseen:
         details["rule"] = f"test classes {unseen} are in no training mask and count with IoU 0"
     return Result(
-        "segment", {"miou": miou(total), "pixel_accuracy": _right(total)},
-        bootstrap95(lambda rows: miou(counts[rows].sum(0)), len(test)), len(test),
+        "segment",
+        {"miou": miou(total), "pixel_accuracy": _right(total)},
+        bootstrap95(lambda rows: miou(counts[rows].sum(0)), len(test)),
+        len(test),
         f"linear on {source.grid[0]}×{source.grid[1]} frozen patch tokens, whole images at {encoder.size} pixels, "
         f"cross-entropy over {PIXELS}×{PIXELS} pixels per patch, {_steps(len(train), config)} steps, lr {lr:g}",
-        SOURCE, details,
+        SOURCE,
+        details,
         {"pixel_accuracy": bootstrap95(lambda rows: _right(counts[rows].sum(0)), len(test))},
-    )  # fmt: skip
+    )
 
 
 def _steps(n: int, config: SegmentConfig) -> int:

@@ -74,11 +74,15 @@ def transfer(extract: Extract, sets: Sequence[str], seed: int = 0, device: torch
     left_out = f"; left out because they failed: {', '.join(failed)}" if failed else ""
     first = next(iter(found.values()))
     return Result(
-        "transfer", means | per_set, interval, sum(results["knn"].n for results in found.values()),
+        "transfer",
+        means | per_set,
+        interval,
+        sum(results["knn"].n for results in found.values()),
         f"mean over {len(found)} of {len(wanted)} sets ({', '.join(found)}){left_out}; {first['knn'].protocol}; "
         f"{first['linear'].protocol}",
-        SOURCE, _details(found, failed, names),
-    )  # fmt: skip
+        SOURCE,
+        _details(found, failed, names),
+    )
 
 
 def _headline(result: Result) -> float:
