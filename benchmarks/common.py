@@ -175,15 +175,22 @@ def print_rows(title: str, rows: Sequence[Row], device: torch.device) -> None:
     for row in rows:
         ratio = "" if not row.limit else f"{row.ours.seconds / row.limit:.2f}"
         others = [
-            f"{name}: not run" if cost is None
+            f"{name}: not run"
+            if cost is None
             else f"{name}: {cost.seconds / row.ours.seconds:.2f}×, {cost.peak / max(row.ours.peak, 1):.1f}×"
             for name, cost in row.others.items()
-        ]  # fmt: skip
+        ]
         verdict = "" if row.met is None else " ✓" if row.met else " ✗ missed"
         table.add_row(
-            row.name, row.size, f"{1e3 * row.ours.seconds:.1f} ms", f"{row.ours.peak / 2**20:.0f} MiB", ratio,
-            row.limit_is, "\n".join([*others, row.note] if row.note else others), row.target + verdict,
-        )  # fmt: skip
+            row.name,
+            row.size,
+            f"{1e3 * row.ours.seconds:.1f} ms",
+            f"{row.ours.peak / 2**20:.0f} MiB",
+            ratio,
+            row.limit_is,
+            "\n".join([*others, row.note] if row.note else others),
+            row.target + verdict,
+        )
     Console(width=170).print(table)
 
 

@@ -30,9 +30,12 @@ BATCH = 256
 
 
 def rows(
-    sizes: Sequence[int], device: torch.device, images: int | None = None, workers: int | None = None,
+    sizes: Sequence[int],
+    device: torch.device,
+    images: int | None = None,
+    workers: int | None = None,
     model: str | None = None,
-) -> Iterator[Row]:  # fmt: skip
+) -> Iterator[Row]:
     """``sizes`` (numbers of prototypes, for the other benchmarks) does not matter here."""
     cuda = device.type == "cuda"
     images = images or (8192 if cuda else 128)
@@ -77,8 +80,12 @@ def _row(
 
     cached()
     functions: dict[str, Callable[[], None]] = {
-        "ours": ours, "forward": bare, "decode": decode, "naive, one process": naive, "from cache": cached,
-    }  # fmt: skip
+        "ours": ours,
+        "forward": bare,
+        "decode": decode,
+        "naive, one process": naive,
+        "from cache": cached,
+    }
     costs = alternate(functions, 3)
     seconds = {name: cost.seconds for name, cost in costs.items()}
     slower = max("forward", "decode", key=lambda name: seconds[name])
@@ -88,12 +95,16 @@ def _row(
     limit = seconds["forward"] + seconds["decode"] if shared else seconds[slower]
     rates = ", ".join(f"{name} {n / s:,.0f}" for name, s in seconds.items())
     return Row(
-        f"extract, {what}", f"{n:,} images, {encoder.described}", costs["ours"], limit,
+        f"extract, {what}",
+        f"{n:,} images, {encoder.described}",
+        costs["ours"],
+        limit,
         "forward + decoding (they share the cores)" if shared else f"the slower: {slower}",
         {name: costs[name] for name in ("naive, one process", "from cache")},
-        "≤ 1.15 × limit", seconds["ours"] <= 1.15 * limit,
+        "≤ 1.15 × limit",
+        seconds["ours"] <= 1.15 * limit,
         f"images/s: {rates}; {workers} loader processes on {cores} cores",
-    )  # fmt: skip
+    )
 
 
 def _files(folder: Path, n: int) -> LazyImages:

@@ -70,10 +70,16 @@ def one_size(k: int, device: torch.device) -> Row:
     if "dense" in costs:
         bits += f", the dense form {costs['dense'].result:.2f}"
     return Row(
-        "view information", f"K = {k:,}, n = {IMAGES:,}", ours,
-        matmul_seconds(VIEWS * IMAGES + FIT_VIEWS * FIT_IMAGES, DIM, k, device), "matrix product", others,
-        "at most a minute", ours.seconds <= 60, bits,
-    )  # fmt: skip
+        "view information",
+        f"K = {k:,}, n = {IMAGES:,}",
+        ours,
+        matmul_seconds(VIEWS * IMAGES + FIT_VIEWS * FIT_IMAGES, DIM, k, device),
+        "matrix product",
+        others,
+        "at most a minute",
+        ours.seconds <= 60,
+        bits,
+    )
 
 
 def rows(sizes: Sequence[int] = SIZES, device: torch.device | str = "cpu") -> Iterator[Row]:

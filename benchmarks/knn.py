@@ -57,10 +57,16 @@ def _row(count: int, device: torch.device) -> Row:
     peer = costs.get("faiss")
     met = ours_.seconds <= 1.35 * limit and (peer is None or peer.seconds >= 1.5 * ours_.seconds)
     return Row(
-        "weighted kNN", f"N = {count:,}", ours_, limit, "matrix product", dict(costs),
-        "≤ 1.35 × limit, faiss ≥ 1.5 ×" if count >= 100_000 else "", met if count >= 100_000 else None,
+        "weighted kNN",
+        f"N = {count:,}",
+        ours_,
+        limit,
+        "matrix product",
+        dict(costs),
+        "≤ 1.35 × limit, faiss ≥ 1.5 ×" if count >= 100_000 else "",
+        met if count >= 100_000 else None,
         f"same classes as naive: {agree:.2%}",
-    )  # fmt: skip
+    )
 
 
 def _faiss(bank: torch.Tensor, queries: torch.Tensor) -> Callable[[], Any] | None:

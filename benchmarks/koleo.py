@@ -108,9 +108,14 @@ def rows(sizes: Sequence[int], device: torch.device) -> Iterator[Row]:
                 assert abs(cost.result - ours.result) < 1e-4, f"{name}: {cost.result} and not {ours.result}"
         target, reached = TARGETS.get(k, ("", None))
         light = others["lightly"]
-        met = None if reached is None else reached(
-            ours.seconds / limit, light and light.seconds / ours.seconds, light and light.peak / max(ours.peak, 1)
-        ) and (k < 65536 or ours.peak < 0.6e9)  # fmt: skip
+        met = (
+            None
+            if reached is None
+            else reached(
+                ours.seconds / limit, light and light.seconds / ours.seconds, light and light.peak / max(ours.peak, 1)
+            )
+            and (k < 65536 or ours.peak < 0.6e9)
+        )
         note = "" if fits else f"naive and lightly need {8 * k * k / 2**30:.0f} GiB"
         yield Row("KoLeo-Proto, f + b", f"K = {k:,}", ours, limit, "half the product", others, target, met, note)
 
@@ -169,17 +174,26 @@ def refresh(sizes: Sequence[int], steps: int, device: torch.device) -> None:
     for k in sizes:
         table = Table(title=f"neighbours every n steps: K = {k:,}, {steps} steps, D = 64", title_justify="left")
         for heading in (
-            "n", "outdated", "final KoLeo", "closest pair", "median distance", "unique ε .025 / .1 / .25 / .5",
+            "n",
+            "outdated",
+            "final KoLeo",
+            "closest pair",
+            "median distance",
+            "unique ε .025 / .1 / .25 / .5",
             "regulariser, ms a step",
-        ):  # fmt: skip
+        ):
             table.add_column(heading)
         for every in (1, 4, 16, 64):
             found = simulate(k, every, steps, device)
             table.add_row(
-                str(every), f"{100 * found['outdated']:.1f} %", f"{found['koleo']:.4f}", f"{found['closest']:.4f}",
-                f"{found['median']:.4f}", " / ".join(str(v) for n, v in found.items() if n.startswith("unique")),
+                str(every),
+                f"{100 * found['outdated']:.1f} %",
+                f"{found['koleo']:.4f}",
+                f"{found['closest']:.4f}",
+                f"{found['median']:.4f}",
+                " / ".join(str(v) for n, v in found.items() if n.startswith("unique")),
                 f"{found['ms']:.1f}",
-            )  # fmt: skip
+            )
         Console(width=140).print(table)
 
 

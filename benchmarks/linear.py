@@ -36,9 +36,13 @@ def _transformer(count: int, device: torch.device) -> Row:
     widths = [c.stop - c.start for c in (i.columns(train) for i in inputs(train))]
     limit = 2 * matmul_seconds(batch * steps, WIDTH, sum(widths) // WIDTH * len(RATES) * CLASSES, device)
     return Row(
-        "linear grid, 52 + 1 classifiers", f"N = {count:,}", ours, limit, f"matrix products of {steps:,} steps",
+        "linear grid, 52 + 1 classifiers",
+        f"N = {count:,}",
+        ours,
+        limit,
+        f"matrix products of {steps:,} steps",
         note=f"top-1 {ours.result.metrics['top1']:.3f}, chosen: {ours.result.details['chosen']}",
-    )  # fmt: skip
+    )
 
 
 def _row(count: int, device: torch.device) -> Row:
@@ -57,11 +61,16 @@ def _row(count: int, device: torch.device) -> Row:
     # Forward and weight gradient of every step, for the grid and for the one that is refitted.
     limit = 2 * matmul_seconds(batch * steps, WIDTH, (len(RATES) + 1) * CLASSES, device)
     return Row(
-        "linear grid, 13 + 1 classifiers", f"N = {count:,}", ours, limit, f"matrix products of {steps:,} steps",
+        "linear grid, 13 + 1 classifiers",
+        f"N = {count:,}",
+        ours,
+        limit,
+        f"matrix products of {steps:,} steps",
         {"scikit-learn, one classifier": theirs},
-        "seconds to a minute" if count >= 100_000 else "", ours.seconds <= 60 if count >= 100_000 else None,
+        "seconds to a minute" if count >= 100_000 else "",
+        ours.seconds <= 60 if count >= 100_000 else None,
         f"top-1 {ours.result.metrics['top1']:.3f}, scikit-learn {theirs.result:.3f}",
-    )  # fmt: skip
+    )
 
 
 def _features(count: int, seed: int, blocks: int = 1) -> Features:

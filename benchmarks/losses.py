@@ -95,9 +95,16 @@ def timed(ours: Loss, others: dict[str, Loss | None], k: int) -> tuple[Cost, dic
 
 
 def row(
-    name: str, k: int, ours: Loss, others: dict[str, Loss | None], limit: float, limit_is: str,
-    targets: dict[str, float] | None = None, lightly_memory: bool = False, note: str = "",
-) -> Row:  # fmt: skip
+    name: str,
+    k: int,
+    ours: Loss,
+    others: dict[str, Loss | None],
+    limit: float,
+    limit_is: str,
+    targets: dict[str, float] | None = None,
+    lightly_memory: bool = False,
+    note: str = "",
+) -> Row:
     """``targets``: by rival, how many times faster ours is to be; like the memory's, for 65,536 prototypes."""
     mine, theirs = timed(ours, others, k)
     targets = targets if targets and k >= 65536 else {}
@@ -115,9 +122,16 @@ def row(
     notes = [note] if note else []
     notes += [f"{n} is not installed" for n in missing]
     return Row(
-        name, f"K = {k:,}", mine, limit, limit_is, theirs,
-        ", ".join(wanted), all(met) if met else None, "; ".join(notes),
-    )  # fmt: skip
+        name,
+        f"K = {k:,}",
+        mine,
+        limit,
+        limit_is,
+        theirs,
+        ", ".join(wanted),
+        all(met) if met else None,
+        "; ".join(notes),
+    )
 
 
 def gradient(loss: Tensor, leaves: Sequence[Tensor]) -> float:
@@ -148,7 +162,8 @@ def on_logits(k: int, device: torch.device, copies: float, exps: float) -> Row:
     student_size, teacher_size = VIEWS * IMAGES * k, TEACHER_VIEWS * IMAGES * k
     limit = 4 * (2 * student_size + teacher_size) / copies + (student_size + teacher_size) / exps
     return row(
-        "DINO loss on logits", k,
+        "DINO loss on logits",
+        k,
         lambda: gradient(fused_dino_loss_on_logits(student, targets(), TAU_STUDENT), student),
         {
             "pair by pair": lambda: gradient(pair_by_pair(student, targets()), student),
@@ -156,11 +171,12 @@ def on_logits(k: int, device: torch.device, copies: float, exps: float) -> Row:
             "DINOv2's form": lambda: gradient(dinov2_loop(student, targets()), student),
             "lightly": lightly and (lambda: gradient(lightly(teacher, student), student)),
         },
-        limit, "logits read, gradient written, one exp of each logit",
-        {"DINO's loop": 2, "DINOv2's form": 1.6}, lightly_memory=True,
-        note="the gradient of the logits alone is "
-        f"{4 * student_size / 2**20:.0f} MiB; stretch: 1.2 × limit",
-    )  # fmt: skip
+        limit,
+        "logits read, gradient written, one exp of each logit",
+        {"DINO's loop": 2, "DINOv2's form": 1.6},
+        lightly_memory=True,
+        note=f"the gradient of the logits alone is {4 * student_size / 2**20:.0f} MiB; stretch: 1.2 × limit",
+    )
 
 
 def from_z(k: int, device: torch.device, exps: float, product: float) -> Iterator[Row]:
@@ -183,7 +199,8 @@ def from_z(k: int, device: torch.device, exps: float, product: float) -> Iterato
     limit_is = "3 products per student view, 1 per teacher view, one exp of each logit"
     soft = SoftmaxTargets(z_teacher, weight_teacher, TAU_TEACHER, -center / TAU_TEACHER)
     yield row(
-        "DINO loss from z and W", k,
+        "DINO loss from z and W",
+        k,
         lambda: gradient(fused_dino_loss(z, weight, soft, TAU_STUDENT), [*z, weight]),
         {
             "targets as arrays": lambda: gradient(fused_dino_loss(z, weight, targets(), TAU_STUDENT), [*z, weight]),
@@ -192,8 +209,10 @@ def from_z(k: int, device: torch.device, exps: float, product: float) -> Iterato
             "lightly": lightly
             and (lambda: gradient(lightly([t @ weight_teacher.T for t in z_teacher], logits()), [*z, weight])),
         },
-        limit, limit_is, lightly_memory=True,
-    )  # fmt: skip
+        limit,
+        limit_is,
+        lightly_memory=True,
+    )
 
     def fused_vmf() -> float:
         teacher = SoftmaxTargets(z_teacher, weight_teacher, TAU_TEACHER, vmf_bias(weight_teacher, TAU_TEACHER))
@@ -205,9 +224,14 @@ def from_z(k: int, device: torch.device, exps: float, product: float) -> Iterato
         return gradient(dino_loss([x @ scaled.T / TAU_STUDENT + bias for x in z], teacher), [*z, scaled])
 
     yield row(
-        "DINO-vMF loss from z and W", k, fused_vmf, {"logits, then dino_loss": naive_vmf}, limit, limit_is,
+        "DINO-vMF loss from z and W",
+        k,
+        fused_vmf,
+        {"logits, then dino_loss": naive_vmf},
+        limit,
+        limit_is,
         note="both call vmf_bias",
-    )  # fmt: skip
+    )
 
     def balanced() -> SoftmaxTargets:
         offsets = sinkhorn_offsets(z_teacher.flatten(0, 1), weight_teacher, TAU_TEACHER)
@@ -225,10 +249,13 @@ def from_z(k: int, device: torch.device, exps: float, product: float) -> Iterato
         return gradient(dino_loop(logits(), list(q.chunk(TEACHER_VIEWS))), [*z, weight])
 
     yield row(
-        "Sinkhorn targets from z and W", k,
+        "Sinkhorn targets from z and W",
+        k,
         lambda: gradient(fused_dino_loss(z, weight, balanced(), TAU_STUDENT), [*z, weight]),
-        {"targets as arrays": arrays, "exp, divide, DINO's loop": naive_swav}, limit, limit_is,
-    )  # fmt: skip
+        {"targets as arrays": arrays, "exp, divide, DINO's loop": naive_swav},
+        limit,
+        limit_is,
+    )
 
 
 def patches(k: int, device: torch.device, exps: float, product: float) -> Row:
@@ -243,12 +270,13 @@ def patches(k: int, device: torch.device, exps: float, product: float) -> Row:
         return gradient((a * cross).sum(), [z, weight])
 
     return row(
-        f"masked patches, {PATCHES}, from z and W", k,
+        f"masked patches, {PATCHES}, from z and W",
+        k,
         lambda: gradient(fused_patch_loss(z, weight, soft, TAU_STUDENT, a), [z, weight]),
         {"softmax, log-softmax, sum": naive},
         4 * PATCHES / IMAGES * product + 2 * PATCHES * k / exps,
         "3 products of the student's, 1 of the teacher's, one exp of each logit",
-    )  # fmt: skip
+    )
 
 
 def carp(k: int, device: torch.device, exps: float, product: float) -> Row:
@@ -262,12 +290,13 @@ def carp(k: int, device: torch.device, exps: float, product: float) -> Row:
         return gradient(carp_loss([x @ weight.T for x in z], teacher, blocks), [*z, weight])
 
     return row(
-        "CARP loss from z and W", k,
+        "CARP loss from z and W",
+        k,
         lambda: gradient(fused_carp_loss(z, weight, soft, blocks), [*z, weight]),
         {"logits, then carp_loss": naive},
         (3 * VIEWS + TEACHER_VIEWS) * product + (VIEWS + TEACHER_VIEWS) * IMAGES * k / exps,
         "3 products per student view, 1 per teacher view, one exp of each logit",
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -72,10 +72,15 @@ def scikit_learn(mixture: OnlineMixture, x: Tensor) -> Callable[[], object] | No
     k, rows = len(mixture.mean), x.numpy()
     diagonal = mixture.covariance == "diagonal"
     model = GaussianMixture(
-        k, covariance_type="diag" if diagonal else "spherical", max_iter=1, init_params="random", reg_covar=1e-4,
-        weights_init=torch.full((k,), 1 / k).double().numpy(), means_init=mixture.mean.numpy(),
+        k,
+        covariance_type="diag" if diagonal else "spherical",
+        max_iter=1,
+        init_params="random",
+        reg_covar=1e-4,
+        weights_init=torch.full((k,), 1 / k).double().numpy(),
+        means_init=mixture.mean.numpy(),
         precisions_init=(1 / mixture.variance).squeeze(-1).numpy(),
-    )  # fmt: skip
+    )
 
     def fit() -> object:
         with warnings.catch_warnings():
@@ -136,9 +141,16 @@ def _case(k: int, n: int, covariance: str, device: torch.device) -> Iterator[Row
     least, size = costs["limit"].seconds, f"K = {k:,}, B = {n:,}"
     counted = "two products, exp, means read and written"
     yield Row(
-        f"mixture {covariance}", size, costs["ours"], least, counted, others, f"≤ {TARGETS[n]} × limit",
-        costs["ours"].seconds <= TARGETS[n] * least, "; ".join(notes),
-    )  # fmt: skip
+        f"mixture {covariance}",
+        size,
+        costs["ours"],
+        least,
+        counted,
+        others,
+        f"≤ {TARGETS[n]} × limit",
+        costs["ours"].seconds <= TARGETS[n] * least,
+        "; ".join(notes),
+    )
     yield Row(f"mixture {covariance}, Sinkhorn", size, costs["balanced"], least, counted)
 
 

@@ -69,11 +69,16 @@ def one_size(n: int, device: torch.device) -> Row:
         )  # last bits order close cosines
     scaled: dict[str, Cost | None] = {n: Cost(c.seconds * QUERIES / few, c.peak) for n, c in costs.items()}
     return Row(
-        "mean average precision", f"N = {n:,}, {QUERIES:,} queries", ours, matmul_seconds(QUERIES, DIM, n, device),
-        "matrix product", scaled, "faster than torchmetrics",
+        "mean average precision",
+        f"N = {n:,}, {QUERIES:,} queries",
+        ours,
+        matmul_seconds(QUERIES, DIM, n, device),
+        "matrix product",
+        scaled,
+        "faster than torchmetrics",
         costs["torchmetrics"].seconds * QUERIES / few > ours.seconds,
         f"peers: ranking of {few} queries, times {QUERIES // few}, without the product; memory of those few",
-    )  # fmt: skip
+    )
 
 
 def rows(sizes: Sequence[int] = SIZES, device: torch.device | str = "cpu") -> Iterator[Row]:

@@ -55,7 +55,7 @@ def rows(sizes: Sequence[int], device: torch.device) -> Iterator[Row]:
                 "unkept": lambda z=z, w=weight: sinkhorn_offsets(z, w, TEMPERATURE, budget=1),
                 "dense, log space": lambda z=z, w=weight: sinkhorn(z @ w.T / TEMPERATURE),
                 "limit": limit(z, weight),
-            }  # fmt: skip
+            }
             peer = lightly(z, weight)
             if peer is not None:
                 functions["lightly"] = peer
@@ -63,9 +63,15 @@ def rows(sizes: Sequence[int], device: torch.device) -> Iterator[Row]:
             ours, least = costs.pop("ours"), costs.pop("limit").seconds
             dense = costs["dense, log space"].seconds
             yield Row(
-                "sinkhorn_offsets", f"K = {k:,}, B = {n:,}", ours, least, "one product, one exp",
-                {**costs, "lightly": costs.get("lightly")}, "≥ 2 × dense in log space", dense >= 2 * ours.seconds,
-            )  # fmt: skip
+                "sinkhorn_offsets",
+                f"K = {k:,}, B = {n:,}",
+                ours,
+                least,
+                "one product, one exp",
+                {**costs, "lightly": costs.get("lightly")},
+                "≥ 2 × dense in log space",
+                dense >= 2 * ours.seconds,
+            )
 
 
 if __name__ == "__main__":

@@ -120,10 +120,16 @@ def rows(sizes: Sequence[int], device: torch.device, dim: int = 256) -> Iterator
                     merged = costs["components"]
                     note += f"; {merged.result:,} components in {1e3 * merged.seconds:.1f} ms"
                 yield Row(
-                    f"unique_prototypes, ε = {eps}", size, cost, limit, "half the product", others,
+                    f"unique_prototypes, ε = {eps}",
+                    size,
+                    cost,
+                    limit,
+                    "half the product",
+                    others,
                     f"≤ {TARGET} × half the product" if aimed else "",
-                    cost.seconds <= TARGET * limit if aimed else None, note,
-                )  # fmt: skip
+                    cost.seconds <= TARGET * limit if aimed else None,
+                    note,
+                )
             if "sweep" in costs:
                 yield Row("epsilon_sweep, four ε", size, costs["sweep"], limit, "half the product")
                 if dim > 64:

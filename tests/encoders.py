@@ -35,20 +35,32 @@ def vit(**options) -> VisionTransformer:
 def gated_vit(**options) -> tuple[VisionTransformer, dict]:
     """DINOv2's ViT-g and Web-SSL: fused SwiGLU, layer scale, blocks numbered within chunks."""
     model = vit(mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU, mlp_ratio=3.0, init_values=0.5, **options)
-    state = {n.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."): t
-             for n, t in model.state_dict().items()}  # fmt: skip
+    state = {
+        n.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."): t for n, t in model.state_dict().items()
+    }
     return model, {re.sub(r"^blocks\.(\d+)\.", r"blocks.0.\1.", n): t for n, t in state.items()}
 
 
 def swin(window: int = 2) -> tuple[SwinTransformer, dict]:
     """EsViT's: downsampling at the end of a stage, integer indices of positions, LayerNorm with ε = 1e-6."""
     torch.manual_seed(0)
-    model = noisy(SwinTransformer(
-        img_size=224, patch_size=8, embed_dim=24, depths=(2, 2), num_heads=(2, 4), window_size=window, num_classes=0,
-        mlp_ratio=2.0, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-    ))  # fmt: skip
-    state = {re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", n): t
-             for n, t in model.state_dict().items()}  # fmt: skip
+    model = noisy(
+        SwinTransformer(
+            img_size=224,
+            patch_size=8,
+            embed_dim=24,
+            depths=(2, 2),
+            num_heads=(2, 4),
+            window_size=window,
+            num_classes=0,
+            mlp_ratio=2.0,
+            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        )
+    )
+    state = {
+        re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", n): t
+        for n, t in model.state_dict().items()
+    }
     for stage in (0, 1):
         state[f"layers.{stage}.blocks.1.attn.relative_position_index"] = torch.zeros(4, 4, dtype=torch.int64)
         state[f"layers.{stage}.blocks.1.attn_mask"] = torch.zeros(1, 4, 4)
@@ -58,9 +70,17 @@ def swin(window: int = 2) -> tuple[SwinTransformer, dict]:
 def xcit(patch: int = 16, width: int = 64) -> tuple[Xcit, dict]:
     """XCiT's own names: a fused qkv in the class attention, and the positions' misspelt module."""
     torch.manual_seed(0)
-    model = noisy(Xcit(
-        img_size=32, patch_size=patch, embed_dim=width, depth=2, num_heads=4, num_classes=0, tokens_norm=width != 128,
-    ))  # fmt: skip
+    model = noisy(
+        Xcit(
+            img_size=32,
+            patch_size=patch,
+            embed_dim=width,
+            depth=2,
+            num_heads=4,
+            num_classes=0,
+            tokens_norm=width != 128,
+        )
+    )
     state = {}
     for name, tensor in model.state_dict().items():
         name = name.replace("pos_embed.", "pos_embeder.")
@@ -77,11 +97,26 @@ def dinov3(gated: bool = False, masked: bool = True, registers: int = 3) -> tupl
     """Rotary positions with their periods, storage tokens, a mask over the key's bias, w1/w2/w3 gates."""
     torch.manual_seed(0)
     model = Eva(
-        img_size=32, patch_size=16, embed_dim=64, depth=2, num_heads=2, num_classes=0, global_pool="token",
-        qkv_bias=True, swiglu_mlp=gated, mlp_ratio=2.0, init_values=0.5, num_reg_tokens=registers,
-        use_abs_pos_emb=False, use_rot_pos_emb=True, rope_type="dinov3", rope_rotate_half=True, use_fc_norm=False,
-        dynamic_img_size=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-5),
-    )  # fmt: skip
+        img_size=32,
+        patch_size=16,
+        embed_dim=64,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        global_pool="token",
+        qkv_bias=True,
+        swiglu_mlp=gated,
+        mlp_ratio=2.0,
+        init_values=0.5,
+        num_reg_tokens=registers,
+        use_abs_pos_emb=False,
+        use_rot_pos_emb=True,
+        rope_type="dinov3",
+        rope_rotate_half=True,
+        use_fc_norm=False,
+        dynamic_img_size=True,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-5),
+    )
     noisy(model)
     model.rope.periods.copy_(100 ** (torch.arange(8) / 8))
     state = {}
@@ -113,8 +148,12 @@ def capi(width: int = 16, head: int = 8, depth: int = 2, patch: int = 8, registe
     def weight(*shape: int) -> torch.Tensor:
         return 0.4 * torch.randn(*shape, generator=rng)
 
-    state = {"patch_embed.weight": weight(width, 3, patch, patch), "patch_embed.bias": weight(width),
-             "registers": weight(1, registers, width), "mask_token": weight(1, width)}  # fmt: skip
+    state = {
+        "patch_embed.weight": weight(width, 3, patch, patch),
+        "patch_embed.bias": weight(width),
+        "registers": weight(1, registers, width),
+        "mask_token": weight(1, width),
+    }
     for i in range(depth):
         at = f"encoder.blocks.{i}.residual"
         for layer in ("q_proj", "k_proj", "v_proj", "proj"):

@@ -94,9 +94,14 @@ def _dino(new: bool = False, wrap: str = "module.") -> dict:
     loss = {"center": torch.zeros(1, len(T.w))}
     optimizer = {"state": {0: {"exp_avg": torch.randn(40, 48), "step": 3}}, "param_groups": [{"lr": np.float64(0.1)}]}
     return {
-        "student": prefixed(wrap, _net(S, new=new)), "teacher": _net(T, new=new), "optimizer": optimizer,
-        "epoch": 100, "args": ARGS, "dino_loss": loss, "fp16_scaler": None,
-    }  # fmt: skip
+        "student": prefixed(wrap, _net(S, new=new)),
+        "teacher": _net(T, new=new),
+        "optimizer": optimizer,
+        "epoch": 100,
+        "args": ARGS,
+        "dino_loss": loss,
+        "fp16_scaler": None,
+    }
 
 
 def _ibot(shared: bool) -> dict:
@@ -104,18 +109,25 @@ def _ibot(shared: bool) -> dict:
         return {**_net(p), **norm_old(p if shared else other, "head.last_layer2")}
 
     return {
-        "student": prefixed("module.", net(S, X)), "teacher": net(T, X), "optimizer": {}, "epoch": 3, "args": ARGS,
+        "student": prefixed("module.", net(S, X)),
+        "teacher": net(T, X),
+        "optimizer": {},
+        "epoch": 3,
+        "args": ARGS,
         "ibot_loss": {"center": torch.zeros(1, len(T.w)), "center2": torch.zeros(1, 1, len(X.w))},
-    }  # fmt: skip
+    }
 
 
 def _esvit() -> dict:
     def net(p: Planted) -> dict:
         return {
-            "layers.0.blocks.0.norm1.weight": torch.ones(24), "patch_embed.proj.weight": torch.randn(24, 3, 4, 4),
-            **mlp("head.mlp", 48), **norm_old(p, "head.last_layer"),
-            **mlp("head_dense.mlp", 48), **norm_old(X, "head_dense.last_layer"),
-        }  # fmt: skip
+            "layers.0.blocks.0.norm1.weight": torch.ones(24),
+            "patch_embed.proj.weight": torch.randn(24, 3, 4, 4),
+            **mlp("head.mlp", 48),
+            **norm_old(p, "head.last_layer"),
+            **mlp("head_dense.mlp", 48),
+            **norm_old(X, "head_dense.last_layer"),
+        }
 
     loss = {"center": torch.zeros(1, len(T.w)), "center_grid": torch.zeros(1, len(X.w))}
     return {"student": prefixed("module.", net(S)), "teacher": net(T), "args": ARGS, "dino_loss": loss}
@@ -124,12 +136,21 @@ def _esvit() -> dict:
 def _msn() -> dict:
     net = {
         "module.patch_embed.proj.weight": torch.randn(24, 3, 8, 8),
-        "module.fc.fc1.weight": torch.randn(32, 24), "module.fc.fc3.weight": torch.randn(48, 32),
-    }  # fmt: skip
+        "module.fc.fc1.weight": torch.randn(32, 24),
+        "module.fc.fc3.weight": torch.randn(48, 32),
+    }
     return {
-        "encoder": net, "opt": {"state": {}}, "prototypes": T.w, "target_encoder": dict(net), "epoch": 5,
-        "loss": np.float64(1.0), "batch_size": 64, "world_size": 16, "lr": 1e-3, "temperature": 0.1,
-    }  # fmt: skip
+        "encoder": net,
+        "opt": {"state": {}},
+        "prototypes": T.w,
+        "target_encoder": dict(net),
+        "epoch": 5,
+        "loss": np.float64(1.0),
+        "batch_size": 64,
+        "world_size": 16,
+        "lr": 1e-3,
+        "temperature": 0.1,
+    }
 
 
 def _carp() -> dict:
@@ -139,10 +160,12 @@ def _carp() -> dict:
 
 def _capi() -> dict:
     model = {
-        **backbone("student.backbone."), **norm_old(S, "student.head.last_layer"),
+        **backbone("student.backbone."),
+        **norm_old(S, "student.head.last_layer"),
         **backbone("teacher.backbone."),
-        "teacher.head.layer.weight": T.w, "teacher.head.layer.bias": torch.zeros(len(T.w)),
-    }  # fmt: skip
+        "teacher.head.layer.weight": T.w,
+        "teacher.head.layer.bias": torch.zeros(len(T.w)),
+    }
     return {"iteration": 9, "model": model, "optimizer": {}, "clustering_optimizer": {}}
 
 
@@ -162,8 +185,14 @@ def _swav() -> dict:
 
 
 def _swav_several() -> dict:
-    return prefixed("module.", {"projection_head.0.weight": torch.randn(32, 24), "prototypes.prototypes0.weight": T.w,
-                                "prototypes.prototypes1.weight": X.w})  # fmt: skip
+    return prefixed(
+        "module.",
+        {
+            "projection_head.0.weight": torch.randn(32, 24),
+            "prototypes.prototypes0.weight": T.w,
+            "prototypes.prototypes1.weight": X.w,
+        },
+    )
 
 
 def _lightly_swav() -> dict:
@@ -207,11 +236,13 @@ LAYOUTS = {
     "DINO, FSDP": (_dino(wrap="_fsdp_wrapped_module."), "DINO", [("teacher", "cls", T), ("student", "cls", S)]),
     "iBOT, shared": (_ibot(True), "iBOT", [("teacher", "cls", T), ("student", "cls", S)]),
     "iBOT, separate": (
-        _ibot(False), "iBOT",
+        _ibot(False),
+        "iBOT",
         [("teacher", "cls", T), ("teacher", "patch", X), ("student", "cls", S), ("student", "patch", X)],
     ),
     "EsViT": (
-        _esvit(), "EsViT",
+        _esvit(),
+        "EsViT",
         [("teacher", "cls", T), ("teacher", "region", X), ("student", "cls", S), ("student", "region", X)],
     ),
     "MSN": (_msn(), "MSN", [("shared", "cls", T)]),
@@ -229,5 +260,5 @@ LAYOUTS = {
     "ours, joint": (_own_joint(), "uncollapse", [("teacher", "cls", T), ("student", "cls", S)]),
     "ours, fixed": (_own({"weight": T.w}), "uncollapse", [("shared", "cls", T)]),
     "ours, mixture": (_own_mixture(), "uncollapse", [("shared", "cls", T)]),
-}  # fmt: skip
+}
 """Name → checkpoint, family, and the (side, set, planted) that must be found, in order."""

@@ -39,12 +39,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 SMALL = {
     "data.path": "builtin:digits",
-    "views.global_size": 32, "views.local_size": 16,
+    "views.global_size": 32,
+    "views.local_size": 16,
     "run.batch": 16,
     "prototypes.freeze_epochs": 0.0,
     "optim.warmup_epochs": 0.0,
     "run.precision": "32-true",
-}  # fmt: skip
+}
 
 
 def small(method: str, kind: str = "joint", **keys: Any) -> Config:

@@ -93,23 +93,28 @@ def test_a_temperature_is_above_zero(name, temperature):
 SHAPES = {
     "one row for all: dino": (lambda: dino_loss([z() @ W.T] * 3, [probabilities(1)] * 2), r"\(1, 8\)"),
     "one row for all: on logits": (
-        lambda: fused_dino_loss_on_logits([z() @ W.T] * 3, [probabilities(1)] * 2), r"\(1, 8\)"),
+        lambda: fused_dino_loss_on_logits([z() @ W.T] * 3, [probabilities(1)] * 2),
+        r"\(1, 8\)",
+    ),
     "one row for all: fused": (lambda: fused_dino_loss([z()] * 3, W, [probabilities(1)] * 2, 0.1), "is 1, not 6"),
-    "one row for all: patch": (
-        lambda: fused_patch_loss(z(), W, probabilities(1), 0.1, torch.ones(N)), "is 1, not 6"),
+    "one row for all: patch": (lambda: fused_patch_loss(z(), W, probabilities(1), 0.1, torch.ones(N)), "is 1, not 6"),
     "one row for all: carp": (lambda: carp_loss([z() @ W.T] * 3, [z(1) @ W.T] * 2, BLOCKS), r"\(1, 8\)"),
     "one row for all: fused carp": (lambda: fused_carp_loss([z()] * 3, W, soft(1), BLOCKS), "6 images.*1 images"),
     "other numbers of views' rows": (lambda: fused_dino_loss([z(), z(1)], W, soft(), 0.1), r"\(6, 4\).*\(1, 4\)"),
     "the same, carp": (lambda: fused_carp_loss([z(), z(1)], W, soft(), BLOCKS), r"\(6, 4\).*\(1, 4\)"),
     "one weight for all rows": (
-        lambda: fused_patch_loss(z(), W, probabilities(), 0.1, torch.ones(1)), r"row_weight is \(1,\), not \(6,\)"),
+        lambda: fused_patch_loss(z(), W, probabilities(), 0.1, torch.ones(1)),
+        r"row_weight is \(1,\), not \(6,\)",
+    ),
     "targets of other prototypes": (lambda: fused_dino_loss([z()] * 3, W[:5], soft(), 0.1), "is 8, not 5"),
     "targets' dimensions": (lambda: soft(weight=W[:, :3]), "4 dimensions, their prototypes 3"),
     "targets' bias": (lambda: soft(bias=torch.zeros(1)), r"bias of the targets is \(1,\), not \(8,\)"),
     "dimensions": (lambda: fused_dino_loss([z(d=3)] * 3, W, soft(), 0.1), "is 4, not 3"),
     "carp's dimensions": (lambda: fused_carp_loss([z(d=3)] * 3, W, soft(), BLOCKS), "3 dimensions.*prototypes 4"),
     "carp's bias": (
-        lambda: fused_carp_loss([z()] * 3, W, soft(), BLOCKS, bias=torch.zeros(1)), r"bias is \(1,\), not \(8,\)"),
+        lambda: fused_carp_loss([z()] * 3, W, soft(), BLOCKS, bias=torch.zeros(1)),
+        r"bias is \(1,\), not \(8,\)",
+    ),
     "carp's blocks": (lambda: fused_carp_loss([z()] * 3, W, soft(), BLOCKS + 1), "blocks.*0 to 7"),
     "carp's blocks, plain": (lambda: carp_loss([z() @ W.T] * 3, [z() @ W.T] * 2, BLOCKS - 1), "blocks.*0 to 7"),
     "me_max's dimensions": (lambda: me_max(z(d=3), W, 0.1), "3 dimensions.*prototypes 4"),
@@ -121,7 +126,7 @@ SHAPES = {
     "a mask of numbers": (lambda: patch_weights(torch.ones(3, 4)), "boolean"),
     "a mixture's rows": (lambda: OnlineMixture(K, D, N).responsibilities(z(d=3)), r"\(6, 3\)"),
     "a mixture's beta": (lambda: OnlineMixture(K, D, N).responsibilities(z(), -1.0), "beta must be above 0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)

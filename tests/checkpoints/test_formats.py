@@ -195,7 +195,7 @@ def _npy(array: np.ndarray) -> bytes:
         (b"\x80\x02}q\x00", "damaged"),
         (b"\x80\x02\x8a\n" + bytes(40), "damaged"),
         (b"\x93NUMPY\x01\x00", "damaged"),
-        (b"\x10\x00\x00\x00\x00\x00\x00\x00{\"a\":", "damaged"),
+        (b'\x10\x00\x00\x00\x00\x00\x00\x00{"a":', "damaged"),
         (_saved({"epoch": 3}), "no tensors"),
         (_saved("hello"), "no tensors"),
         (_saved({"optimizer": {"state": {0: {"exp_avg": T.w}}}}), r"no tensors \(states of optimisers aside\).*full"),
@@ -216,7 +216,7 @@ def _npy(array: np.ndarray) -> bytes:
         (_saved({"last_layer.weight_v": torch.ones(4, 5), "last_layer.weight_g": torch.ones(3, 1)}), "lengths"),
         (_saved({"_flat_param": torch.ones(99), **{str(i): torch.ones(2) for i in range(4)}}), "full state dict"),
     ],
-)  # fmt: skip
+)
 def test_one_clear_line_for_every_bad_file(content, says, tmp_path):
     path = tmp_path / "bad.pth"
     path.write_bytes(content)

@@ -22,10 +22,12 @@ CASES = 200
 EXTREMES = [b"\x00" * 8, b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"\x00\x00\x00\x80", b"\xff\xff\xff\x7f", b"9" * 12, b"-1"]
 W = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 CONTENT = {
-    "teacher": {"head.last_layer.weight_v": W, "head.last_layer.weight_g": torch.ones(6, 1)}, "args": ARGS,
-    "student": {"prototypes.weight": W.half(), "n": np.arange(6.0)}, "epoch": 3,
+    "teacher": {"head.last_layer.weight_v": W, "head.last_layer.weight_g": torch.ones(6, 1)},
+    "args": ARGS,
+    "student": {"prototypes.weight": W.half(), "n": np.arange(6.0)},
+    "epoch": 3,
     "queue": [torch.ones(2), {"a": (1, 2)}],
-}  # fmt: skip
+}
 
 
 def mutated(whole: bytes, rng: np.random.Generator) -> bytes:

@@ -147,9 +147,11 @@ def test_lightlys_bias_reaches_the_mean_target(tmp_path):
     bias = torch.zeros(len(T.w))
     bias[5] = 1e3
     state = {
-        **prefixed("backbone.", model.state_dict()), **prefixed("projection_head.layers.", layers.state_dict()),
-        "prototypes.heads.0.weight": T.w, "prototypes.heads.0.bias": bias,
-    }  # fmt: skip
+        **prefixed("backbone.", model.state_dict()),
+        **prefixed("projection_head.layers.", layers.state_dict()),
+        "prototypes.heads.0.weight": T.w,
+        "prototypes.heads.0.bias": bias,
+    }
     from uncollapse.checkpoints.encoder import rebuild_encoder
 
     (s,) = find_prototypes(state, "x")

@@ -38,8 +38,12 @@ if __name__ == "__main__":
 
 def dinov3_run() -> dict:
     """What DINOv3's training code saves every few thousand iterations."""
-    model = {"student.dino_head.last_layer.weight": S.w, "model_ema.dino_head.last_layer.weight": T.w,
-             "model_ema.ibot_head.last_layer.weight": X.w, "model_ema.backbone.cls_token": torch.ones(8)}  # fmt: skip
+    model = {
+        "student.dino_head.last_layer.weight": S.w,
+        "model_ema.dino_head.last_layer.weight": T.w,
+        "model_ema.ibot_head.last_layer.weight": X.w,
+        "model_ema.backbone.cls_token": torch.ones(8),
+    }
     return {"iteration": 199, "model": model, "optimizer": {"state": {"a.exp_avg": torch.randn(9, 5)}}}
 
 
@@ -76,9 +80,12 @@ def test_shards_of_two_ranks_are_joined(tmp_path):
     torch.save(content, tmp_path / "content")
     (tmp_path / "save.py").write_text(TWO_RANKS)
     done = subprocess.run(
-        [sys.executable, tmp_path / "save.py", tmp_path / "199", tmp_path / "content"], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
-    )  # fmt: skip
+        [sys.executable, tmp_path / "save.py", tmp_path / "199", tmp_path / "content"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-800:]
     assert len(list((tmp_path / "199").glob("*.distcp"))) == 2
     expect(tmp_path / "199")

@@ -102,11 +102,21 @@ def test_full_augmentation_agrees(spec):
 
 def test_identity_view_is_the_image():
     image = smooth_images().canvas[:1]
-    spec = dataclasses.replace(view_specs(SMALL)[0], size=48, scale=(1.0, 1.0), flip=1.0, jitter=0, grey=0,
-                               blur=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # fmt: skip
+    spec = dataclasses.replace(
+        view_specs(SMALL)[0],
+        size=48,
+        scale=(1.0, 1.0),
+        flip=1.0,
+        jitter=0,
+        grey=0,
+        blur=0,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+    )
     params = sample_params(uniforms(0, 0, 0, 1), [[48, 48]], spec)
-    params = dataclasses.replace(params, top=torch.tensor([0]), left=torch.tensor([0]),
-                                 height=torch.tensor([48]), width=torch.tensor([48]))  # fmt: skip
+    params = dataclasses.replace(
+        params, top=torch.tensor([0]), left=torch.tensor([0]), height=torch.tensor([48]), width=torch.tensor([48])
+    )
     assert torch.equal((apply_batch(image, params, spec) * 255).round().to(torch.uint8), image.flip(-1))
 
 

@@ -135,9 +135,10 @@ def test_an_infinite_length_is_damage(tmp_path, capsys):
 def test_arrays_of_any_kind_count_as_tensors():
     w = T.w.numpy()
     for array in (w, w[::-1], w.astype(">f4"), np.asfortranarray(w)):
-        assert uncollapse.unique_prototypes(array, EPS) == diagnose(array, np.float32(EPS), complete=False).unique[
-            float(np.float32(EPS))
-        ]  # fmt: skip
+        assert (
+            uncollapse.unique_prototypes(array, EPS)
+            == diagnose(array, np.float32(EPS), complete=False).unique[float(np.float32(EPS))]
+        )
     assert uncollapse.epsilon_sweep(w) == uncollapse.epsilon_sweep(T.w)
 
 

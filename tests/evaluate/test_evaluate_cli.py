@@ -60,8 +60,14 @@ def test_json_is_all_there_is_on_stdout(run, tasks, capsys):
     main(["evaluate", str(run), "--tasks", "knn,cluster", "--json", "--untrained"])
     shown = capsys.readouterr().out
     content = json.loads(shown)
-    expected = {"top1": 0.5, "count": 12.0, "ci95": [0.4, 0.6], "n": 360, "protocol": "protocol of knn",
-                "source": "source of knn"}  # fmt: skip
+    expected = {
+        "top1": 0.5,
+        "count": 12.0,
+        "ci95": [0.4, 0.6],
+        "n": 360,
+        "protocol": "protocol of knn",
+        "source": "source of knn",
+    }
     n = content["knn"]["n"]
     assert content["knn"] == {**expected, "n": n, "untrained": {**expected, "n": n}}
     assert list(content) == ["knn", "cluster"]
@@ -91,8 +97,21 @@ def test_a_timm_model_on_a_folder_and_another_out(tasks, tmp_path, monkeypatch, 
     assert (data["n_train"], data["n_test"], data["classes"]) == (8, 6, 2)
     assert set(data["encoders"]["timm:resnet10t"]["tasks"]) == {"knn", "linear", "cluster"}  # it has no prototypes
     assert list((tmp_path / "runs/features").iterdir())
-    main(["evaluate", "timm:resnet10t", "--data", "train,test", "--size", "32", "--out", "here", "--no-cache",
-          "--tasks", "all"])  # fmt: skip
+    main(
+        [
+            "evaluate",
+            "timm:resnet10t",
+            "--data",
+            "train,test",
+            "--size",
+            "32",
+            "--out",
+            "here",
+            "--no-cache",
+            "--tasks",
+            "all",
+        ]
+    )
     shown = capsys.readouterr().out
     assert "prototypes left out" in shown
     assert "transfer left out: it needs --sets" in shown

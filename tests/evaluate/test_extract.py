@@ -135,8 +135,14 @@ def test_an_interrupted_extraction_goes_on_where_it_stopped(encoder, tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             extract(encoder, images, cache=tmp_path / "cache", batch=1)
     counting, said, seen = Counting(monkeypatch), [], []
-    resumed = extract(encoder, images, cache=tmp_path / "cache", batch=3, say=said.append,
-                      progress=lambda done, total: seen.append((done, total)))  # fmt: skip
+    resumed = extract(
+        encoder,
+        images,
+        cache=tmp_path / "cache",
+        batch=3,
+        say=said.append,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert counting.images == N - kept
     assert said == [f"features of {kept} of {N} images from cache"]
     assert seen[0][0] > kept

@@ -20,8 +20,10 @@ def test_bootstrap_of_a_mean_is_scipys(values):
 
 def test_it_covers_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    hits = [low <= 0.3 <= high for low, high in
-            (bootstrap95_mean((rng.random(400) < 0.3).astype(float), seed=i) for i in range(300))]  # fmt: skip
+    hits = [
+        low <= 0.3 <= high
+        for low, high in (bootstrap95_mean((rng.random(400) < 0.3).astype(float), seed=i) for i in range(300))
+    ]
     assert 0.9 < np.mean(hits) < 0.99
 
 

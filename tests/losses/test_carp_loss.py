@@ -26,9 +26,11 @@ def brute_force(z, weight, z_teacher, weight_teacher, blocks, entropy_weight, te
         q = [[softmax(x, weight_teacher, bias_t, block).detach() for x in view] for view in z_teacher]
         terms = [
             -torch.log((a * b).sum())
-            for v, student in enumerate(p) for j, teacher in enumerate(q) if v != j
+            for v, student in enumerate(p)
+            for j, teacher in enumerate(q)
+            if v != j
             for a, b in zip(student, teacher, strict=True)
-        ]  # fmt: skip
+        ]
         everyone = [r for view in [*p, *q] for r in view]
         mean = torch.stack(everyone).mean(0)
         total = total + torch.stack(terms).mean() + entropy_weight * (math.log(len(block)) + (mean * mean.log()).sum())
@@ -63,8 +65,10 @@ def test_both_forms_equal_brute_force_by_value_and_gradient(seed, views, n, k, s
     gradients = torch.autograd.grad(expected, (z, weight))
     plain = carp_loss(
         [x @ weight.T / 0.7 + (0 if bias is None else bias) for x in z],
-        [x @ weight_teacher.T + (0 if bias_t is None else bias_t) for x in z_teacher], blocks, entropy_weight,
-    )  # fmt: skip
+        [x @ weight_teacher.T + (0 if bias_t is None else bias_t) for x in z_teacher],
+        blocks,
+        entropy_weight,
+    )
     targets = SoftmaxTargets(z_teacher, weight_teacher, 1.0, bias_t)
     fused = fused_carp_loss(list(z), weight, targets, blocks, entropy_weight, 0.7, bias)
     for loss in (plain, fused):

@@ -25,7 +25,7 @@ def models():
         nn.Sequential(nn.Conv2d(3, 6, 3), BatchNormAct2d(6, act_layer=nn.PReLU, inplace=False), nn.Flatten()),
         nn.Sequential(nn.BatchNorm2d(3, affine=False, momentum=None), nn.Flatten()),
         nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False, eps=1e-3), nn.Flatten()),
-    ]  # fmt: skip
+    ]
     for model in plain:
         for parameter in model.parameters():
             nn.init.normal_(parameter, 1.0, 0.5)

@@ -84,9 +84,7 @@ def test_isotropic_posterior_equals_the_diagonal_one_with_equal_variances(covari
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    log_lambda=st.floats(-3, -1e-4), w1=st.floats(0, 5), w2=st.floats(0, 5), start=st.floats(0.1, 1e4)
-)  # fmt: skip
+@given(log_lambda=st.floats(-3, -1e-4), w1=st.floats(0, 5), w2=st.floats(0, 5), start=st.floats(0.1, 1e4))
 def test_forgetting_laws(log_lambda, w1, w2, start):
     def run(weights):
         evidence, mean = torch.tensor([start], dtype=torch.float64), 0.0
@@ -130,8 +128,10 @@ def test_balancing_equalises_masses_that_bayes_leaves_unequal():
         tail = torch.tensor([0.9] + [0.1 / 7] * 7)
         total = torch.zeros(32)
         for step in range(400):
-            x = F.normalize(torch.eye(16)[torch.multinomial(tail, 64, True, generator=g)]
-                            + 0.2 * torch.randn(64, 16, generator=g), dim=-1)  # fmt: skip
+            x = F.normalize(
+                torch.eye(16)[torch.multinomial(tail, 64, True, generator=g)] + 0.2 * torch.randn(64, 16, generator=g),
+                dim=-1,
+            )
             if step >= 300:
                 total += mixture.responsibilities(x).sum(0)
             mixture.observe(x)
@@ -238,9 +238,7 @@ def test_responsibilities_pass_a_gradient_to_the_rows():
 def test_targets_of_a_set_are_its_responsibilities(covariance, temperature):
     """What training hands to the loss, as a product that is never stored, is the E-step's posterior."""
     rng = torch.Generator().manual_seed(0)
-    mixture = OnlineMixture(
-        50, 6, 40, covariance, 10, "sinkhorn", temperature, centred=True, generator=rng
-    )  # fmt: skip
+    mixture = OnlineMixture(50, 6, 40, covariance, 10, "sinkhorn", temperature, centred=True, generator=rng)
     z = torch.nn.functional.normalize(torch.randn(2, 20, 6, generator=rng), dim=-1)
     for _ in range(3):
         mixture.observe(z.flatten(0, 1))

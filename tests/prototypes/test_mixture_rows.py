@@ -10,12 +10,13 @@ from uncollapse.prototypes.mixture import PAPER, RECOMMENDED, OnlineMixture
 
 K, D = 12, 5
 OPTIONS = [
-    RECOMMENDED._asdict(), PAPER._asdict(),
+    RECOMMENDED._asdict(),
+    PAPER._asdict(),
     {"covariance": "diagonal", "balance": "sinkhorn", "temperature": None, "centred": False},
     {"covariance": "shared", "balance": "sinkhorn", "temperature": None, "centred": True},
     {"covariance": "shared", "balance": "none", "temperature": 0.1, "centred": False},
     {"covariance": "isotropic", "balance": "sinkhorn", "temperature": 0.05, "centred": True},
-]  # fmt: skip
+]
 
 
 def rows(n, seed):

@@ -33,9 +33,14 @@ def scaling(scores, iterations):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(1, 200), k=st.integers(1, 70), seed=st.integers(0, 99), iterations=st.integers(1, 6),
-    temperature=st.floats(0.03, 2), budget=st.sampled_from([TILED, 1 << 28]), biased=st.booleans(),
-)  # fmt: skip
+    n=st.integers(1, 200),
+    k=st.integers(1, 70),
+    seed=st.integers(0, 99),
+    iterations=st.integers(1, 6),
+    temperature=st.floats(0.03, 2),
+    budget=st.sampled_from([TILED, 1 << 28]),
+    biased=st.booleans(),
+)
 def test_offsets_equal_the_published_loop_in_float64(n, k, seed, iterations, temperature, budget, biased):
     z, w = case(n, k, seed=seed)
     bias = torch.linspace(-1, 2, k, dtype=torch.float64) if biased else None

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uncollapse.config.schema import MixtureConfig
-from uncollapse.prototypes.mixture import PAPER, RECOMMENDED, OnlineMixture
+from uncollapse.prototypes.mixture import PAPER, RECOMMENDED, MixtureOptions, OnlineMixture
 from uncollapse.prototypes.sets import Prototypes, Side
 from uncollapse.targets.softmax import SoftmaxTargets
 
@@ -69,19 +69,7 @@ def mixture_defaults(kind: str, chosen: MixtureConfig) -> MixtureConfig:
 def mixture_set(
     config: MixtureConfig, count: int, dim: int, rows: int, generator: torch.Generator, unit: bool
 ) -> MixturePrototypes:
-    assert config.covariance
-    assert config.memory_steps
-    assert config.balance
     assert config.anneal_start
-    mixture = OnlineMixture(
-        count,
-        dim,
-        rows,
-        config.covariance,
-        config.memory_steps,
-        config.balance,
-        config.temperature,
-        bool(config.centred),
-        generator=generator,
-    )
+    options = {name: getattr(config, name) for name in MixtureOptions._fields}
+    mixture = OnlineMixture(count, dim, rows, **options, generator=generator)
     return MixturePrototypes(mixture, config.anneal_start, config.anneal_steps or 0.0, unit)

@@ -57,8 +57,12 @@ def test_inaturalist(tmp_path):
     base = "train_val2018/Aves"
     inat(tmp_path, "train", [(f"{base}/9/a.png", 9), (f"{base}/3/b.png", 3), (f"{base}/7/c.png", 7)], names)
     inat(tmp_path, "val", [(f"{base}/7/d.png", 7)], names)
-    for spec in (f"inat:{tmp_path}", str(tmp_path), f"{tmp_path}/train2018.json",
-                 f"{tmp_path}/train2018.json,{tmp_path}/val2018.json"):  # fmt: skip
+    for spec in (
+        f"inat:{tmp_path}",
+        str(tmp_path),
+        f"{tmp_path}/train2018.json",
+        f"{tmp_path}/train2018.json,{tmp_path}/val2018.json",
+    ):
         train, test = load_pair(spec)
         assert train.classes == ["Turdus (3)", "Parus", "Turdus (9)"]
         assert train.labels.tolist() == [0, 1, 2]
@@ -151,12 +155,17 @@ def make_inaturalist(root: Path) -> None:
             save(root / part / f"{i:05d}_{name}" / "a.jpg")
 
 
-@pytest.mark.parametrize(("name", "make", "sizes", "classes"), [
-    ("DTD", make_dtd, (4, 2), ["banded", "dotted"]), ("Food101", make_food, (6, 2), ["apple_pie", "ramen"]),
-    ("OxfordIIITPet", make_pets, (2, 2), ["Abyssinian", "Beagle"]),
-    ("FGVCAircraft", make_aircraft, (2, 2), ["707-320", "A300"]), ("GTSRB", make_gtsrb, (2, 2), None),
-    ("INaturalist", make_inaturalist, (2, 2), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "make", "sizes", "classes"),
+    [
+        ("DTD", make_dtd, (4, 2), ["banded", "dotted"]),
+        ("Food101", make_food, (6, 2), ["apple_pie", "ramen"]),
+        ("OxfordIIITPet", make_pets, (2, 2), ["Abyssinian", "Beagle"]),
+        ("FGVCAircraft", make_aircraft, (2, 2), ["707-320", "A300"]),
+        ("GTSRB", make_gtsrb, (2, 2), None),
+        ("INaturalist", make_inaturalist, (2, 2), None),
+    ],
+)
 def test_torchvision_sets_with_a_split(tmp_path, name, make, sizes, classes):
     spec = f"torchvision:{name}@{tmp_path}"
     with pytest.raises(DataError, match=f"looks for .*{SETS[name].looks_for}.*nothing is downloaded"):
@@ -170,11 +179,14 @@ def test_torchvision_sets_with_a_split(tmp_path, name, make, sizes, classes):
     assert sorted(reds(load_pair(spec, config=LAZY)[0])) == sorted(reds(train))
 
 
-@pytest.mark.parametrize(("name", "folder", "file"), [
-    ("EuroSAT", "eurosat/2750", "{c}/{k}.jpg"),
-    ("Caltech101", "caltech101/101_ObjectCategories", "{c}/image_{k:04d}.jpg"),
-    ("SUN397", "SUN397", "{c[0]}/{c}/sun_{k}.jpg"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "folder", "file"),
+    [
+        ("EuroSAT", "eurosat/2750", "{c}/{k}.jpg"),
+        ("Caltech101", "caltech101/101_ObjectCategories", "{c}/image_{k:04d}.jpg"),
+        ("SUN397", "SUN397", "{c[0]}/{c}/sun_{k}.jpg"),
+    ],
+)
 def test_torchvision_sets_without_a_split(tmp_path, name, folder, file):
     for c in ("ant", "bee"):
         for k in range(1, 11):

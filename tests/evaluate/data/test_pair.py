@@ -49,10 +49,12 @@ def parquet(path: Path, labels: list[int], names: list[str] | None) -> Path:
         out = io.BytesIO()
         Image.new("RGB", (6, 4), (i, 0, 0)).save(out, "PNG")
         cells.append({"bytes": out.getvalue(), "path": f"{i}.png"})
-    table = pa.table({
-        "image": pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        "label": pa.array(labels, pa.int64()),
-    })  # fmt: skip
+    table = pa.table(
+        {
+            "image": pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            "label": pa.array(labels, pa.int64()),
+        }
+    )
     features: dict[str, object] = {"image": {"_type": "Image"}}
     if names is not None:
         features["label"] = {"_type": "ClassLabel", "names": names}
@@ -111,10 +113,17 @@ def test_commas(tmp_path):
             split_spec(bad)
 
 
-@pytest.mark.parametrize(("spec", "words"), [
-    ("/no/such/place", "no such"), ("builtin:letters", "no such built-in"), ("list:/none.txt@/x", "no such file"),
-    ("inat:/none", "no such file"), ("torchvision:CIFAR10", "FOLDER"), ("torchvision:Nope@/x", "no set 'Nope'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("/no/such/place", "no such"),
+        ("builtin:letters", "no such built-in"),
+        ("list:/none.txt@/x", "no such file"),
+        ("inat:/none", "no such file"),
+        ("torchvision:CIFAR10", "FOLDER"),
+        ("torchvision:Nope@/x", "no set 'Nope'"),
+    ],
+)
 def test_what_is_not_there_is_named(spec, words):
     with pytest.raises(DataError, match=words):
         load_pair(spec)
@@ -181,8 +190,13 @@ def test_odd_folders_are_named_and_nothing_is_merged(tmp_path):
     for config in (DataConfig(), LAZY):
         pair = open_pair(str(tmp_path), config=config)
         notes = "\n".join(pair.notes)
-        for words in ("'Dog', 'dog' differ only", "'cat ' begin or end", "'.hidden' hold", "'empty' hold no image",
-                      "without a readable training image: 'broken'"):  # fmt: skip
+        for words in (
+            "'Dog', 'dog' differ only",
+            "'cat ' begin or end",
+            "'.hidden' hold",
+            "'empty' hold no image",
+            "without a readable training image: 'broken'",
+        ):
             assert words in notes
         assert pair.train.classes == ["Dog", "broken", "cat ", "dog"]
     assert not open_pair(str(folders(tmp_path / "fine", {"a": 4, "b": 4}))).notes
@@ -233,10 +247,16 @@ def test_long_tails_leave_the_test_part_alone(tmp_path):
     assert load_pair(str(tmp_path), long_tail=1)[0].labels.bincount().tolist() == [38, 38, 38]
 
 
-@pytest.mark.parametrize(("counts", "factor", "words"), [
-    ([10, 100], 2, "not balanced enough"), ([40, 40], 100, "can be 40 at most"), ([9, 9], 0.5, "at least 1"),
-    ([9, 9], float("nan"), "at least 1"), ([9], 2, "two classes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("counts", "factor", "words"),
+    [
+        ([10, 100], 2, "not balanced enough"),
+        ([40, 40], 100, "can be 40 at most"),
+        ([9, 9], 0.5, "at least 1"),
+        ([9, 9], float("nan"), "at least 1"),
+        ([9], 2, "two classes"),
+    ],
+)
 def test_long_tails_that_cannot_be_drawn(counts, factor, words):
     with pytest.raises(DataError, match=words):
         long_tail_rows(np.repeat(np.arange(len(counts)), counts), factor)

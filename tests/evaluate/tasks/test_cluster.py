@@ -219,11 +219,16 @@ def broken(what: str) -> tuple[Features, Features]:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("labels", "no labels"), ("nan", "1 of 30 test features are NaN"), ("zero", "1 of 30 test features are all"),
-        ("one class", "all of one class"), ("names", "number their classes differently"), ("empty", "no test images"),
-        ("width", "8 columns, test features 4"), ("negative", "labels start at -1"),
+        ("labels", "no labels"),
+        ("nan", "1 of 30 test features are NaN"),
+        ("zero", "1 of 30 test features are all"),
+        ("one class", "all of one class"),
+        ("names", "number their classes differently"),
+        ("empty", "no test images"),
+        ("width", "8 columns, test features 4"),
+        ("negative", "labels start at -1"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_compared_says_so(what: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cluster(*broken(what))

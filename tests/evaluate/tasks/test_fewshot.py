@@ -97,8 +97,14 @@ def test_the_few_shot_classifier_is_the_minimum_of_its_objective():
     x = train.last.double() - train.last.double().mean(1, keepdim=True)
     x = x / x.norm(dim=1, keepdim=True)
     weight = torch.zeros(10, 64, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([weight], max_iter=20000, tolerance_grad=1e-10, tolerance_change=0, history_size=50,
-                               line_search_fn="strong_wolfe")  # fmt: skip
+    solver = torch.optim.LBFGS(
+        [weight],
+        max_iter=20000,
+        tolerance_grad=1e-10,
+        tolerance_change=0,
+        history_size=50,
+        line_search_fn="strong_wolfe",
+    )
 
     def objective():
         solver.zero_grad()

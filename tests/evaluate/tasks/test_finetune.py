@@ -27,9 +27,18 @@ from uncollapse.models.backbones import Conv3
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 QUICK = FinetuneConfig(
-    epochs=6, warmup_epochs=1, batch=32, lrs=(0.02, 0.1), randaugment="", crop=(0.6, 1.0), flip=0.0, mixup=0.0,
-    cutmix=0.0, erasing=0.0, checkpoint_seconds=0.0,
-)  # fmt: skip
+    epochs=6,
+    warmup_epochs=1,
+    batch=32,
+    lrs=(0.02, 0.1),
+    randaugment="",
+    crop=(0.6, 1.0),
+    flip=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+    erasing=0.0,
+    checkpoint_seconds=0.0,
+)
 """A recipe for 8-pixel digits, which flips and strong augmentation would spoil."""
 
 

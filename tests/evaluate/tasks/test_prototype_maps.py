@@ -110,8 +110,9 @@ def test_timm_models_have_maps_in_their_own_layout(kind: str) -> None:
     elif kind == "convnext":
         model = ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=0)
     else:
-        model = SwinTransformer(img_size=64, patch_size=4, embed_dim=8, depths=(1, 1, 1), num_heads=(1, 1, 2),
-                                window_size=4, num_classes=0)  # fmt: skip
+        model = SwinTransformer(
+            img_size=64, patch_size=4, embed_dim=8, depths=(1, 1, 1), num_heads=(1, 1, 2), window_size=4, num_classes=0
+        )
     encoder = EvalEncoder(model, 64)
     encoder.head = head(encoder.width).eval()
     x = torch.randn(2, 3, 64, 64)

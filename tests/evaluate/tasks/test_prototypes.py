@@ -64,9 +64,7 @@ def brute(train: Features, test: Features, w: torch.Tensor, eps: float) -> dict[
     on_each = defaultdict(Counter)
     for k, label in zip(theirs, truth, strict=True):
         on_each[k][label] += 1
-    entropy = {
-        k: -sum(n / v.total() * math.log2(n / v.total()) for n in v.values()) for k, v in on_each.items()
-    }  # fmt: skip
+    entropy = {k: -sum(n / v.total() * math.log2(n / v.total()) for n in v.values()) for k, v in on_each.items()}
     copies = Counter(group)
     right = [single.get(k) == label for k, label in zip(theirs, truth, strict=True)]
     double = [r for r, k in zip(right, theirs, strict=True) if copies[group[k]] > 1]

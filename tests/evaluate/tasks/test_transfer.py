@@ -107,6 +107,9 @@ def test_the_interval_agrees_with_a_bootstrap_of_all_sets_together():
 
 def test_names():
     assert short_names(["torchvision:CIFAR10@/x", "builtin:digits", "/a/pets/", "a/cars,b/cars"]) == [
-        "CIFAR10", "digits", "pets", "cars",
-    ]  # fmt: skip
+        "CIFAR10",
+        "digits",
+        "pets",
+        "cars",
+    ]
     assert short_names(["/a/pets", "/b/pets", "/c/cars"]) == ["/a/pets", "/b/pets", "cars"]
