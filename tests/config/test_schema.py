@@ -134,6 +134,29 @@ def test_unknown_recipe_names_the_known_ones():
         load_config("dino-vits61")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "expected"),
+    [
+        ("swav-small32", {"run.accumulate": 2}, "run.accumulate: must be 1: SwAV's codes"),
+        ("carp-small32", {"run.accumulate": 2}, "run.accumulate: must be 1: CARP's entropy"),
+        ("swav-small32", {"method.queue": 100}, "method.queue: 100 is not a multiple of run.batch, 128"),
+        ("carp-small32", {"method.block": 2000}, "method.block: blocks of 2000 cannot be dealt from 1024 prototypes"),
+        ("swav-small32", {"prototypes.targets": "centred"}, "prototypes.targets: swav has no centre"),
+        ("carp-small32", {"prototypes.targets": "centred"}, "prototypes.targets: carp has no centre"),
+        ("swav-small32", {"prototypes.targets": "posterior"}, "prototypes.targets: only a mixture has a posterior"),
+        ("carp-small32", {"prototypes.vmf": True}, "prototypes.vmf: a vMF density is over unit vectors"),
+        ("ibot-vits16", {"method.mask_ratio": [0.5, 0.1]}, "method.mask_ratio: the first number must not exceed"),
+        ("ibot-vits16", {"backbone.name": "resnet50"}, "backbone.name: iBOT hides patches, which resnet50"),
+        ("ibot-vits16", {"method.block": 512}, "method.block: the method has no such key"),
+    ],
+)
+def test_what_a_method_cannot_do_is_one_line_that_names_the_key(recipe, overrides, expected):
+    with pytest.raises(ConfigError) as error:
+        load_config(recipe, overrides)
+    assert f"{recipe}: {expected}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["a: [1, 2", "- 1\n- 2", "just words"])
 def test_files_that_are_not_recipes(text, tmp_path):
     path = tmp_path / "broken.yaml"

@@ -93,10 +93,10 @@ def test_the_length_of_a_projection_counts():
     """How sure a prediction is: at length 0 every inner product is 1 / block, and the mean is even."""
     at = At(0, 0.0, 0.0, 0, None)
     nothing = terms(config(), *made(length=0.0)[:1], torch.zeros(2, N, D, dtype=torch.float64), made()[2], at)
-    assert float(nothing["consistency"]) == pytest.approx(math.log(BLOCK), abs=1e-12)
-    assert float(nothing["entropy"]) == pytest.approx(0, abs=1e-12)
+    assert nothing["consistency"].item() == pytest.approx(math.log(BLOCK), abs=1e-12)
+    assert nothing["entropy"].item() == pytest.approx(0, abs=1e-12)
     assert carp.parts(config()).uninformed["consistency"] == pytest.approx(math.log(BLOCK))
-    short, long = (float(terms(config(), *made(length=x), at)["consistency"]) for x in (0.1, 1.0))
+    short, long = (terms(config(), *made(length=x), at)["consistency"].item() for x in (0.1, 1.0))
     assert abs(short - math.log(BLOCK)) < 0.1 * abs(long - math.log(BLOCK))
     assert not small("carp").head.normalise
 
@@ -104,7 +104,7 @@ def test_the_length_of_a_projection_counts():
 def test_the_mean_assignment_is_over_student_and_teacher_rows():
     z, teacher, prototypes = made()
     at = At(0, 0.0, 0.0, 0, None)
-    one, other = (float(terms(config(), z, t, prototypes, at)["entropy"]) for t in (teacher, teacher * 3))
+    one, other = (terms(config(), z, t, prototypes, at)["entropy"].item() for t in (teacher, teacher * 3))
     assert abs(one - other) > 1e-3
 
 

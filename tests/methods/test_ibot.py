@@ -127,7 +127,7 @@ def test_centres_are_of_all_class_tokens_and_of_all_patches(shared):
 def test_a_batch_without_any_hidden_patch(shared):
     c, made = config(shared), Made(shared, hidden=False)
     found, _ = found_by_the_method(c, made)
-    assert float(found["patch"]) == 0
+    assert found["patch"].item() == 0
     torch.testing.assert_close(found["cls"], brute(made, "cls")["cls"], rtol=0, atol=1e-7)
     (gradient,) = torch.autograd.grad(found["patch"], made.student_patches, retain_graph=True)
     assert not gradient.any()

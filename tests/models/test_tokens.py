@@ -4,10 +4,12 @@ import pytest
 import timm
 import torch
 
+from steps import small
 from uncollapse.config.schema import BackboneConfig
 from uncollapse.errors import ConfigError
 from uncollapse.models.backbones import build_backbone
 from uncollapse.models.tokens import MaskedViT, patches_of, plain
+from uncollapse.training.state import build_state
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
 ARCHITECTURES = {
@@ -89,11 +91,25 @@ def test_the_mask_token_learns_only_where_something_is_hidden():
         assert bool(gradient.any()) == hidden
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"backbone.name": "vit_small_patch16_rope_224", "backbone.options": {"depth": 1}}, "Eva has no patch tokens"),
+        ({"views.global_size": 36}, r"views\.global_size: 36 pixels do not divide into patches of 8"),
+    ],
+)
+def test_a_run_whose_patches_cannot_be_hidden_is_refused_when_it_is_built(keys, expected):
+    with pytest.raises(ConfigError, match=expected):
+        build_state(small("ibot", **keys))
+
+
 def test_what_has_no_patches_to_hide_is_refused():
     with pytest.raises(ConfigError, match="ResNet has no patch tokens to hide; take a vit_"):
         patches_of(timm.create_model("resnet10t", num_classes=0), 32)
     with pytest.raises(ConfigError, match=r"views\.global_size: 36 pixels do not divide into patches of 8"):
         patches_of(made("class token"), 36)
     assert patches_of(made("registers"), 48) == 36
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", num_classes=0, depth=1)
+    assert patches_of(hybrid, 224) == hybrid.patch_embed.num_patches == 49
     resnet = timm.create_model("resnet10t", num_classes=0)
     assert plain(resnet) is resnet

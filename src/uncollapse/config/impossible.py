@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from uncollapse.config.methods import OWN_TARGETS
 from uncollapse.config.schema import Config, targets_of
 
 
@@ -25,6 +26,8 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(("optim.warmup_start", f"must not exceed optim.lr, {optim.warmup_start} > {optim.lr}"))
     if targets_of(config) == "posterior" and not config.prototypes.kind.startswith("decoupled"):
         problems.append(("prototypes.targets", f"only a mixture has a posterior, {config.prototypes.kind} has none"))
+    if protos.targets == "centred" and OWN_TARGETS[method.name] != "centred":
+        problems.append(("prototypes.targets", f"{method.name} has no centre; take sinkhorn or softmax"))
     if run.batch % run.accumulate:
         problems.append(("run.accumulate", f"a batch of {run.batch} does not divide into {run.accumulate} equal parts"))
     if teacher.temperature > 1 or teacher.temperature_start > 1:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.config.schema import Config
-from uncollapse.errors import ConfigError
 from uncollapse.models.backbones import build_backbone
 from uncollapse.models.drop_path import keyed
 from uncollapse.models.heads import ProjectionHead
-from uncollapse.models.tokens import MaskedViT
+from uncollapse.models.tokens import MaskedViT, patches_of
 
 
 class Projected(NamedTuple):
@@ -120,7 +119,6 @@ def build_encoder(config: Config, drop_path: bool) -> Encoder:
         c = config.head
         head = ProjectionHead(features, c.hidden, c.bottleneck, c.layers, c.batch_norm, c.normalise, c.activation)
         if config.method.name == "ibot":
-            if not hasattr(backbone, "blocks"):
-                raise ConfigError(f"backbone.name: {config.backbone.name} has no patch tokens; take a vit_*")
+            patches_of(backbone, config.views.global_size)  # refuses what has no patches to hide
             backbone = MaskedViT(backbone)  # type: ignore[arg-type]
         return Encoder(backbone, {"cls": head})

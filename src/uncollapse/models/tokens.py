@@ -35,7 +35,7 @@ def _patch_side(backbone: nn.Module) -> int:
     vit: Any = plain(backbone)
     if not isinstance(vit, VisionTransformer):
         raise ConfigError(f"backbone.name: {type(backbone).__name__} has no patch tokens to hide; take a vit_*")
-    side: Any = vit.patch_embed.patch_size
+    side: Any = vit.patch_embed.feat_ratio(as_scalar=False)  # in pixels, behind a convolutional stem too
     return int(side[0])
 
 
