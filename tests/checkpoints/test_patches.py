@@ -10,11 +10,12 @@ from test_encoder import head
 import encoders
 from layouts import EPS, S, T, X, norm_old, prefixed
 from uncollapse.checkpoints.prototypes import find_prototypes
-from uncollapse.diagnosis.images import PATCHES, _marginal, _shared, _SomePatches
+from uncollapse.diagnosis.images import PATCHES, _marginal, _shared
 from uncollapse.diagnosis.page import write_page
 from uncollapse.diagnosis.run import diagnose_file
 from uncollapse.diagnosis.text import facts
 from uncollapse.measure.usage import prototype_argmax
+from uncollapse.models.embed import SomePatches
 
 
 def ibot(shared: bool) -> dict:
@@ -84,14 +85,14 @@ def test_capis_clusters_use_their_lengths_and_their_bias(tmp_path):
 
 def test_patches_are_some_of_each_image_and_always_the_same():
     tokens = torch.arange(5 * 40, dtype=torch.float32).view(5, 40, 1)
-    some = _SomePatches(torch.nn.Identity(), most=7)
+    some = SomePatches(torch.nn.Identity(), most=7)
     found = some(tokens)
     assert some.each == 7
     assert torch.equal(found, some(tokens))
     rows = found.view(5, 7)
     assert all(len(set(row.tolist())) == 7 and (row // 40 == i).all() for i, row in enumerate(rows))
     assert len({tuple((row % 40).tolist()) for row in rows}) > 1
-    assert torch.equal(_SomePatches(torch.nn.Identity(), most=99)(tokens), tokens.flatten(0, 1))
+    assert torch.equal(SomePatches(torch.nn.Identity(), most=99)(tokens), tokens.flatten(0, 1))
 
 
 def test_an_image_is_near_a_group_by_its_nearest_patch():
