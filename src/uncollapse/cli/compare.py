@@ -36,12 +36,15 @@ def compare(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from uncollapse.cli.grid import Cell, cores, write_grid
 
     cells = [
-        Cell(name := f"{Path(recipe).stem} {arm} {seed}", _config(recipe, arm, seed, overrides, arguments.tiny),
-             arguments.out / "runs" / name.replace(" ", "-"))
+        Cell(
+            name := f"{Path(recipe).stem} {arm} {seed}",
+            _config(recipe, arm, seed, overrides, arguments.tiny),
+            arguments.out / "runs" / name.replace(" ", "-"),
+        )
         for seed in range(arguments.seeds)
         for recipe in arguments.recipes
         for arm in arguments.prototypes
-    ]  # fmt: skip
+    ]
     devices = _devices(arguments.device)
     jobs = min(arguments.jobs or len(devices) or cores(), len(cells))
     write_grid(cells, arguments.out, arguments.max_steps, jobs, devices, arguments.again, "Do the prototypes collapse?")

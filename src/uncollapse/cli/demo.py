@@ -17,19 +17,27 @@ NOTE = (
 
 
 def run_demo(
-    out: Path, seeds: int, arms: list[str], max_steps: int | None, jobs: int | None, overrides: dict[str, Any],
+    out: Path,
+    seeds: int,
+    arms: list[str],
+    max_steps: int | None,
+    jobs: int | None,
+    overrides: dict[str, Any],
     again: str,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """A comparison on real 8×8 digits; ``again`` is the command that goes on where it was interrupted.
 
     Raises:
         ConfigError: ``out`` holds something else than a demo, or one of another configuration.
     """
     cells = [
-        Cell(f"{arm} {seed}", load_config("demo", {**overrides, **arm_keys(arm), "seed": seed}),
-             out / "arms" / f"{arm}-seed{seed}")
+        Cell(
+            f"{arm} {seed}",
+            load_config("demo", {**overrides, **arm_keys(arm), "seed": seed}),
+            out / "arms" / f"{arm}-seed{seed}",
+        )
         for seed in range(seeds)
         for arm in arms
-    ]  # fmt: skip
+    ]
     jobs = min(jobs or cores(), len(cells))
     return write_grid(cells, out, max_steps, jobs, [], again, "Do the prototypes collapse?", (NOTE,))

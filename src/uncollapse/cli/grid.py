@@ -57,9 +57,15 @@ def cores() -> int:
 
 
 def write_grid(
-    cells: list[Cell], out: Path, max_steps: int | None, jobs: int, devices: list[str], again: str, title: str,
+    cells: list[Cell],
+    out: Path,
+    max_steps: int | None,
+    jobs: int,
+    devices: list[str],
+    again: str,
+    title: str,
     notes: tuple[str, ...] = (),
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Trains the cells and writes ``summary.json``, ``table.md``, ``table.csv`` and ``report.html`` to ``out``.
 
     Raises:
@@ -73,8 +79,10 @@ def write_grid(
     console = Console()
     console.print(
         f"{len(cells)} runs, {jobs} at a time on {f'{len(devices)} GPUs' if devices else f'{cores()} cores'} → {out}",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     outcome = run_grid(cells, max_steps, jobs, devices, console, again)
     summaries = list(outcome.summaries.values())
     if summaries:
