@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from importlib import resources
 from typing import Any
 
@@ -42,11 +43,11 @@ def _recipes(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
 
 def _described(name: str) -> str:
-    """The comment that begins a recipe."""
+    """The first sentence of the comment that begins a recipe; the rest says where it differs from the published one."""
     text = (resources.files("uncollapse") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     lines = []
     for line in text.splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").strip())
-    return " ".join(lines)
+    return re.split(r"(?<=[a-z)])\. (?=[A-Z])", " ".join(lines))[0].removesuffix(".")
