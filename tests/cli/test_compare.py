@@ -90,3 +90,11 @@ def test_every_recipe_says_what_it_is(name):
 
     assert len(_described(name)) > 20
     load_config(name)
+
+
+def test_the_whole_grid_counts_cells_that_have_not_said_anything_yet():
+    from uncollapse.cli.grid import whole
+
+    assert whole([(5, 10, 2.0)], cells=4, ended=0) == (5, 40, 2.0)
+    assert whole([(10, 10, 2.0), (5, 10, 4.0)], cells=4, ended=1) == (15, 40, 3.0)
+    assert whole([(5, 10, 2.0)], cells=3, ended=2) == (25, 30, 2.0)  # two were finished before

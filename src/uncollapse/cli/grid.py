@@ -27,6 +27,9 @@ from uncollapse.report.table import print_table
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.run_folder.read import read_run
 
+ALL = "all"
+"""The bar of all cells together."""
+
 _messages: Any = None
 _stopped: Any = None
 
@@ -180,17 +183,36 @@ def _train_cell(name: str, config: Config, out: str, max_steps: int | None, on_g
 
 
 def follow(started: dict[Future[dict[str, Any]], str], messages: Any, console: Console) -> None:
-    """Shows every cell's progress, and that of all together, until all have ended."""
-    waiting = set(started)
-    with bars(console, list(started.values()), keep=True) as report:
+    """Shows every cell's progress, and that of all together with the time they still need, until all have ended."""
+    waiting, heard = set(started), dict[str, tuple[int, int, float]]()
+    several = [ALL] if len(started) > 1 else []
+    with bars(console, [*started.values(), *several], keep=True) as report:
         while waiting:
             with suppress(queue.Empty):
-                report(*messages.get(timeout=0.5))
+                name, done, total, loss = messages.get(timeout=0.5)
+                heard[name] = (done, total, loss)
+                report(name, done, total, loss)
+                if several:
+                    report(ALL, *whole(list(heard.values()), len(started), len(started) - len(waiting)))
                 continue
             for future in [f for f in waiting if f.done()]:
                 waiting.discard(future)
                 if not future.cancelled() and (error := future.exception()) is not None:
                     console.print(f"{started[future]} failed: {_line(error)}", markup=False, highlight=False)
+
+
+def whole(heard: Sequence[Sequence[float]], cells: int, ended: int) -> tuple[int, int, float]:
+    """Steps done and to do over all cells, and their mean loss; those not heard of count as the mean of the others.
+
+    Args:
+        heard: (steps done, steps to do, loss) of each cell that has said so.
+        cells: how many there are.
+        ended: how many of them have; those that were finished before say nothing.
+    """
+    each = sum(total for _, total, _ in heard) / len(heard)
+    silent = max(0, ended - sum(done == total for done, total, _ in heard))
+    done = sum(done for done, _, _ in heard) + silent * each
+    return round(done), round(each * cells), sum(loss for _, _, loss in heard) / len(heard)
 
 
 def _line(error: BaseException) -> str:
