@@ -396,3 +396,21 @@ def test_report_and_recipe_commands(tmp_path, capsys):
     shown = tmp_path / "shown.yaml"
     shown.write_text(capsys.readouterr().out)
     assert load_config(shown) == load_config("dino-vits16", {"optim.lr": 1e-3})
+
+
+def test_a_long_run_begins_without_drawing_up_the_order_of_all_its_epochs(tmp_path, monkeypatch):
+    """A recipe of 800 epochs of a million images has a billion places in its plan."""
+    import uncollapse.training.loop as loop
+
+    plain, drawn, after_first = loop.epoch_order, [], []
+
+    def counted(seed, epoch, images):
+        drawn.append(epoch)
+        return plain(seed, epoch, images)
+
+    monkeypatch.setattr(loop, "epoch_order", counted)
+    config = tiny_demo(**{"run.batch": 512, "log.checkpoint_steps": 0})
+    config = replace(config, run=replace(config.run, batch=512, epochs=4.0))
+    run(config, tmp_path, progress=lambda done, total, loss: after_first.append(list(drawn)))
+    assert after_first[0] == [0]
+    assert len(after_first[-1]) == 4

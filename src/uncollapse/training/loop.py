@@ -60,6 +60,9 @@ class Loop:
         self.job, self.config, self.fabric, self.images, self.out = job, job.config, job.fabric, job.images, job.out
         self.state, self.log, self.say = state, log, say
         self.specs: list[ViewSpec] = view_specs(self.config.views)
+        self.places = np.arange(self.config.run.batch).reshape(self.fabric.world_size, -1)[self.fabric.global_rank]
+        if state.parts.hide is not None:
+            self.patches = patches_of(state.student.backbone, self.config.views.global_size)
         self.watch = Stopwatch(job.device)
         self.watch_seconds: dict[str, float] = {}
         self.alarms = LossWatch(self.config.prototypes.count, state.parts.uninformed, mode=mode_name(self.config))
@@ -74,43 +77,38 @@ class Loop:
 
     def _plan(self, start: int, stop: int) -> Iterator[tuple[int, list[int], list[int]]]:
         """(step, image indices, positions in the global batch) of this rank."""
-        batch, ranks, rank = self.config.run.batch, self.fabric.world_size, self.fabric.global_rank
-        mine = np.arange(batch).reshape(ranks, -1)[rank]
         order, current = np.empty(0, dtype=np.int64), -1
         for step in range(start, stop):
             epoch, within = divmod(step, self.job.steps_per_epoch)
             if epoch != current:
                 order, current = epoch_order(self.config.seed, epoch, len(self.images)), epoch
-            yield step, order[within * batch + mine].tolist(), mine.tolist()
+            yield step, order[within * self.config.run.batch + self.places].tolist(), self.places.tolist()
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
-        config = self.config
-        plan = list(self._plan(start, stop))
+        config, plan = self.config, self._plan(start, stop)
         if isinstance(self.images, MemoryImages):
             for step, indices, positions in plan:
                 views = multicrop(
                     self.images, indices, config.seed, step, self.specs, positions, device=self.fabric.device
                 )
-                yield step, self._batch(step, views, positions)
+                yield step, self._batch(step, views)
             return
-        loader = view_loader(self.images, iter(plan), self.specs, config.seed, config.data.workers)
-        yield start, self._batch(start, next(loader), plan[0][2])
+        loader = view_loader(self.images, plan, self.specs, config.seed, config.data.workers)
+        yield start, self._batch(start, next(loader))
         with deaths_wait(lambda: self.inside) as check:
-            for step, _, positions in plan[1:]:
+            for step in range(start + 1, stop):
                 check()
-                yield step, self._batch(step, next(loader), positions)
+                yield step, self._batch(step, next(loader))
 
-    def _batch(self, step: int, views: list[Tensor], positions: list[int]) -> Batch:
-        config = self.config
+    def _batch(self, step: int, views: list[Tensor]) -> Batch:
+        seed, positions = self.config.seed, self.places
         groups: dict[str, list[Tensor]] = {}
         for spec, view in zip(self.specs, views, strict=True):
             groups.setdefault(spec.name, []).append(view)
-        keys = row_keys(config.seed, step, torch.tensor(positions), len(views))
         masks: dict[str, Tensor] = {}
         if (hide := self.state.parts.hide) is not None:
-            patches = patches_of(self.state.student.backbone, config.views.global_size)
-            masks["global"] = crop_masks(patches, len(groups["global"]), *hide, config.seed, step, positions)
-        return Batch(groups, masks, keys)
+            masks["global"] = crop_masks(self.patches, len(groups["global"]), *hide, seed, step, positions.tolist())
+        return Batch(groups, masks, row_keys(seed, step, torch.from_numpy(positions), len(views)))
 
     def _check_finite(self, tensor: Tensor, what: str, step: int) -> None:
         """Stops before the bad values reach the weights."""
