@@ -11,30 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from red_images import folders, reds
 from uncollapse.config.schema import DataConfig
-from uncollapse.data.images import ImageSet
 from uncollapse.data.listing import image_names
 from uncollapse.data.load import described, load_images
 from uncollapse.errors import DataError
 
 LAZY = DataConfig(memory_gb=0)
-
-
-def save(path: Path, red: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (6, 4), (red, 100, 200)).save(path)
-
-
-def folders(root: Path, counts: dict[str, int], first: int = 0) -> Path:
-    for name, count in counts.items():
-        for k in range(count):
-            save(root / name / f"{k:03}.png", first)
-            first += 1
-    return root
-
-
-def reds(*sets: ImageSet) -> list[int]:
-    return [images.image(i).getpixel((0, 0))[0] for images in sets for i in range(len(images))]  # type: ignore[index]
 
 
 def png(red: int) -> bytes:

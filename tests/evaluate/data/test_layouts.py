@@ -9,33 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from red_images import folders, reds, save
 from uncollapse.config.schema import DataConfig
-from uncollapse.data.images import LazyImages, MemoryImages
 from uncollapse.errors import DataError
 from uncollapse.evaluate.data.layouts import SETS
 from uncollapse.evaluate.data.pair import load_pair
 
 LAZY = DataConfig(memory_gb=0)
-
-
-def save(path: Path, red: int = 0) -> None:
-    """An image that tells its number: red is ``red``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (6, 4), (red, 100, 200)).save(path)
-
-
-def folders(root: Path, counts: dict[str, int], first: int = 0) -> Path:
-    for name, count in counts.items():
-        for k in range(count):
-            save(root / name / f"{k:03}.png", first)
-            first += 1
-    return root
-
-
-def reds(images: MemoryImages | LazyImages) -> list[int]:
-    return [images.image(i).getpixel((0, 0))[0] for i in range(len(images))]  # type: ignore[index]
 
 
 # --- iNaturalist and lists ----------------------------------------------------------------------------------

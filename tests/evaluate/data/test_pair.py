@@ -16,31 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from red_images import folders, reds
 from uncollapse.config.schema import DataConfig
-from uncollapse.data.images import LazyImages, MemoryImages
+from uncollapse.data.images import LazyImages
 from uncollapse.data.load import load_images
 from uncollapse.errors import DataError
 from uncollapse.evaluate.data.pair import load_pair, long_tail_rows, open_pair, proportional_rows, split_spec
 
 LAZY = DataConfig(memory_gb=0)
-
-
-def save(path: Path, red: int = 0) -> None:
-    """An image that tells its number: red is ``red``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (6, 4), (red, 100, 200)).save(path)
-
-
-def folders(root: Path, counts: dict[str, int], first: int = 0) -> Path:
-    for name, count in counts.items():
-        for k in range(count):
-            save(root / name / f"{k:03}.png", first)
-            first += 1
-    return root
-
-
-def reds(images: MemoryImages | LazyImages) -> list[int]:
-    return [images.image(i).getpixel((0, 0))[0] for i in range(len(images))]  # type: ignore[index]
 
 
 def parquet(path: Path, labels: list[int], names: list[str] | None) -> Path:
