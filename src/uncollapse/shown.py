@@ -33,3 +33,8 @@ def markup(name: str | os.PathLike[str]) -> str:
     text = escape(shown(name))
     # An odd number of backslashes at the end would escape the bracket of markup that follows.
     return text + "\\" * ((len(text) - len(text.rstrip("\\"))) % 2)
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says, on one line; its type, where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

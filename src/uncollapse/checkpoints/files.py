@@ -17,6 +17,7 @@ from torch import Tensor
 from uncollapse.checkpoints.pickled import Refused
 from uncollapse.checkpoints.torchfile import Unsupported, refuse_encrypted
 from uncollapse.errors import InputError
+from uncollapse.shown import in_words
 
 
 @contextmanager
@@ -175,5 +176,5 @@ def read_trusted(path: Path) -> Any:
 
 def line_of(error: BaseException) -> str:
     """An error's message on one line of at most 160 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = in_words(error)
     return text if len(text) < 160 else text[:157] + "..."

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from uncollapse.cli.train import at_least_one, data_key, must_exist
 from uncollapse.config.load import load_config
 from uncollapse.config.schema import ARMS, Config, arm_keys
 from uncollapse.errors import ConfigError
@@ -26,13 +27,8 @@ def add_parser(commands: Any) -> None:
 
 
 def compare(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
-    for name in ("seeds", "max_steps", "jobs"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
-    if arguments.data is not None:
-        builtin = arguments.data.startswith("builtin:")
-        overrides = {**overrides, "data.path": arguments.data if builtin else str(Path(arguments.data).resolve())}
+    at_least_one(arguments, "seeds", "max_steps", "jobs")
+    overrides = {**overrides, **data_key(arguments.data)}
     from uncollapse.cli.grid import Cell, cores, write_grid
 
     cells = [
@@ -56,11 +52,7 @@ def _config(recipe: str, arm: str, seed: int, overrides: dict[str, Any], small: 
     keys = {**overrides, **arm_keys(arm), "seed": seed}
     config = load_config(recipe, keys)
     config = tiny(config, keys) if small else config
-    path = config.data.path
-    if not path:
-        raise ConfigError("--data PATH: say where the images are (a folder, Parquet, or builtin:digits)")
-    if not path.startswith("builtin:") and not Path(path).exists():
-        raise ConfigError(f"data.path: {path}: no such file or folder")
+    must_exist(config, fresh=True)
     return config
 
 

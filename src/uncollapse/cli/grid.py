@@ -26,6 +26,7 @@ from uncollapse.report.page import write_report
 from uncollapse.report.table import print_table
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.run_folder.read import read_run
+from uncollapse.shown import in_words
 
 ALL = "all"
 """The bar of all cells together."""
@@ -150,7 +151,7 @@ def run_grid(
             pool.shutdown(cancel_futures=True)
             console.print(f"stopped; go on from here with: {again}", soft_wrap=True, highlight=False, markup=False)
             raise
-        failed = {name: _line(e) for future, name in started_cells.items() if (e := future.exception()) is not None}
+        failed = {name: in_words(e) for future, name in started_cells.items() if (e := future.exception()) is not None}
         done = {name: future.result() for future, name in started_cells.items() if name not in failed}
     return Outcome(done, failed)
 
@@ -198,7 +199,7 @@ def follow(started: dict[Future[dict[str, Any]], str], messages: Any, console: C
             for future in [f for f in waiting if f.done()]:
                 waiting.discard(future)
                 if not future.cancelled() and (error := future.exception()) is not None:
-                    console.print(f"{started[future]} failed: {_line(error)}", markup=False, highlight=False)
+                    console.print(f"{started[future]} failed: {in_words(error)}", markup=False, highlight=False)
 
 
 def whole(heard: Sequence[Sequence[float]], cells: int, ended: int) -> tuple[int, int, float]:
@@ -213,7 +214,3 @@ def whole(heard: Sequence[Sequence[float]], cells: int, ended: int) -> tuple[int
     silent = max(0, ended - sum(done == total for done, total, _ in heard))
     done = sum(done for done, _, _ in heard) + silent * each
     return round(done), round(each * cells), sum(loss for _, _, loss in heard) / len(heard)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -89,8 +89,7 @@ def unknown(word: str, options: Sequence[str], keys: bool) -> ConfigError:
 
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
-    if arguments.max_steps is not None and arguments.max_steps < 1:
-        raise ConfigError(f"--max-steps: must be at least 1, got {arguments.max_steps}")
+    at_least_one(arguments, "max_steps")
     if arguments.resume is not None:
         config, out = _resumed(arguments, overrides)
     else:
@@ -120,9 +119,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
 def _new_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path]:
     if arguments.recipe is None:
         raise ConfigError(f"name a recipe ({', '.join(recipe_names())}, or a YAML file), or --resume DIR")
-    if arguments.data is not None:
-        builtin = arguments.data.startswith("builtin:")
-        overrides["data.path"] = arguments.data if builtin else str(Path(arguments.data).resolve())
+    overrides.update(data_key(arguments.data))
     if arguments.init is not None:
         overrides["backbone.init"] = str(Path(arguments.init).resolve())
     if arguments.prototypes is not None:
@@ -132,17 +129,35 @@ def _new_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
         from uncollapse.config.tiny import tiny
 
         config = tiny(config, overrides)
-    if not config.data.path:
-        raise ConfigError("--data PATH: say where the images are (a folder, Parquet, or builtin:digits)")
-    _must_exist(config, fresh=True)
+    must_exist(config, fresh=True)
     stem = Path(arguments.recipe).stem
     if _METHOD_KEYS & overrides.keys():  # no longer the recipe's own
         stem += f"-{method_name(config)}"
     return config, arguments.out or Path("runs") / f"{stem}-{mode_name(config)}-seed{config.seed}"
 
 
-def _must_exist(config: Config, fresh: bool) -> None:
-    """Said at once, before the seconds that the imports take."""
+def at_least_one(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises :class:`ConfigError` for an option that counts something and was given less."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
+
+
+def data_key(data: str | None) -> dict[str, Any]:
+    """The key that ``--data`` sets; nothing where it was not given."""
+    if data is None:
+        return {}
+    return {"data.path": data if data.startswith("builtin:") else str(Path(data).resolve())}
+
+
+def must_exist(config: Config, fresh: bool) -> None:
+    """Raises :class:`ConfigError` for images or weights that are not there.
+
+    Said at once, before the seconds that the imports take.
+    """
+    if fresh and not config.data.path:
+        raise ConfigError("--data PATH: say where the images are (a folder, Parquet, or builtin:digits)")
     for key in ("path", "val_path"):
         path = getattr(config.data, key)
         if path and not path.startswith("builtin:") and not Path(path).exists():
@@ -160,7 +175,7 @@ def _resumed(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
         changed = [*given, *overrides, *(["tiny"] if arguments.tiny else [])]
         raise ConfigError(f"--resume continues a run as it was; it takes --max-steps, not {', '.join(changed)}")
     config = load_config(path)
-    _must_exist(config, fresh=False)
+    must_exist(config, fresh=False)
     return config, arguments.resume
 
 
@@ -168,10 +183,7 @@ def _resumed(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
 
 
 def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
-    for name in ("seeds", "max_steps", "jobs"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
+    at_least_one(arguments, "seeds", "max_steps", "jobs")
     load_config("demo", overrides)
     from uncollapse.cli.demo import run_demo
 

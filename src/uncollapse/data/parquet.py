@@ -20,7 +20,7 @@ import numpy as np
 
 from uncollapse.data.decode import MAX_BYTES
 from uncollapse.errors import DataError
-from uncollapse.shown import shown
+from uncollapse.shown import in_words, shown
 
 LABELS = (
     "label",
@@ -57,7 +57,7 @@ def arrow_errors(path: str | Path, what: str = "not a readable Parquet file") ->
     except DataError:
         raise
     except Exception as e:
-        raise DataError(f"{path}: {what} ({' '.join(str(e).split()) or type(e).__name__})") from e
+        raise DataError(f"{path}: {what} ({in_words(e)})") from e
 
 
 def open_parquet(path: str | Path, read_dictionary: Sequence[str] | None = None) -> Any:

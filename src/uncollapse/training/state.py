@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from uncollapse.config.schema import Config
+from uncollapse.config.schema import Config, has_teacher
 from uncollapse.errors import ConfigError
 from uncollapse.measure.monitor import PrototypeMonitor
 from uncollapse.methods.contract import Memory, Parts, method_of
 from uncollapse.models.network import Encoder, build_encoder
 from uncollapse.prototypes.build import initial_prototypes
 from uncollapse.prototypes.sets import Prototypes
+from uncollapse.shown import in_words
 from uncollapse.training.optim import build_optimizer
 
 
@@ -38,9 +39,12 @@ class TrainState:
         return self.student if self.teacher is None else self.teacher
 
     def prototypes(self, name: str = "cls") -> Prototypes:
-        found: Any = self.sets[name]
-        prototypes: Prototypes = found
-        return prototypes
+        return self.by_name[name]
+
+    @property
+    def by_name(self) -> dict[str, Prototypes]:
+        """The sets with their type, as methods take them."""
+        return cast(dict[str, Prototypes], dict(self.sets.items()))
 
     def to(self, device: torch.device) -> TrainState:
         for module in (self.student, self.teacher, self.sets, *self.monitors.values()):
@@ -61,16 +65,14 @@ def build_state(config: Config) -> TrainState:
     except ConfigError:
         raise
     except Exception as error:  # memory, or sizes that a backbone's constructor cannot work with
-        raise ConfigError(
-            f"the model cannot be built: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from None
+        raise ConfigError(f"the model cannot be built: {in_words(error)}") from None
 
 
 def _built(config: Config) -> TrainState:
     method = method_of(config)
     parts = method.parts(config)
     student = build_encoder(config, drop_path=True)
-    teacher = build_encoder(config, drop_path=False) if parts.teacher else None
+    teacher = build_encoder(config, drop_path=False) if has_teacher(config) else None
     if teacher is not None:
         teacher.load_state_dict(student.state_dict())
         teacher.requires_grad_(False)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uncollapse.config.schema import Config, method_name, mode_name
+from uncollapse.config.schema import method_name, mode_name
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.measure.information import ViewInformation, view_information
 from uncollapse.measure.probes import confidence95, knn_predictions, linear_accuracy
@@ -27,6 +27,7 @@ from uncollapse.models.tokens import PatchTokens, plain
 from uncollapse.prototypes.build import initial_prototypes
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.run_folder.summary import Information, SetSummary, Summary
+from uncollapse.shown import in_words
 from uncollapse.training.job import Job
 from uncollapse.training.state import TrainState
 
@@ -49,7 +50,7 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
     """
     config, device = job.config, job.device
     main, *others = state.parts.names()
-    vectors = state.prototypes(main).vectors("teacher").cpu()
+    vectors, moved = state.prototypes(main).vectors("teacher").cpu(), _movement(job, state, main)
     features, z, labels = embed(state.evaluated, job.held_out, config.views, config.data.workers, device)
     report = prototype_report(vectors, z)
     information, notes = _information(job, state, vectors)
@@ -65,7 +66,7 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
         n_held_out=len(job.held_out),
         data_digest=job.digests["data_digest"],
         held_out_digest=job.digests["held_out_digest"],
-        **_of_set(job, state, main, report),
+        **_of_set(job, state, main, moved, report),
         effective_rank=report.effective_rank,
         uniformity=report.uniformity,
         view_information=None if information is None else _in_short(information),
@@ -81,7 +82,8 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
         **probes,
         notes=notes,
     )
-    arrays: dict[str, Any] = _arrays(config, vectors, z, job.held_out) | correct
+    arrays: dict[str, Any] = _arrays(vectors, z, job.held_out) | correct
+    arrays["movement"] = moved.numpy()
     if information is not None:
         arrays["view_information_of_image"] = information.of_image.float().numpy()
     np.savez_compressed(job.out / "diagnosis.npz", **arrays)
@@ -90,14 +92,18 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
     return row
 
 
+def _movement(job: Job, state: TrainState, name: str) -> Tensor:
+    """``(K,)``: the cosine distance of every prototype of a set from where it started."""
+    start = initial_prototypes(job.config, state.parts.names().index(name), len(state.parts.levels(name)))
+    return 1 - (state.prototypes(name).vectors("teacher").cpu() * start.vectors("teacher")).sum(-1)
+
+
 def _of_set(
-    job: Job, state: TrainState, name: str, report: PrototypeReport | None, unit: str = "images"
+    job: Job, state: TrainState, name: str, moved: Tensor, report: PrototypeReport | None, unit: str = "images"
 ) -> dict[str, Any]:
     """The entries of a `SetSummary`; those that need projections come from ``report``, of so many of a ``unit``."""
-    number, levels = state.parts.names().index(name), len(state.parts.levels(name))
     prototypes, monitor = state.prototypes(name), state.monitors[name]
     vectors = prototypes.vectors("teacher").cpu()
-    start = initial_prototypes(job.config, number, levels).vectors("teacher")
     found: dict[str, Any] = {
         "prototypes": len(vectors),
         "dim": vectors.shape[1],
@@ -105,7 +111,7 @@ def _of_set(
         "unique_means": _by_epsilon(epsilon_sweep(prototypes.means().cpu(), EPSILONS)),
         "alive": monitor.alive(),
         "alive_window": min(monitor.window, monitor.calls),
-        "movement": float((1 - (vectors * start).sum(-1)).mean().clamp_min(0)),
+        "movement": float(moved.mean().clamp_min(0)),
         "random_start": random_likeness(vectors, EPSILONS[0]),
     }
     if report is not None:
@@ -125,8 +131,8 @@ def _of_other_set(job: Job, state: TrainState, name: str, notes: list[str]) -> d
             z = embed(encoder, job.held_out, config.views, config.data.workers, job.device)[1]
             report = prototype_report(state.prototypes(name).vectors("teacher").cpu(), z)
         except Exception as error:  # the training is done, and no measure may cost it
-            notes.append(f"no use of the prototypes of {name!r}: {_in_words(error)}")
-    return _of_set(job, state, name, report, "patches")
+            notes.append(f"no use of the prototypes of {name!r}: {in_words(error)}")
+    return _of_set(job, state, name, _movement(job, state, name), report, "patches")
 
 
 def _in_short(found: ViewInformation) -> Information:
@@ -141,8 +147,7 @@ def _by_epsilon(found: Mapping[float, T]) -> dict[str, T]:
 def _information(job: Job, state: TrainState, vectors: Tensor) -> tuple[ViewInformation | None, list[str]]:
     """View information of the held-out images, fitted on training images; or None, and why."""
     config, device = job.config, job.device
-    chosen = np.random.default_rng([config.seed, 2]).permutation(len(job.images))
-    fitting = subset(job.images, np.sort(chosen[: max(FEWEST_FIT, 8 * len(vectors))][:MOST_FIT]))
+    fitting = _some_of_training(job, min(MOST_FIT, max(FEWEST_FIT, 8 * len(vectors))))
     try:
         z_views = project_views(state.evaluated, job.held_out, config.views, config.seed, config.data.workers, device)
         z_fit = project_views(
@@ -150,16 +155,21 @@ def _information(job: Job, state: TrainState, vectors: Tensor) -> tuple[ViewInfo
         )
         found = view_information(z_views, vectors, z_fit)
     except Exception as error:  # the training is done, and no measure may cost it
-        return None, [f"no view information: {_in_words(error)}"]
+        return None, [f"no view information: {in_words(error)}"]
     return dataclasses.replace(found, fitted_on="training images"), []
+
+
+def _some_of_training(job: Job, most: int) -> ImageSet:
+    """At most so many training images, chosen by the seed alone; fewer are among more."""
+    chosen = np.random.default_rng([job.config.seed, 2]).permutation(len(job.images))
+    return subset(job.images, np.sort(chosen[:most]))
 
 
 def _used_by_target(job: Job, state: TrainState, z: Tensor, vectors: Tensor) -> dict[str, Any]:
     """The same count by the target of training, which centring, Sinkhorn or the mixture's posterior decides."""
     config = job.config
     seen, end = Seen({"cls": z[None].to(job.device)}), At(0, float(1 << 40), 1.0, config.seed, None)
-    sets = {name: state.prototypes(name) for name in state.parts.names()}
-    targets = next(iter(method_of(config).assign(config, seen, sets, state.memory, end).values()))
+    targets = next(iter(method_of(config).assign(config, seen, state.by_name, state.memory, end).values()))
     weight, bias = targets.weight.float(), targets.bias
     hardest = []
     for part in targets.z[0].float().split(max(64, (1 << 22) // len(weight))):
@@ -187,12 +197,11 @@ def _probes(
     correct: dict[str, np.ndarray] = {}
     if labels is None or job.images.labels is None:
         return found, correct
-    chosen = np.random.default_rng([config.seed, 2]).permutation(len(job.images))
-    bank = subset(job.images, np.sort(chosen[: config.log.evaluate_train]))
+    bank = _some_of_training(job, config.log.evaluate_train)
     try:
         bank_features, _, bank_labels = embed(state.evaluated, bank, config.views, config.data.workers, device)
     except Exception as error:
-        found["notes"].append(f"no probes: {_in_words(error)}")
+        found["notes"].append(f"no probes: {in_words(error)}")
         return found, correct
     assert bank_labels is not None
     k, n = min(K_NEIGHBOURS, len(bank_features)), len(labels)
@@ -205,7 +214,7 @@ def _probes(
         try:
             right = (predict().cpu() == labels).numpy()
         except Exception as error:
-            found["notes"].append(f"no {what}: {_in_words(error)}")
+            found["notes"].append(f"no {what}: {in_words(error)}")
             return
         found[name] = float(right.mean())
         found[f"{name}_ci95"] = list(confidence95(found[name], n))
@@ -227,23 +236,17 @@ def _probes(
     return found, correct
 
 
-def _in_words(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _arrays(config: Config, vectors: Tensor, z: Tensor, held_out: ImageSet) -> dict[str, np.ndarray]:
+def _arrays(vectors: Tensor, z: Tensor, held_out: ImageSet) -> dict[str, np.ndarray]:
     """What the report draws."""
     plane = torch.linalg.qr(torch.randn(vectors.shape[1], 2, generator=torch.Generator().manual_seed(0)))[0]
     argmax = cosine_argmax(z, vectors)
     counts = usage_counts(argmax, len(vectors))
-    start = initial_prototypes(config).vectors("teacher")
     unique = epsilon_sweep(vectors, SWEEP)
     arrays = {
         "circle": F.normalize(vectors @ plane, dim=-1).numpy(),
         "usage": counts.numpy(),
         "sweep_eps": np.array(list(unique)),
         "sweep_unique": np.array(list(unique.values())),
-        "movement": (1 - (vectors * start).sum(-1)).numpy(),
     }
     duplicated, distinct = _example_prototypes(vectors, counts)
     for name, ids in (("duplicate", duplicated), ("unique", distinct)):

@@ -42,6 +42,7 @@ def transfer(extract: Extract, sets: Sequence[str], seed: int = 0, device: torch
     """
     from uncollapse.evaluate.tasks.knn import knn
     from uncollapse.evaluate.tasks.linear import linear
+    from uncollapse.shown import in_words
 
     wanted = list(dict.fromkeys(sets))
     if not wanted:
@@ -58,7 +59,7 @@ def transfer(extract: Extract, sets: Sequence[str], seed: int = 0, device: torch
                 "linear": linear(train, test, seed=seed, device=device),
             }
         except Exception as error:  # one set must not take the others' numbers with it
-            failed[names[spec]] = " ".join(str(error).split()) or type(error).__name__
+            failed[names[spec]] = in_words(error)
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise DataError(f"transfer: none of the {len(wanted)} sets could be used: {reasons}")
