@@ -258,9 +258,14 @@ def has_teacher(config: Config) -> bool:
     return config.method.name != "swav"
 
 
+def centres_probabilities(config: Config) -> bool:
+    """Whether the centre is one of probabilities, subtracted after the division by the temperature, not of logits."""
+    return getattr(config.method, "center", "logits") == "probabilities"
+
+
 def method_name(config: Config) -> str:
     """The method of an arm, such as ``carp``; with von Mises–Fisher prototypes one of its own, such as ``dino-vmf``."""
-    vmf = config.prototypes.vmf or getattr(config.method, "center", "logits") == "probabilities"
+    vmf = config.prototypes.vmf or centres_probabilities(config)
     return f"{config.method.name}-vmf" if vmf else config.method.name
 
 

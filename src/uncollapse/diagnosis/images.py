@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from uncollapse.checkpoints.encoder import Rebuilt
 from uncollapse.checkpoints.prototypes import PrototypeSet
-from uncollapse.config.schema import Config, DataConfig, ViewConfig, mode_name
+from uncollapse.config.schema import Config, DataConfig, ViewConfig, centres_probabilities, mode_name
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.data.load import load_images
 from uncollapse.diagnosis.result import Diagnosis
@@ -152,7 +152,7 @@ def look(
     usable = d.rows if d.rows is not None else torch.arange(len(w))
     lengths, bias = _rows(s.lengths(), usable), _rows(s.bias, usable)
     temperature = _temperature(s, rebuilt)
-    if center is not None and getattr(own and own.method, "center", "") == "probabilities":
+    if center is not None and own and centres_probabilities(own):
         center = center * temperature  # subtracted after the division by it
     marginal, by_logits = _marginal(
         w, raw if unnormalised else z, d.group_of.cpu(), temperature, _rows(center, usable), lengths, bias

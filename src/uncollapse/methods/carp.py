@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from uncollapse.config.methods import CARP
@@ -34,8 +33,7 @@ def memory(c: Config) -> Memory:
 
 def assign(c: Config, teacher: Seen, sets: Sets, memory: Memory, at: At) -> Targets:
     """The teacher's own softmax, which the loss takes inside each block; its temperature is 1 in the paper."""
-    center = torch.zeros(())  # it has none
-    return {"cls": assigned(c, teacher.z["cls"], sets["cls"], center, temperature_at(c, at), at.group)}
+    return {"cls": assigned(c, teacher.z["cls"], sets["cls"], temperature_at(c, at), at.group)}
 
 
 def objective(c: Config, student: Seen, targets: Targets, sets: Sets, at: At) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
-"""DINO's target and its centre, as every method that centres uses them."""
+"""The teacher's targets as every method makes them, and DINO's centre, as every method that centres keeps it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from uncollapse.config.schema import Config, targets_of
+from uncollapse.config.schema import Config, centres_probabilities, targets_of
 from uncollapse.distributed import Group
 from uncollapse.methods.contract import At
 from uncollapse.prototypes.sets import Prototypes
@@ -24,28 +24,38 @@ def temperature_at(c: Config, at: At, start: float | None = None) -> float:
 
 
 def assigned(
-    c: Config, z: Tensor, prototypes: Prototypes, center: Tensor, temperature: float, group: Group
+    c: Config,
+    z: Tensor,
+    prototypes: Prototypes,
+    temperature: float,
+    group: Group,
+    center: Tensor | None = None,
+    beside: Tensor | None = None,
+    iterations: int = 3,
 ) -> SoftmaxTargets:
     """The target that ``c`` asks for, of projections ``z (..., D)``.
 
     ``centred``: ``softmax((logits - center) / τ)`` (Caron et al. 2021, Algorithm 1), or with a centre of probabilities
     ``softmax(logits / τ - center)``. ``sinkhorn``: balanced over all rows and ranks together, as DINOv2 does it.
     ``posterior``: the set's own. ``softmax``: none of these.
+
+    Args:
+        center: ``(K,)``; a method without one is never asked for ``centred``.
+        beside: ``(m, D)`` of earlier batches, balanced together with these.
+        iterations: of Sinkhorn.
     """
     kind = targets_of(c)
     if kind == "posterior":
         return prototypes.posterior(z, temperature)
     if kind == "sinkhorn":
         weight, bias = prototypes.affine("teacher", temperature)
-        offsets = sinkhorn_offsets(z.flatten(0, -2), weight, temperature, bias=bias, group=group)
+        rows = z.flatten(0, -2) if beside is None else torch.cat([z.flatten(0, -2), beside])
+        offsets = sinkhorn_offsets(rows, weight, temperature, iterations, bias, group)
         return prototypes.targets(z, temperature, offsets)
     if kind == "centred":
-        return prototypes.targets(z, temperature, -center if of_probabilities(c) else -center / temperature)
+        assert center is not None
+        return prototypes.targets(z, temperature, -center if centres_probabilities(c) else -center / temperature)
     return prototypes.targets(z, temperature)
-
-
-def of_probabilities(c: Config) -> bool:
-    return getattr(c.method, "center", "logits") == "probabilities"
 
 
 @torch.no_grad()
@@ -60,7 +70,7 @@ def recentre(
     """
     if targets_of(c) != "centred":
         return
-    if of_probabilities(c):
+    if centres_probabilities(c):
         new = log_marginal(prototypes.targets(z.flatten(0, -2), temperature))
     else:
         average = z.flatten(0, -2).mean(0) if mean is None else mean

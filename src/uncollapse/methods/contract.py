@@ -89,8 +89,6 @@ class Parts:
 
     sets: dict[str, str] = field(default_factory=lambda: {"cls": "cls"})
     """Level → the set of prototypes it is compared with."""
-    teacher: bool = True
-    """Whether there is a network that follows the student; else targets come from the student itself."""
     average: str = "after"
     """When the teacher follows: ``after`` the student's step, or ``before`` it."""
     hide: tuple[float, tuple[float, float]] | None = None

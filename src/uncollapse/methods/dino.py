@@ -37,7 +37,7 @@ def see_teacher(c: Config, net: Encoder, batch: Batch, student: Seen | None) -> 
 
 def assign(c: Config, teacher: Seen, sets: Sets, memory: Memory, at: At) -> Targets:
     tau = temperature_at(c, at)
-    return {"cls": assigned(c, teacher.z["cls"], sets["cls"], memory[CENTER], tau, at.group)}
+    return {"cls": assigned(c, teacher.z["cls"], sets["cls"], tau, at.group, memory[CENTER])}
 
 
 def objective(c: Config, student: Seen, targets: Targets, sets: Sets, at: At) -> dict[str, Tensor]:

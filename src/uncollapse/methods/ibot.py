@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from uncollapse.config.methods import IBOT
-from uncollapse.config.schema import Config
+from uncollapse.config.schema import Config, centres_probabilities
 from uncollapse.losses.pairs import fused_dino_loss, fused_patch_loss, patch_weights
-from uncollapse.methods.centre import assigned, of_probabilities, recentre, temperature_at
+from uncollapse.methods.centre import assigned, recentre, temperature_at
 from uncollapse.methods.contract import At, Batch, Memory, Parts, Seen, Sets, Targets
 from uncollapse.models.network import Encoder, Projected
 
@@ -45,11 +45,11 @@ def see_teacher(c: Config, net: Encoder, batch: Batch, student: Seen | None) -> 
 
 def assign(c: Config, teacher: Seen, sets: Sets, memory: Memory, at: At) -> Targets:
     tau, patch = temperature_at(c, at), _patch_temperature(c, at)
-    targets = {"cls": assigned(c, teacher.z["cls"], sets["cls"], memory["center"], tau, at.group)}
+    targets = {"cls": assigned(c, teacher.z["cls"], sets["cls"], tau, at.group, memory["center"])}
     # With several ranks, one without hidden patches still has to take part in what they do together.
     if "patch" in teacher.z and (len(teacher.z["patch"]) or at.group is not None):
         of = sets[_patch_set(c)]
-        targets["patch"] = assigned(c, teacher.z["patch"], of, memory["center_patch"], patch, at.group)
+        targets["patch"] = assigned(c, teacher.z["patch"], of, patch, at.group, memory["center_patch"])
     return targets
 
 
@@ -75,7 +75,7 @@ def remember(c: Config, everyone: Seen, sets: Sets, memory: Memory, at: At) -> N
     z = everyone.z["cls"]
     recentre(c, memory["center"], z, sets["cls"], temperature_at(c, at), mean=z.mean((0, 1)))
     patches = everyone.z["patch"]
-    if len(patches) or not of_probabilities(c):
+    if len(patches) or not centres_probabilities(c):
         of, tau = sets[_patch_set(c)], _patch_temperature(c, at)
         recentre(c, memory["center_patch"], patches, of, tau, mean=everyone.mean["patch"])
 

@@ -14,22 +14,19 @@ import torch
 from torch import Tensor
 
 from uncollapse.config.methods import SwAV
-from uncollapse.config.schema import Config, targets_of
+from uncollapse.config.schema import Config
 from uncollapse.distributed import Group, rank_and_size
 from uncollapse.losses.pairs import fused_dino_loss
-from uncollapse.methods.centre import temperature_at
+from uncollapse.methods.centre import assigned, temperature_at
 from uncollapse.methods.contract import At, Batch, Memory, Parts, Seen, Sets, Targets
 from uncollapse.methods.dino import see_student as see_student
 from uncollapse.models.network import Encoder
-from uncollapse.prototypes.sets import Prototypes
-from uncollapse.targets.sinkhorn import sinkhorn_offsets
-from uncollapse.targets.softmax import SoftmaxTargets
 
 GLOBALS = 2
 
 
 def parts(c: Config) -> Parts:
-    return Parts(teacher=False, uninformed={"cls": math.log(c.prototypes.count)})
+    return Parts(uninformed={"cls": math.log(c.prototypes.count)})
 
 
 def memory(c: Config) -> Memory:
@@ -46,25 +43,15 @@ def see_teacher(c: Config, net: Encoder, batch: Batch, student: Seen | None) -> 
 
 
 def assign(c: Config, teacher: Seen, sets: Sets, memory: Memory, at: At) -> Targets:
-    """Codes of each global view, named by its number."""
-    tau = temperature_at(c, at)
-    return {str(v): _codes(c, v, z, sets["cls"], memory, tau, at) for v, z in enumerate(teacher.z["cls"])}
-
-
-def _codes(
-    c: Config, view: int, z: Tensor, prototypes: Prototypes, memory: Memory, tau: float, at: At
-) -> SoftmaxTargets:
-    kind = targets_of(c)
-    if kind == "posterior":
-        return prototypes.posterior(z[None], tau)
-    if kind != "sinkhorn":
-        return prototypes.targets(z[None], tau)
-    rows = z
-    if "queue" in memory and int(memory["filled"]) >= memory["queue"].shape[1]:
-        rows = torch.cat([z, _share(memory["queue"][view], at.group)])
-    weight, bias = prototypes.affine("teacher", tau)
-    offsets = sinkhorn_offsets(rows, weight, tau, _own(c).iterations, bias, at.group)
-    return prototypes.targets(z[None], tau, offsets)
+    """Codes of each global view, named by its number; the queue is balanced with them once it is full."""
+    tau, iterations, full = temperature_at(c, at), _own(c).iterations, False
+    if "queue" in memory:
+        full = int(memory["filled"]) >= memory["queue"].shape[1]
+    codes = {}
+    for v, z in enumerate(teacher.z["cls"]):
+        beside = _share(memory["queue"][v], at.group) if full else None
+        codes[str(v)] = assigned(c, z[None], sets["cls"], tau, at.group, beside=beside, iterations=iterations)
+    return codes
 
 
 def _share(queue: Tensor, group: Group) -> Tensor:

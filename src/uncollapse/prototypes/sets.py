@@ -36,8 +36,9 @@ class Prototypes(nn.Module):
     def targets(self, z: Tensor, temperature: float, shift: Tensor | None = None) -> SoftmaxTargets:
         """The teacher's targets for its projections ``z``, with ``shift (K,)`` added after the temperature."""
         weight, bias = self.affine("teacher", temperature)
-        both = [part for part in (bias, shift) if part is not None]
-        return SoftmaxTargets(z, weight.detach(), temperature, sum(both[1:], both[0]).detach() if both else None)
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        return SoftmaxTargets(z, weight.detach(), temperature, None if bias is None else bias.detach())
 
     def means(self) -> Tensor:
         """``(K, D)``, detached: the centres of the clusters, where these are not the vectors in the logits."""

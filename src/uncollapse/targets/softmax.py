@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,11 @@ class SoftmaxTargets:
             logits = self.z.to(dtype) @ self.weight.to(dtype).T / self.temperature
             return torch.softmax(logits if self.bias is None else logits + self.bias.to(dtype), dim=-1)
 
+    def blocks(self) -> Iterator[Tensor]:
+        """:meth:`dense` of some rows after the others, ``(n, K)`` each: as many as are good for one block."""
+        for rows in self.z.flatten(0, -2).split(rows_at_once(len(self.weight))):
+            yield SoftmaxTargets(rows, self.weight, self.temperature, self.bias).dense()
+
 
 @torch.no_grad()
 def entropies(targets: SoftmaxTargets) -> tuple[float, float]:
@@ -52,20 +58,15 @@ def entropies(targets: SoftmaxTargets) -> tuple[float, float]:
     The second is near ln K whenever the assignment is balanced, collapsed or not; it is logged to be compared with the
     number of *unique* prototypes.
     """
-    z, rows = targets.z.flatten(0, -2), rows_at_once(len(targets.weight))
-    total, mean = z.new_zeros(()), z.new_zeros(len(targets.weight))
-    for some in z.split(rows):
-        p = SoftmaxTargets(some, targets.weight, targets.temperature, targets.bias).dense()
+    n, total, mean = targets.z.shape[:-1].numel(), targets.z.new_zeros(()), targets.z.new_zeros(len(targets.weight))
+    for p in targets.blocks():
         total += torch.special.entr(p).sum()
         mean += p.sum(0)
-    return float(total / len(z)), float(torch.special.entr(mean / len(z)).sum())
+    return float(total / n), float(torch.special.entr(mean / n).sum())
 
 
 @torch.no_grad()
 def log_marginal(targets: SoftmaxTargets) -> Tensor:
     """``(K,)``: the log of the mean row, over this process's rows; a block of rows at a time."""
-    z, rows = targets.z.flatten(0, -2), rows_at_once(len(targets.weight))
-    parts = [
-        SoftmaxTargets(some, targets.weight, targets.temperature, targets.bias).dense().sum(0) for some in z.split(rows)
-    ]
-    return (torch.stack(parts).sum(0) / len(z)).clamp_min(torch.finfo(torch.float32).tiny).log()
+    total = torch.stack([p.sum(0) for p in targets.blocks()]).sum(0)
+    return (total / targets.z.shape[:-1].numel()).clamp_min(torch.finfo(torch.float32).tiny).log()

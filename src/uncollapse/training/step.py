@@ -61,15 +61,15 @@ class Stepper:
         parts = [slice(i, i + size) for i in range(0, images, size)]
         if len(parts) == 1:
             batch = self._on_device(batch)  # once; otherwise part by part, twice
-        student = None if state.parts.teacher else self._see_student(batch)
+        student = self._see_student(batch) if state.teacher is None else None
         teacher = self._see_teacher(batch, parts, student)
         everyone = _of_all_ranks(teacher)
         watch.lap("teacher")
         for z in everyone.z.values():
             self.check_finite(z, "the teacher's projections", step)
-        for name in state.parts.names():
-            state.prototypes(name).observe(*_observed(everyone, state.parts.levels(name), at.progress))
-        sets = {name: state.prototypes(name) for name in state.parts.names()}
+        sets = state.by_name
+        for name, prototypes in sets.items():
+            prototypes.observe(*_observed(everyone, state.parts.levels(name), at.progress))
         targets = method.assign(config, teacher, sets, state.memory, at)
         watch.lap("prototypes")
         for name, monitor in state.monitors.items():
@@ -82,9 +82,11 @@ class Stepper:
             last = part is parts[-1]
             with self._waits(last):
                 seen = student or self._see_student(self._on_device(batch.part(part)))
-                wanted = {n: part_of(t, part, teacher.image.get(n)) for n, t in targets.items()}
-                mine = wanted if len(parts) > 1 else targets
-                self._learn(seen, mine, at, len(parts), terms, last)
+                if len(parts) > 1:
+                    of_part = {n: part_of(t, part, teacher.image.get(n)) for n, t in targets.items()}
+                else:
+                    of_part = targets
+                self._learn(seen, of_part, at, len(parts), terms, last)
         done = self._agree(terms, targets, asked, step)
         momentum = cosine(step, self.job.total, config.teacher.momentum, config.teacher.momentum_end)
         if state.parts.average == "before":
@@ -131,7 +133,7 @@ class Stepper:
 
         Targets, memory and mixture come from the whole batch, so the sum over parts is the gradient of the whole.
         """
-        sets = {name: self.state.prototypes(name) for name in self.state.parts.names()}
+        sets = self.state.by_name
         with torch.autocast(self.fabric.device.type, enabled=False):
             named = self.method.objective(self.config, seen, targets, sets, at)
             named = {name: term / of for name, term in named.items()}
@@ -177,8 +179,8 @@ class Stepper:
         if self.state.teacher is None:
             return
         update_teacher(self.state.teacher, self.state.student, momentum)
-        for name in self.state.parts.names():
-            self.state.prototypes(name).update_teacher(momentum)
+        for prototypes in self.state.by_name.values():
+            prototypes.update_teacher(momentum)
 
     def _set_rates(self, step: int) -> None:
         config, optim = self.config, self.config.optim
