@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranks import on_ranks
+from uncollapse.targets.prior import power_law
 from uncollapse.targets.sinkhorn import sinkhorn, sinkhorn_offsets
 
 TILED = 1  # bytes: the smallest tiles there are
@@ -133,3 +134,75 @@ def test_rows_split_over_ranks_are_one_process(world, tmp_path):
         alone = sinkhorn_offsets(z, w, temperature, 3, bias)
         for rank in offsets:
             torch.testing.assert_close(rank[i], alone, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 100),
+    k=st.integers(1, 40),
+    seed=st.integers(0, 99),
+    exponent=st.floats(0, 2),
+    budget=st.sampled_from([TILED, 1 << 28]),
+    probabilities=st.booleans(),
+)
+def test_shares_of_the_prototypes_are_those_asked_for(n, k, seed, exponent, budget, probabilities):
+    """The published loop with another column mass; over logits, or over probabilities as MSN has it."""
+    z, w = case(n, k, seed=seed)
+    shares = power_law(k, exponent, like=z)
+    q = (z @ w.T / 0.1).exp()
+    if probabilities:
+        q = q / q.sum(1, keepdim=True)
+    for _ in range(3):
+        q = q / q.sum(0, keepdim=True) * shares
+        q = q / q.sum(1, keepdim=True)
+    keys = {"budget": budget, "marginal": shares, "of_probabilities": probabilities}
+    found = torch.softmax(z @ w.T / 0.1 + sinkhorn_offsets(z, w, 0.1, 3, **keys), 1)
+    torch.testing.assert_close(found, q, rtol=1e-9, atol=1e-12)
+    start = torch.log_softmax(z @ w.T / 0.1, 1) if probabilities else z @ w.T / 0.1
+    torch.testing.assert_close(sinkhorn(start, 3, shares), q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.25, 1.0])
+def test_masses_tend_to_the_power_law(exponent):
+    z, w = case(400, 10)
+    shares = torch.tensor([(k + 1) ** -exponent for k in range(10)]).double()
+    shares /= shares.sum()
+    torch.testing.assert_close(power_law(10, exponent, like=z), shares)
+    offsets = sinkhorn_offsets(z, w, 0.1, iterations=60, marginal=shares)
+    torch.testing.assert_close(torch.softmax(z @ w.T / 0.1 + offsets, 1).mean(0), shares, rtol=1e-6, atol=0)
+
+
+def test_msns_sinkhorn_is_this_one_over_probabilities():
+    """Sharpened probabilities are a softmax at a lower temperature; what that divides each row by only matters first.
+
+    Sinkhorn over logits tends to the same, so that after many iterations no start can be told from the other.
+    """
+    z, w = case(50, 12)
+    p = torch.softmax(z @ w.T / 0.1, 1) ** (1 / 0.25)
+    p = p / p.sum(1, keepdim=True)
+    torch.testing.assert_close(p, torch.softmax(z @ w.T / 0.025, 1))
+
+    def balanced(iterations, of_probabilities):
+        offsets = sinkhorn_offsets(z, w, 0.025, iterations, of_probabilities=of_probabilities)
+        return torch.softmax(z @ w.T / 0.025 + offsets, 1)
+
+    torch.testing.assert_close(balanced(3, True), scaling(p.log(), 3), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(balanced(3, False), scaling(z @ w.T / 0.025, 3), rtol=1e-9, atol=1e-12)
+    assert (balanced(3, True) - balanced(3, False)).abs().max() > 1e-3
+    torch.testing.assert_close(balanced(3000, True), balanced(3000, False), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("shares", [torch.ones(3), torch.tensor([0.5, 0.5, 0.0, 0.0])])
+def test_shares_that_do_not_fit_are_refused(shares):
+    for balance in (
+        lambda: sinkhorn(torch.zeros(5, 4), 3, shares),
+        lambda: sinkhorn_offsets(*case(5, 4), marginal=shares, temperature=0.1),
+    ):
+        with pytest.raises(ValueError, match="marginal"):
+            balance()
+
+
+@pytest.mark.parametrize(("count", "exponent"), [(0, 0.25), (4, -0.1), (4, float("nan"))])
+def test_a_power_law_that_does_not_exist_is_refused(count, exponent):
+    with pytest.raises(ValueError, match="power law"):
+        power_law(count, exponent)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from uncollapse.checks import above_zero, fits, has_shape, not_empty, one_shape
 from uncollapse.distributed import Group
+from uncollapse.targets.prior import log_shares
 from uncollapse.targets.responsibilities import BUDGET, Components, Posterior, log_masses
 
 
@@ -29,7 +30,7 @@ def centred_softmax(logits: Tensor, center: Tensor, temperature: float) -> Tenso
     return torch.softmax((logits - center).div_(temperature), dim=-1)  # in place: a third array of that size less
 
 
-def sinkhorn(log_scores: Tensor, iterations: int = 3) -> Tensor:
+def sinkhorn(log_scores: Tensor, iterations: int = 3, marginal: Tensor | None = None) -> Tensor:
     """Balanced assignment of rows to columns by Sinkhorn–Knopp in log space (Cuturi 2013; Caron et al. 2020).
 
     The iterations of SwAV, DINOv2 and MSN: columns (prototypes) first, then rows, and rows last. Their codes divide
@@ -39,20 +40,22 @@ def sinkhorn(log_scores: Tensor, iterations: int = 3) -> Tensor:
 
     Args:
         log_scores: ``(n, K)`` float32, already divided by the temperature.
-        iterations: at least 1; each scales columns to equal mass, then rows to 1.
+        iterations: at least 1; each scales columns to their mass, then rows to 1.
+        marginal: ``(K,)`` positive, the share of the rows that each column should get; None: equal ones.
 
     Returns:
-        ``(n, K)``: rows sum to 1; every column's mass tends to ``n / K``. A column of -∞ stays at 0.
+        ``(n, K)``: rows sum to 1; every column's mass tends to ``n / K``, or n times its share. A column of -∞ stays
+        at 0.
 
     Raises:
-        ValueError: an empty batch, or fewer than one iteration.
+        ValueError: an empty batch, fewer than one iteration, or a marginal that does not fit or is not positive.
     """
     one_shape([log_scores], "log scores (rows, prototypes)")
     _check_iterations(iterations)
-    log_p = log_scores
+    log_p, shares = log_scores, log_shares(marginal, log_scores.shape[1], log_scores)
     lowest = torch.finfo(log_scores.dtype).min
     for _ in range(iterations):
-        log_p = log_p - log_p.logsumexp(dim=0, keepdim=True).clamp_min(lowest)
+        log_p = log_p - log_p.logsumexp(dim=0, keepdim=True).clamp_min(lowest) + shares
         log_p = log_p - log_p.logsumexp(dim=1, keepdim=True)
     return log_p.exp()
 
@@ -71,6 +74,8 @@ def sinkhorn_offsets(
     bias: Tensor | None = None,
     group: Group = None,
     budget: int = BUDGET,
+    marginal: Tensor | None = None,
+    of_probabilities: bool = False,
 ) -> Tensor:
     """What `sinkhorn` adds to each column, without an ``(n, K)`` array.
 
@@ -89,13 +94,16 @@ def sinkhorn_offsets(
         group: ranks with other rows and the same prototypes.
         budget: bytes of assignments held at once. Where all rows need more, they are taken in tiles, of 64 rows at
             least, and logits are formed again in every iteration.
+        marginal: ``(K,)`` positive, the share of all rows that each prototype should get; None: equal ones.
+        of_probabilities: start from ``softmax(logits)``, as MSN does, not from ``exp(logits)``, as SwAV and DINOv2 do:
+            rows then weigh alike in the first iteration. Both tend to the same assignment.
 
     Returns:
         ``(K,)`` with mean 0 over all columns (adding a constant changes nothing), finite for any finite logits.
 
     Raises:
         ValueError: fewer than one iteration, a temperature that is not above 0, shapes that do not fit, or an empty
-            batch (with ``group``, some ranks may have no rows).
+            batch (with ``group``, some ranks may have no rows), or a marginal that is not positive.
     """
     _check_iterations(iterations)
     above_zero(temperature)
@@ -111,10 +119,11 @@ def sinkhorn_offsets(
             return torch.cat([weight[part], constant[part].unsqueeze(-1)], dim=1)
 
         features = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
+        shares = log_shares(marginal, len(weight), constant)
         posterior = Posterior(features, Components(len(weight), parameters), torch.zeros_like(constant), budget)
         for i in range(iterations):
-            log_mass = log_masses(posterior, group, raw=i == 0, exact=True)
-            change = torch.where(log_mass == -math.inf, 0.0, -log_mass)
+            log_mass = log_masses(posterior, group, raw=i == 0 and not of_probabilities, exact=True)
+            change = torch.where(log_mass == -math.inf, 0.0, shares - log_mass)
             # A common constant falls out of every softmax; without it, offsets keep their digits.
             posterior.add(change - change.sum() / len(weight))
         return posterior.offset
