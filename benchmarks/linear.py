@@ -18,7 +18,8 @@ from sklearn.preprocessing import StandardScaler
 
 from common import Row, main, matmul_seconds, measure
 from uncollapse.evaluate.features import Features
-from uncollapse.evaluate.tasks.linear import RATES, inputs, linear, steps_for
+from uncollapse.evaluate.tasks.linear import inputs, linear
+from uncollapse.measure.linear import RATES, steps_for
 
 CLASSES, WIDTH = 100, 384
 

@@ -1,7 +1,6 @@
 """Probes against a naive loop, scikit-learn and published intervals."""
 
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +10,8 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from uncollapse.measure import nearest as neighbours
-from uncollapse.measure.probes import confidence95, knn_predictions, linear_accuracy
+from uncollapse.measure.linear import linear_probe
+from uncollapse.measure.probes import confidence95, knn_predictions
 
 
 def task(
@@ -107,7 +107,7 @@ def test_knn_bad_input() -> None:
         knn_accuracy(torch.zeros(4, 4), y, x, y, 1)
 
 
-@pytest.mark.parametrize("probe", [lambda *a: knn_accuracy(*a, k=1), linear_accuracy])
+@pytest.mark.parametrize("probe", [lambda *a: knn_accuracy(*a, k=1), lambda x, y, test, t: linear_probe(x, y, test)])
 def test_bad_features_are_named(probe: object) -> None:
     assert callable(probe)
     x, y = torch.eye(4), torch.arange(4)
@@ -123,60 +123,6 @@ def test_bad_features_are_named(probe: object) -> None:
         probe(x, y.float(), x, y)
     with pytest.raises(ValueError, match="one encoder for both"):
         probe(x, y, x[:, :3], y)
-
-
-def test_linear_nears_the_bayes_rate_and_ignores_scale() -> None:
-    x, y = task(1500, 4, 2, 1.0, 4, gap=0.8)
-    test, t = task(2000, 4, 2, 1.0, 5, gap=0.8)
-    centres = 0.8 * torch.randn(2, 4, generator=torch.Generator().manual_seed(99))
-    bayes = float((torch.cdist(test, centres).argmin(1) == t).float().mean())
-    result = linear_accuracy(x, y, test, t)
-    assert 0.6 < bayes < 0.99
-    assert result.accuracy == pytest.approx(bayes, abs=0.02)
-    assert (result.n_train, result.converged, result.unseen) == (1500, True, 0)
-    scale = torch.tensor([1e-3, 1.0, 1e3, 50.0])
-    assert linear_accuracy(x * scale + 7, y, test * scale + 7, t).accuracy == pytest.approx(bayes, abs=0.02)
-
-
-def test_linear_choice_never_looks_at_test() -> None:
-    x, y = task(300, 20, 3, 3.0, 6)
-    test, t = task(200, 20, 3, 3.0, 7)
-    honest = linear_accuracy(x, y, test, t)
-    shuffled = linear_accuracy(x, y, test, t[torch.randperm(200, generator=torch.Generator().manual_seed(0))])
-    assert honest.C == shuffled.C
-    assert honest == linear_accuracy(x, y, test, t)
-
-
-def test_linear_regularises_where_features_are_noise() -> None:
-    rng = torch.Generator().manual_seed(0)
-    x, y = torch.randn(200, 150, generator=rng), torch.randint(2, (200,), generator=rng)
-    x[:, 0] += 3 * y
-    assert linear_accuracy(x, y, x[:50], y[:50]).C <= 0.1
-
-
-def test_linear_with_odd_classes() -> None:
-    x, y = task(200, 5, 3, 0.3, 8, gap=3.0)
-    y[0], x[0] = 7, 50.0  # one example of its class: must be fitted on, cannot be held out
-    test = torch.cat([x[:1], x[1:10], x[1:2]])
-    t = torch.cat([y[:1], y[1:10], torch.tensor([12])])
-    result = linear_accuracy(x, y, test, t)
-    assert result.unseen == 1
-    assert result.accuracy == pytest.approx(10 / 11)
-    assert linear_accuracy(x[1:5], torch.tensor([0, 0, 0, 1]), x[1:5], torch.tensor([0, 0, 0, 1])).C == 1.0
-    with pytest.raises(ValueError, match="one class"):
-        linear_accuracy(x, torch.zeros(200, dtype=torch.long), x, y)
-    every = torch.arange(200)
-    assert linear_accuracy(x, every, x, every).n_train == 200  # as many classes as examples
-
-
-def test_linear_subsamples_and_reports_non_convergence() -> None:
-    x, y = task(600, 10, 3, 2.0, 9)
-    a, b = (linear_accuracy(x, y, x, y, seed=s, max_train=100) for s in (0, 1))
-    assert a.n_train == b.n_train == 100
-    assert a.accuracy != b.accuracy
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not linear_accuracy(x, y, x, y, max_iter=1).converged
 
 
 def test_wilson_interval() -> None:

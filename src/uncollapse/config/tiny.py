@@ -36,7 +36,12 @@ def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
         run=replace(run, batch=min(32, run.batch), epochs=min(2.0, run.epochs), accumulate=1),
         data=replace(config.data, workers=min(1, config.data.workers)),
         backbone=replace(_tiny_backbone(config.backbone), init=config.backbone.init),
-        log=replace(config.log, every_steps=1, checkpoint_steps=min(5, config.log.checkpoint_steps)),
+        log=replace(
+            config.log,
+            every_steps=1,
+            checkpoint_steps=min(5, config.log.checkpoint_steps),
+            evaluate_train=min(256, config.log.evaluate_train),
+        ),
     )
     content = json.loads(json.dumps(asdict(small)))
     if any(key.startswith("backbone.") and key != "backbone.init" for key in typed):

@@ -16,7 +16,8 @@ from torch import Tensor
 from uncollapse.config.schema import method_name, mode_name
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.measure.information import ViewInformation, view_information
-from uncollapse.measure.probes import confidence95, knn_predictions, linear_accuracy
+from uncollapse.measure.linear import linear_probe
+from uncollapse.measure.probes import confidence95, knn_predictions
 from uncollapse.measure.random_start import random_likeness
 from uncollapse.measure.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
 from uncollapse.measure.usage import PrototypeReport, prototype_report, usage_counts
@@ -223,7 +224,8 @@ def _probes(
         correct.update({f"{name}_correct": right, f"{name}_balanced_of_image": balanced.astype(np.float32)})
 
     def linear() -> Tensor:
-        return linear_accuracy(bank_features, bank_labels, features, labels, config.seed % 2**32).predicted
+        probe = linear_probe(bank_features, bank_labels, features, seed=config.seed % 2**32, device=device)
+        return probe.scores.argmax(1)
 
     def untrained() -> Tensor:
         encoder = build_encoder(config, drop_path=False).to(device)

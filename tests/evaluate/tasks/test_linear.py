@@ -9,7 +9,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from uncollapse.evaluate.features import Features
-from uncollapse.evaluate.tasks.linear import RATES, inputs, linear, split
+from uncollapse.evaluate.tasks.linear import inputs, linear
+from uncollapse.measure.linear import RATES, split
 
 
 def tokens(x, y, classes=None, mean=None):

@@ -8,7 +8,8 @@ import torch
 from uncollapse.evaluate.features import Features, labelled
 from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
 from uncollapse.evaluate.tasks import knn as neighbours
-from uncollapse.evaluate.tasks.linear import Probe, fit_probe
+from uncollapse.evaluate.tasks.linear import fit_probe
+from uncollapse.measure.linear import Probe
 
 CUTS = (100, 20)
 SOURCE = "Liu et al. 2019 (OLTR): many above 100 training images, few below 20, medium between"
