@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uncollapse.schedules import cosine, linear_epochs
+from uncollapse.schedules import cosine, linear, linear_epochs
 
 
 @given(total=st.integers(2, 500), warmup=st.integers(0, 100), start=st.floats(1e-6, 10), end=st.floats(0, 10))
@@ -21,6 +21,10 @@ def test_cosine_ends():
     assert cosine(9, 100, 1.0, 0.0, warmup=10) == 1
     assert cosine(10, 100, 1.0, 0.0, warmup=10) == 1
     assert cosine(100, 100, 1.0, 0.25) == pytest.approx(0.25)
+
+
+def test_linear_is_a_straight_line():
+    assert [linear(s, 5, 0.99, 1.0) for s in range(7)] == pytest.approx([0.99, 0.992, 0.994, 0.996, 0.998, 1.0, 1.0])
 
 
 def test_temperature_warms_up_by_epoch():

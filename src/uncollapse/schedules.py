@@ -17,6 +17,11 @@ def cosine(step: int, total: int, start: float, end: float, warmup: int = 0, fir
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))
 
 
+def linear(step: int, total: int, start: float, end: float) -> float:
+    """A straight line from ``start`` at step 0 to ``end`` at step ``total``."""
+    return start + (end - start) * min(step, total) / total
+
+
 def linear_epochs(epoch: int, start: float, end: float, warmup_epochs: int) -> float:
     """DINO's teacher temperature: constant within an epoch, ``end`` from the last warm-up epoch on."""
     if epoch >= warmup_epochs - 1:

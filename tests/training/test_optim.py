@@ -1,5 +1,7 @@
 """Groups of parameters and rates, beside the formulas in float64."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -52,3 +54,40 @@ def test_the_warm_up_may_start_above_zero():
             steps.take()
             rates.append(steps.state.optimizer.param_groups[0]["lr"])
         assert rates == pytest.approx([start / 4, (start + 0.01) / 8, 0.01 / 4])
+
+
+@pytest.mark.parametrize("of", ["tensor", "encoder"])
+def test_gradients_are_clipped_one_by_one_or_as_a_whole(of):
+    """As a whole the prototypes are left out, as in MSN's released code."""
+    c = small("dino", **{"optim.clip": 0.25, "optim.clip_of": of})
+    free, clipped = Steps(small("dino")), Steps(c)
+    for steps in (free, clipped):
+        steps.take()
+
+    def gradients(steps):
+        return [p.grad for p in steps.state.student.parameters()], [steps.state.prototypes().student_v.grad]
+
+    (encoder, prototypes), found = gradients(free), gradients(clipped)
+    whole = torch.cat([g.flatten() for g in encoder]).norm()
+    assert whole > 0.25
+    for was, now in zip(encoder, found[0], strict=True):
+        norm = whole if of == "encoder" else was.norm()
+        torch.testing.assert_close(now, was * min(1, 0.25 / (norm.item() + 1e-6)), rtol=1e-5, atol=1e-8)
+    norm = 0.0 if of == "encoder" else prototypes[0].norm().item()
+    torch.testing.assert_close(found[1][0], prototypes[0] * min(1, 0.25 / (norm + 1e-6)), rtol=1e-5, atol=1e-8)
+
+
+def test_schedules_may_be_planned_for_longer_than_the_run():
+    """MSN's recipe: 1.25 times as long, the teacher's momentum on a straight line."""
+    keys = {"run.schedule_span": 1.25, "teacher.momentum_shape": "linear", "optim.lr": 0.01, "optim.lr_batch": 16}
+    steps = Steps(small("dino", **keys, **{"optim.weight_decay": 0.1, "optim.weight_decay_end": 0.5}), total=4)
+    for step in range(4):
+        before = steps.snapshot()
+        steps.take()
+        group, share = steps.state.optimizer.param_groups[0], 0.5 * (1 + math.cos(math.pi * step / 5))
+        assert group["lr"] == pytest.approx(1e-5 + (0.01 - 1e-5) * share)
+        assert group["weight_decay"] == pytest.approx(0.5 - 0.4 * share)
+        momentum = 0.99 + 0.01 * step / 5
+        name, now = next(iter(steps.state.teacher.named_parameters()))
+        student, was = (net.get_parameter(name) for net in (steps.state.student, before.teacher))
+        torch.testing.assert_close(now, momentum * was + (1 - momentum) * student.detach(), rtol=1e-6, atol=1e-8)

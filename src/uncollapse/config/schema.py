@@ -151,6 +151,8 @@ class PrototypeConfig:
 class TeacherConfig:
     momentum: Unit = 0.996
     momentum_end: Unit = 1.0
+    momentum_shape: Literal["cosine", "linear"] = "cosine"
+    """How the momentum goes from the one to the other."""
     temperature: Above0 = 0.07
     temperature_start: Above0 = 0.04
     temperature_warmup_epochs: Count = 30
@@ -174,12 +176,18 @@ class OptimConfig:
     decay_biases: bool = False
     """Whether biases and norms decay too, and LARS adapts their rate: in SwAV, not in DINO, iBOT and CARP."""
     clip: Rate = 0.0
-    """Largest gradient norm of each parameter tensor on its own, as DINO does; 0: no clipping."""
+    """Largest gradient norm, of what ``clip_of`` says; 0: no clipping."""
+    clip_of: Literal["tensor", "encoder"] = "tensor"
+    """Each parameter tensor on its own, prototypes too, as DINO does; or the encoder with its heads as a whole, as MSN
+    does, whose prototypes are not clipped."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
     epochs: Above0 = 800.0
+    schedule_span: Annotated[float, Field(ge=1, le=1e6)] = 1.0
+    """Learning rate, weight decay and the teacher's momentum are planned for so many times these epochs, so that above
+    1 the run ends before they do: MSN's recipe has 1.25."""
     batch: Positive = 1024
     """Images per step over all ranks together."""
     accumulate: Positive = 1

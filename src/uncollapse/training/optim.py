@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from uncollapse.config.schema import Config
+from uncollapse.config.schema import Config, OptimConfig
 
 
 def build_optimizer(config: Config, encoder: nn.Module, prototypes: nn.Module) -> torch.optim.Optimizer:
@@ -46,6 +46,16 @@ def build_optimizer(config: Config, encoder: nn.Module, prototypes: nn.Module) -
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """EMA over parameters in order; batch-norm statistics are the teacher's own, as in DINO."""
     torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 1 - momentum)
+
+
+def clip_gradients(encoder: nn.Module, prototypes: list[nn.Parameter], config: OptimConfig) -> None:
+    """Scales gradients that are longer than ``config.clip`` down to it: tensor by tensor, or the encoder's as one."""
+    if not config.clip:
+        return
+    if config.clip_of == "encoder":
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.clip)
+    else:
+        clip_each([*encoder.parameters(), *prototypes], config.clip)
 
 
 def clip_each(parameters: list[nn.Parameter], limit: float) -> None:

@@ -13,9 +13,9 @@ from uncollapse.distributed import gather_ragged, gather_rows, sum_over_ranks, w
 from uncollapse.methods.contract import At, Batch, Seen, Targets, method_of, part_of
 from uncollapse.models.network import Encoder
 from uncollapse.models.sync_norm import convert
-from uncollapse.schedules import cosine
+from uncollapse.schedules import cosine, linear
 from uncollapse.training.job import Job
-from uncollapse.training.optim import clip_each, update_teacher
+from uncollapse.training.optim import clip_gradients, update_teacher
 from uncollapse.training.state import TrainState
 from uncollapse.training.stopwatch import Stopwatch
 
@@ -49,6 +49,8 @@ class Stepper:
         optimizer: Any = fabric.setup_optimizers(state.optimizer)
         self.optimizer: torch.optim.Optimizer = optimizer
         self.precision = fabric.strategy.precision  # holds the gradient scaler of 16-mixed
+        self.span = round(job.config.run.schedule_span * job.total)
+        """Steps that schedules are planned for."""
         self.learned = [p for p in state.sets.parameters() if p.requires_grad]
 
     def __call__(self, step: int, batch: Batch, asked: bool) -> Done:
@@ -88,7 +90,7 @@ class Stepper:
                     of_part = targets
                 self._learn(seen, of_part, at, len(parts), terms, last)
         done = self._agree(terms, targets, asked, step)
-        momentum = cosine(step, self.job.total, config.teacher.momentum, config.teacher.momentum_end)
+        momentum = self._momentum(step)
         if state.parts.average == "before":
             self._follow(momentum)
         self._finish_gradients(step)
@@ -169,8 +171,7 @@ class Stepper:
                 if parameter.grad is not None:
                     parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]
         self.precision.unscale_gradients(self.state.optimizer)
-        if config.optim.clip:
-            clip_each([*self.state.student.parameters(), *self.learned], config.optim.clip)
+        clip_gradients(self.state.student, self.learned, config.optim)
         if step < round(config.prototypes.freeze_epochs * self.job.steps_per_epoch):
             for parameter in self.learned:
                 parameter.grad = None
@@ -182,9 +183,14 @@ class Stepper:
         for prototypes in self.state.by_name.values():
             prototypes.update_teacher(momentum)
 
+    def _momentum(self, step: int) -> float:
+        teacher = self.config.teacher
+        shape = linear if teacher.momentum_shape == "linear" else cosine
+        return shape(step, self.span, teacher.momentum, teacher.momentum_end)
+
     def _set_rates(self, step: int) -> None:
         config, optim = self.config, self.config.optim
-        scale, total = config.run.batch / optim.lr_batch, self.job.total
+        scale, total = config.run.batch / optim.lr_batch, self.span
         warmup = round(optim.warmup_epochs * self.job.steps_per_epoch)
         lr = cosine(step, total, optim.lr * scale, optim.min_lr, warmup, optim.warmup_start * scale)
         decay = cosine(step, total, optim.weight_decay, optim.weight_decay_end)
