@@ -9,6 +9,10 @@ class ConfigError(ValueError):
     """A recipe or an override that cannot be used; the message is one line and names the key."""
 
 
+class PairingError(ConfigError):
+    """A method and a way to learn prototypes or to make targets that mean nothing together; says why."""
+
+
 class DataError(ValueError):
     """Images that cannot be used; the message is one line that says what was found and what was expected."""
 

@@ -98,3 +98,19 @@ def test_the_whole_grid_counts_cells_that_have_not_said_anything_yet():
     assert whole([(5, 10, 2.0)], cells=4, ended=0) == (5, 40, 2.0)
     assert whole([(10, 10, 2.0), (5, 10, 4.0)], cells=4, ended=1) == (15, 40, 3.0)
     assert whole([(5, 10, 2.0)], cells=3, ended=2) == (25, 30, 2.0)  # two were finished before
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--prototypes", "joint", "--prototypes.targets", "posterior"], "only a mixture has a posterior"),
+        (["--prototypes", "decoupled", "--prototypes.targets", "centred"], "carp has no centre"),
+    ],
+)
+def test_a_pairing_that_means_nothing_is_refused_before_training_with_the_reason(words, why, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "carp-small32", "--data", "builtin:digits", *words, "--out", str(out)])
+    assert stop.value.code == 3
+    assert why in capsys.readouterr().err
+    assert not out.exists()

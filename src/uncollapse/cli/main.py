@@ -22,12 +22,13 @@ from uncollapse.cli.recipes import add_parsers as add_recipes
 from uncollapse.cli.terminal import tolerate_any_encoding
 from uncollapse.cli.train import add_parsers as add_train
 from uncollapse.cli.train import take_keys, unknown
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, PairingError
 from uncollapse.shown import shown
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits 0, 1 (the run failed) or 2 (bad input), with one clear line on stderr."""
+    """Entry point; exits 0, 1 (the run failed), 2 (bad input) or 3 (a pairing that means nothing), with one clear line
+    on stderr."""
     tolerate_any_encoding()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     words = list(sys.argv[1:] if argv is None else argv)
@@ -47,9 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """2 for input that cannot be used, 1 for a run that failed; None: a bug, shown with its traceback."""
+    """2 for input that cannot be used, 3 for a pairing that means nothing, 1 for a run that failed.
+
+    None: a bug, shown with its traceback.
+    """
     if isinstance(error, ConfigError):
-        return 2
+        return 3 if isinstance(error, PairingError) else 2
     names = {c.__name__ for c in type(error).__mro__}
     if names & {"DataError", "InputError"}:
         return 2

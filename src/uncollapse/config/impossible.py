@@ -24,10 +24,6 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(("optim.min_lr", f"{optim.min_lr} exceeds the scaled learning rate {lr:g}"))
     if optim.warmup_start > optim.lr:
         problems.append(("optim.warmup_start", f"must not exceed optim.lr, {optim.warmup_start} > {optim.lr}"))
-    if targets_of(config) == "posterior" and not config.prototypes.kind.startswith("decoupled"):
-        problems.append(("prototypes.targets", f"only a mixture has a posterior, {config.prototypes.kind} has none"))
-    if protos.targets == "centred" and OWN_TARGETS[method.name] != "centred":
-        problems.append(("prototypes.targets", f"{method.name} has no centre; take sinkhorn or softmax"))
     if run.batch % run.accumulate:
         problems.append(("run.accumulate", f"a batch of {run.batch} does not divide into {run.accumulate} equal parts"))
     if teacher.temperature > 1 or teacher.temperature_start > 1:
@@ -45,6 +41,20 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(
             ("backbone.name", f"iBOT hides patches, which {config.backbone.name} does not have; take a vit_*")
         )
+    return problems
+
+
+def meaningless(config: Config) -> list[tuple[str, str]]:
+    """(key, why) for each pairing of a method, a way to learn prototypes and targets that means nothing.
+
+    The table in docs/training.md lists them.
+    """
+    method, protos = config.method.name, config.prototypes
+    problems = []
+    if targets_of(config) == "posterior" and not protos.kind.startswith("decoupled"):
+        problems.append(("prototypes.targets", f"only a mixture has a posterior, {protos.kind} has none"))
+    if protos.targets == "centred" and OWN_TARGETS[method] != "centred":
+        problems.append(("prototypes.targets", f"{method} has no centre; take sinkhorn or softmax"))
     if protos.vmf and not config.head.normalise:
         problems.append(("prototypes.vmf", "a vMF density is over unit vectors; head.normalise must be true"))
     return problems

@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from uncollapse.config.impossible import impossible
+from uncollapse.config.impossible import impossible, meaningless
 from uncollapse.config.methods import METHODS
 from uncollapse.config.plain_yaml import parse_yaml, read_yaml, shortened
 from uncollapse.config.schema import Config
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, PairingError
 from uncollapse.shown import shown
 
 
@@ -120,6 +120,7 @@ def build_config(content: dict[str, Any], source: str = "config", retired: bool 
 
     Raises:
         ConfigError: unknown key, wrong type or impossible value; one line that names the key.
+        PairingError: a method and a way to learn prototypes that mean nothing together.
     """
     content = _as_now(content, source, retired)
     try:
@@ -133,6 +134,8 @@ def build_config(content: dict[str, Any], source: str = "config", retired: bool 
         raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
     for key, problem in impossible(config):
         raise ConfigError(f"{source}: {key}: {problem}")
+    for key, problem in meaningless(config):
+        raise PairingError(f"{source}: {key}: {problem}")
     return config
 
 
