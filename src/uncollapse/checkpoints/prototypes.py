@@ -119,7 +119,7 @@ class PrototypeSet:
         """
         if self.scale is not None:
             return self.scale.float().abs()
-        linear = re.search(r"(^|[./])(last_layer2?|layer)\.weight$", self.key)
+        linear = re.search(r"(^|[./])(last_layer2?|layer)\.weight$", self.key) or self.bias is not None
         return self.norms().float() if linear else None
 
 
@@ -184,11 +184,16 @@ def family_of(tensors: Mapping[str, Tensor]) -> str:
 def _match(path: str, tensor: Tensor, tensors: Mapping[str, Tensor], where: str) -> PrototypeSet | None:
     cleaned = clean(path)
     if own := OWN.match(cleaned):
+        folder = path.rpartition("/")[0]
+        beside = {name for name in ("student_v", "teacher_v", "weight") if f"{folder}/{name}" in tensors}
         side: Side = own[2] or "shared"  # type: ignore[assignment]
-        if side == "student" and path.removesuffix("student_v") + "teacher_v" not in tensors:
+        if side == "student" and not beside & {"teacher_v", "weight"}:
             side = "shared"  # nothing follows them, as in SwAV
+        elif side == "shared" and "student_v" in beside:
+            side = "teacher"  # a clustering, whose assignments a student's own weights predict
         scale = tensors.get(path.removesuffix("_v") + "_g") if own[2] else None
-        return checked(PrototypeSet(path, own[1], side, family_of(tensors), tensor, _flat(scale)), where)
+        bias, notes = _bias(tensor, None if own[2] else tensors.get(f"{folder}/bias"))
+        return checked(PrototypeSet(path, own[1], side, family_of(tensors), tensor, _flat(scale), bias, notes), where)
     if _is_mixture(path, tensor, tensors):
         return checked(PrototypeSet(path, "mixture", "shared", "uncollapse", tensor), where)
     last = cleaned.rpartition("/")[2]
@@ -203,14 +208,19 @@ def _match(path: str, tensor: Tensor, tensors: Mapping[str, Tensor], where: str)
         if name == "clusters" and stem + "bias" not in tensors:
             continue  # CAPI's layer has a bias; without it, a "layer" can be anything
         scale = tensors.get(stem + g) if g else None
-        bias = tensors.get(stem + "bias")
-        bias = bias.float() if bias is not None and bias.shape == tensor.shape[:1] else None
-        notes = () if bias is None else ("the layer has a bias too: the cosine does not see it, its logits do",)
+        bias, notes = _bias(tensor, tensors.get(stem + "bias"))
         family = family_of(tensors)
         if family == "CAPI" and name == "cls":
             name = "patch"  # the student predicts the clusters of masked patches; CAPI has no class token
         return checked(PrototypeSet(path, name, side_of(cleaned), family, tensor, _flat(scale), bias, notes), where)
     return None
+
+
+def _bias(weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, tuple[str, ...]]:
+    """A layer's bias where it has one that fits, and what is said of it."""
+    if bias is None or bias.shape != weight.shape[:1]:
+        return None, ()
+    return bias.float(), ("the layer has a bias too: the cosine does not see it, its logits do",)
 
 
 def _is_mixture(path: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> bool:

@@ -24,6 +24,14 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(("optim.min_lr", f"{optim.min_lr} exceeds the scaled learning rate {lr:g}"))
     if optim.warmup_start > optim.lr:
         problems.append(("optim.warmup_start", f"must not exceed optim.lr, {optim.warmup_start} > {optim.lr}"))
+    if teacher.momentum_start is not None and teacher.momentum_shape == "linear":
+        problems.append(
+            ("teacher.momentum_start", "a straight line has no warm-up; take teacher.momentum_shape cosine")
+        )
+    if method.name in ("dino", "ibot", "swav", "carp") and views.global_count + views.local_count < 2:
+        problems.append(
+            ("views.local_count", f"a single view of an image has no other one to predict in {method.name}")
+        )
     if run.batch % run.accumulate:
         problems.append(("run.accumulate", f"a batch of {run.batch} does not divide into {run.accumulate} equal parts"))
     if teacher.temperature > 1 or teacher.temperature_start > 1:

@@ -13,8 +13,8 @@ from pydantic import ConfigDict, Field
 
 from uncollapse.config.methods import DINO, OWN_TARGETS, Method
 
-PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "fixed"]
-KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed")
+PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "fixed", "capi"]
+KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed", "capi")
 TargetKind = Literal["centred", "sinkhorn", "softmax", "posterior"]
 ARMS = ("joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fixed")
 """The modes that a comparison of one method should hold: every way to learn prototypes, and joint ones with balanced
@@ -59,6 +59,8 @@ class DataConfig:
 class ViewConfig:
     """Multi-crop views; the defaults are DINO's published augmentation for ViTs."""
 
+    global_count: Positive = 2
+    """Views that the teacher sees too."""
     global_size: Positive = 224
     global_scale: Scale = (0.25, 1.0)
     local_size: Positive = 96
@@ -124,6 +126,25 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
+class ClusteringConfig:
+    """The clustering of the ``capi`` mode; the defaults are those that CAPI was published with."""
+
+    lr: Above0 = 5e-4
+    """Of its AdamW; the batch does not scale it."""
+    weight_decay: Rate = 0.01
+    warmup: Unit = 0.1
+    """Share of training in which the rate rises to ``lr``."""
+    schedule_span: Annotated[float, Field(ge=1, le=1e6)] = 1.225
+    """The rate is planned for so many times the run, so that it ends at a tenth of ``lr`` and not at 0."""
+    temperature: Above0 = 0.12
+    """Of the softmax that learns to predict the assignments."""
+    target_temperature: Above0 = 0.06
+    """Of the assignments."""
+    iterations: Positive = 3
+    """Of Sinkhorn."""
+
+
+@dataclass(frozen=True)
 class PrototypeConfig:
     kind: PrototypeKind = "joint"
     targets: TargetKind | None = None
@@ -145,11 +166,14 @@ class PrototypeConfig:
     koleo_every: Positive = 1
     """Nearest neighbours of KoLeo-Proto are looked for every so many steps; in between the last ones serve."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     momentum: Unit = 0.996
+    momentum_start: Unit | None = None
+    """Momentum of the first step, which becomes ``momentum`` as the learning rate warms up; null: no warm-up."""
     momentum_end: Unit = 1.0
     momentum_shape: Literal["cosine", "linear"] = "cosine"
     """How the momentum goes from the one to the other."""
@@ -175,6 +199,10 @@ class OptimConfig:
     weight_decay_end: Rate = 0.4
     decay_biases: bool = False
     """Whether biases and norms decay too, and LARS adapts their rate: in SwAV, not in DINO, iBOT and CARP."""
+    betas: tuple[Unit, Unit] = (0.9, 0.999)
+    """Of AdamW."""
+    patch_embed_lr: Rate = 1.0
+    """Learning rate of a transformer's patch embedding relative to the rest of it; 0.2 in CAPI and DINOv2."""
     clip: Rate = 0.0
     """Largest gradient norm, of what ``clip_of`` says; 0: no clipping."""
     clip_of: Literal["tensor", "encoder"] = "tensor"
@@ -242,6 +270,7 @@ for _cls in (
     BackboneConfig,
     HeadConfig,
     MixtureConfig,
+    ClusteringConfig,
     PrototypeConfig,
     TeacherConfig,
     OptimConfig,

@@ -53,7 +53,7 @@ class ViewSpec:
 
 
 def view_specs(config: ViewConfig) -> list[ViewSpec]:
-    """The two global views, then ``config.local_count`` local ones."""
+    """The global views, of which the first may be made otherwise than the rest, then the local ones."""
 
     def spec(kind: int) -> ViewSpec:
         local = kind == 2
@@ -72,7 +72,7 @@ def view_specs(config: ViewConfig) -> list[ViewSpec]:
             std=config.std,
         )
 
-    return [spec(0), spec(1), *[spec(2)] * config.local_count]
+    return [spec(0), *[spec(1)] * (config.global_count - 1), *[spec(2)] * config.local_count]
 
 
 # --- random parameters --------------------------------------------------------------------------------------

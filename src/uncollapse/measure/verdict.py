@@ -176,6 +176,7 @@ _APART = {
     "koleo": "raise prototypes.koleo_weight, or train again with --prototypes decoupled",
     "decoupled": "use fewer prototypes (prototypes.count)",
     "decoupled-paper": "train again with --prototypes decoupled, which keeps its components alive",
+    "capi": "raise prototypes.clustering.lr if they hardly moved, or train again with --prototypes decoupled",
     "fixed": "use fewer, or more dimensions (head.bottleneck): random directions repeat where there is no room",
 }
 """What helps against duplicates and dead prototypes, by how they are learned; "": not known."""

@@ -74,5 +74,8 @@ def recentre(
         new = log_marginal(prototypes.targets(z.flatten(0, -2), temperature))
     else:
         average = z.flatten(0, -2).mean(0) if mean is None else mean
-        new = (average.unsqueeze(0) @ prototypes.affine("teacher", temperature)[0].T).squeeze(0)
+        weight, bias = prototypes.affine("teacher", temperature)
+        new = (average.unsqueeze(0) @ weight.T).squeeze(0)
+        if bias is not None and c.prototypes.kind == "capi":  # a layer's own; a normaliser is not averaged
+            new = new + temperature * bias
     center.lerp_(new, 1 - c.teacher.center_momentum)

@@ -1,7 +1,7 @@
 """SwAV: swapped assignments between views (Caron et al., NeurIPS 2020, eq. 1 to 3 and Algorithm 1).
 
 There is no teacher: the student's own projections of the global views, balanced over the prototypes by Sinkhorn, are
-the codes that every other view predicts. Each of the two global views is balanced on its own, together with a queue of
+the codes that every other view predicts. Each of the global views is balanced on its own, together with a queue of
 that view's earlier projections. Prototypes are put back on the unit sphere after each step, which is where the released
 code's forward pass puts them at the start of the next one.
 """
@@ -22,8 +22,6 @@ from uncollapse.methods.contract import At, Batch, Memory, Parts, Seen, Sets, Ta
 from uncollapse.methods.dino import see_student as see_student
 from uncollapse.models.network import Encoder
 
-GLOBALS = 2
-
 
 def parts(c: Config) -> Parts:
     return Parts(uninformed={"cls": math.log(c.prototypes.count)})
@@ -34,12 +32,15 @@ def memory(c: Config) -> Memory:
     length = _own(c).queue
     if not length:
         return {}
-    return {"queue": torch.zeros(GLOBALS, length, c.head.bottleneck), "filled": torch.zeros((), dtype=torch.long)}
+    return {
+        "queue": torch.zeros(c.views.global_count, length, c.head.bottleneck),
+        "filled": torch.zeros((), dtype=torch.long),
+    }
 
 
 def see_teacher(c: Config, net: Encoder, batch: Batch, student: Seen | None) -> Seen:
     assert student is not None
-    return Seen({"cls": student.z["cls"][:GLOBALS].detach()})
+    return Seen({"cls": student.z["cls"][: c.views.global_count].detach()})
 
 
 def assign(c: Config, teacher: Seen, sets: Sets, memory: Memory, at: At) -> Targets:

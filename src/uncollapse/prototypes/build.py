@@ -5,12 +5,19 @@ from __future__ import annotations
 import torch
 
 from uncollapse.config.schema import Config, PrototypeConfig, has_teacher
+from uncollapse.prototypes.clustering import ClusteredPrototypes
 from uncollapse.prototypes.decoupled import mixture_defaults, mixture_set
 from uncollapse.prototypes.sets import FixedPrototypes, JointPrototypes, Prototypes
 
 
 def build_prototypes(
-    config: PrototypeConfig, dim: int, rows: int, seed: int, unit: bool = True, followed: bool = True
+    config: PrototypeConfig,
+    dim: int,
+    rows: int,
+    seed: int,
+    unit: bool = True,
+    followed: bool = True,
+    own_student: bool = False,
 ) -> Prototypes:
     """The set that ``config.kind`` names, started from ``seed`` alone.
 
@@ -21,6 +28,7 @@ def build_prototypes(
         seed: of the initial vectors.
         unit: whether projections are unit vectors.
         followed: whether a teacher follows the student, with a side of its own.
+        own_student: whether the student learns weights of its own beside a clustering of the teacher's projections.
     """
     generator = torch.Generator().manual_seed(seed)
     if config.kind in ("joint", "koleo"):
@@ -28,6 +36,8 @@ def build_prototypes(
         return JointPrototypes(
             config.count, dim, config.learn_norm, koleo, generator, config.koleo_every, config.vmf, followed
         )
+    if config.kind == "capi":
+        return ClusteredPrototypes(config.count, dim, config.clustering, generator, own_student, config.learn_norm)
     if config.kind == "fixed":
         return FixedPrototypes(config.count, dim, generator)
     return mixture_set(mixture_defaults(config.kind, config.mixture), config.count, dim, rows, generator, unit)
@@ -39,8 +49,9 @@ def initial_prototypes(config: Config, number: int = 0, levels: int = 1) -> Prot
     Args:
         config: validated.
         number: which of the method's sets; each starts elsewhere.
-        levels: how many levels of tokens share it. Each counts in a mixture as much as the two global views of a batch.
+        levels: how many levels of tokens share it. Each counts in a mixture as much as the global views of a batch.
     """
-    seed, rows = config.seed + 7919 * (1 + number), 2 * config.run.batch * levels
+    seed, rows = config.seed + 7919 * (1 + number), config.views.global_count * config.run.batch * levels
     unit, followed = config.head.normalise, has_teacher(config)
-    return build_prototypes(config.prototypes, config.head.bottleneck, rows, seed, unit, followed)
+    own = config.method.name == "capi"
+    return build_prototypes(config.prototypes, config.head.bottleneck, rows, seed, unit, followed, own)

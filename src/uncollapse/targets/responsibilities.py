@@ -160,7 +160,7 @@ def log_masses(
         raw: of ``exp(score + offset)`` itself, as before the first normalisation of the rows.
         exact: form masses near the floor again in the log domain, from the scores; without it, no mass is less
             than about e⁻⁶⁴.
-        row_weight: ``(n,)`` ≥ 0, how many times each row counts; together with neither ``raw`` nor ``exact``.
+        row_weight: ``(n,)`` ≥ 0, how many times each row counts.
     """
     log_mass = torch.full_like(posterior.base, -math.inf)
     highest = log_mass.new_full((), -math.inf if raw else 0.0)
@@ -170,6 +170,7 @@ def log_masses(
         if raw:
             reference = tile.top.amax()
             row, normaliser = (tile.top - reference).exp(), torch.zeros_like(tile.top)
+            row = row if row_weight is None else row * row_weight[tile.rows]
             highest = torch.maximum(highest, reference)
         else:
             reference, row = torch.zeros_like(highest), _per_total(tile, row_weight)
@@ -188,6 +189,7 @@ def log_masses(
             eta = posterior.components.parameters(some)
             eta[:, -1] += posterior.offset[some]
             scores = eta @ posterior.features.T - torch.cat(normalisers)
+            scores = scores if row_weight is None else scores + row_weight.log()
             log_mass[some] = logsumexp_over_ranks(scores.logsumexp(1), group)
     return log_mass
 

@@ -76,6 +76,7 @@ def sinkhorn_offsets(
     budget: int = BUDGET,
     marginal: Tensor | None = None,
     of_probabilities: bool = False,
+    row_weight: Tensor | None = None,
 ) -> Tensor:
     """What `sinkhorn` adds to each column, without an ``(n, K)`` array.
 
@@ -97,6 +98,7 @@ def sinkhorn_offsets(
         marginal: ``(K,)`` positive, the share of all rows that each prototype should get; None: equal ones.
         of_probabilities: start from ``softmax(logits)``, as MSN does, not from ``exp(logits)``, as SwAV and DINOv2 do:
             rows then weigh alike in the first iteration. Both tend to the same assignment.
+        row_weight: ``(n,)`` ≥ 0, as how many rows each counts in the columns' masses.
 
     Returns:
         ``(K,)`` with mean 0 over all columns (adding a constant changes nothing), finite for any finite logits.
@@ -122,7 +124,9 @@ def sinkhorn_offsets(
         shares = log_shares(marginal, len(weight), constant)
         posterior = Posterior(features, Components(len(weight), parameters), torch.zeros_like(constant), budget)
         for i in range(iterations):
-            log_mass = log_masses(posterior, group, raw=i == 0 and not of_probabilities, exact=True)
+            log_mass = log_masses(
+                posterior, group, raw=i == 0 and not of_probabilities, exact=True, row_weight=row_weight
+            )
             change = torch.where(log_mass == -math.inf, 0.0, shares - log_mass)
             # A common constant falls out of every softmax; without it, offsets keep their digits.
             posterior.add(change - change.sum() / len(weight))

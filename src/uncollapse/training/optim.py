@@ -12,25 +12,32 @@ from uncollapse.config.schema import Config, OptimConfig
 
 def build_optimizer(config: Config, encoder: nn.Module, prototypes: nn.Module) -> torch.optim.Optimizer:
     """Groups as DINO has them: matrices decay; biases and other 1-D tensors only on request; prototypes on their own.
+    The patch embedding has groups of its own where its rate is another.
 
     LARS divides by ``|gradient| + decay · |weight|``, as SwAV's does; DINO's and CARP's code divides by the norm of the
     sum of the two, which differs where a gradient is no longer than the decay.
     """
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    encoding: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    embedding: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in encoder.named_parameters():
         alone = not config.optim.decay_biases and (parameter.ndim == 1 or name.endswith(".bias"))
-        (plain if alone else decay).append(parameter)
+        slow = "patch_embed." in name and config.optim.patch_embed_lr != 1
+        (embedding if slow else encoding)[alone].append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": decay, "role": "decay", "weight_decay": 0.0},
-        {"params": plain, "role": "plain", "weight_decay": 0.0},
+        {"params": params, "role": role, "weight_decay": 0.0}
+        for params, role in zip(encoding, ("decay", "plain"), strict=True)
+    ]
+    groups += [
+        {"params": params, "role": role, "weight_decay": 0.0, "lr_scale": config.optim.patch_embed_lr}
+        for params, role in zip(embedding, ("decay", "plain"), strict=True)
+        if params
     ]
     learned = [p for p in prototypes.parameters() if p.requires_grad]
     if learned:
         groups.append({"params": learned, "role": "prototypes", "weight_decay": 0.0})
     name, lr = config.optim.name, config.optim.lr
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, betas=config.optim.betas)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9)
     from timm.optim.lars import Lars

@@ -214,7 +214,11 @@ def banner(job: Job, start: int, stop: int) -> list[str]:
         + (f" in {run.accumulate} parts" if run.accumulate > 1 else "")
         + (f"; continuing after step {start}" if start else ""),
     ]
-    if protos.vmf and not (protos.kind in ("joint", "koleo") and protos.learn_norm and config.method.name != "swav"):
+    if protos.vmf and protos.kind == "capi":
+        lines.append(
+            "note        prototypes.vmf changes nothing here: a clustering has a bias in the normaliser's place"
+        )
+    elif protos.vmf and not (protos.kind in ("joint", "koleo") and protos.learn_norm and config.method.name != "swav"):
         lines.append("note        prototypes.vmf changes nothing here: prototypes of one length have one normaliser")
     if fabric.device.type == "cuda" and torch.cuda.device_count() > fabric.world_size:
         lines.append(

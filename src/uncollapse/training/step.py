@@ -185,8 +185,12 @@ class Stepper:
 
     def _momentum(self, step: int) -> float:
         teacher = self.config.teacher
-        shape = linear if teacher.momentum_shape == "linear" else cosine
-        return shape(step, self.span, teacher.momentum, teacher.momentum_end)
+        if teacher.momentum_shape == "linear":
+            return linear(step, self.span, teacher.momentum, teacher.momentum_end)
+        first, warmup = teacher.momentum_start, round(self.config.optim.warmup_epochs * self.job.steps_per_epoch)
+        if first is None:
+            return cosine(step, self.span, teacher.momentum, teacher.momentum_end)
+        return cosine(step, self.span, teacher.momentum, teacher.momentum_end, warmup, first)
 
     def _set_rates(self, step: int) -> None:
         config, optim = self.config, self.config.optim
@@ -196,7 +200,7 @@ class Stepper:
         decay = cosine(step, total, optim.weight_decay, optim.weight_decay_end)
         for group in self.optimizer.param_groups:
             own = group["role"] == "prototypes"
-            group["lr"] = lr * (config.prototypes.lr_scale if own else 1.0)
+            group["lr"] = lr * (config.prototypes.lr_scale if own else group.get("lr_scale", 1.0))
             fixed = config.prototypes.weight_decay if own else None
             group["weight_decay"] = 0.0 if group["role"] == "plain" else decay if fixed is None else fixed
 
