@@ -34,6 +34,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ibot": ("ibot-vits16", {}),
     "ibot-separate": ("ibot-vits16", {"method.shared": False}),
     "ibot-vmf": ("ibot-vmf-vits16", {}),
+    "esvit": ("esvit-swint7", {}),
+    "wessl": ("wessl-vits16", {}),
 }
 """Name → recipe, and what differs from it."""
 

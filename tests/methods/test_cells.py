@@ -1,6 +1,7 @@
 """Every method with every way to learn prototypes: what must move moves, what must not stays, every term is named."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,7 +10,30 @@ from steps import METHODS, Steps, small
 from uncollapse.config.schema import KINDS, targets_of
 from uncollapse.schedules import cosine
 
-TERMS = {"dino": {"cls"}, "swav": {"cls"}, "carp": {"consistency", "entropy"}, "ibot": {"cls", "patch"}}
+
+class Facts(NamedTuple):
+    """Of one method: what differs between methods, and is not its mathematics."""
+
+    terms: set[str]
+    memory: set[str]
+    sets: tuple[str, ...] = ("cls",)
+    heads: tuple[str, ...] = ("cls",)
+
+
+DINO, IBOT = Facts({"cls"}, {"center"}), Facts({"cls", "patch"}, {"center", "center_patch"})
+FACTS = {
+    "dino": DINO,
+    "dino-vmf": DINO,
+    "swav": Facts({"cls"}, {"queue", "filled"}),
+    "carp": Facts({"consistency", "entropy"}, set()),
+    "ibot": IBOT,
+    "ibot-separate": IBOT._replace(sets=("cls", "patch")),
+    "ibot-vmf": IBOT,
+    "esvit": Facts({"cls", "region"}, {"center", "center_region"}, ("cls", "region"), ("cls", "region")),
+    "wessl": Facts(
+        {"cls"}, {"center", "center_head2", "center_head3"}, ("cls", "head2", "head3"), ("cls", "head2", "head3")
+    ),
+}
 
 
 def parameters(module):
@@ -19,7 +43,7 @@ def parameters(module):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_cell(method, kind):
-    c = small(method, kind)
+    c, facts = small(method, kind), FACTS[method]
     steps = Steps(c)
     state, start = steps.state, steps.snapshot()
     done = [steps.take() for _ in range(2)]
@@ -29,10 +53,10 @@ def test_cell(method, kind):
 
     # The loss: every term by name, regularisers beside it.
     names = state.parts.names()
-    assert names == (["cls", "patch"] if method == "ibot-separate" else ["cls"])
+    assert tuple(names) == facts.sets
     regularisers = {f"regulariser/{name}" for name in names} if kind == "koleo" else set()
     for d in done:
-        assert d.terms.keys() == TERMS[c.method.name] | regularisers
+        assert d.terms.keys() == facts.terms | regularisers
         assert all(math.isfinite(term) for term in d.terms.values())
         assert d.loss == pytest.approx(sum(v for n, v in d.terms.items() if n not in regularisers), abs=1e-5)
 
@@ -51,7 +75,7 @@ def test_cell(method, kind):
 
     # The encoder learns, head by head.
     now, then = parameters(state.student), parameters(start.student)
-    assert {n.split(".")[1] for n in now if n.startswith("heads.")} == {"cls"}
+    assert {n.split(".")[1] for n in now if n.startswith("heads.")} == set(facts.heads)
     still = {n for n in now if torch.equal(now[n], then[n])}
     assert not still, f"these never learn: {sorted(still)}"
 
@@ -75,9 +99,7 @@ def test_cell(method, kind):
     for name, tensor in state.memory.items():
         changes = centred if name.startswith("center") else True
         assert torch.equal(tensor, start.memory[name]) != changes, name
-    assert state.memory.keys() == {
-        "dino": {"center"}, "swav": {"queue", "filled"}, "carp": set(), "ibot": {"center", "center_patch"},
-    }[c.method.name]  # fmt: skip
+    assert state.memory.keys() == facts.memory
 
 
 @pytest.mark.parametrize("method", ["dino-vmf", "ibot-vmf"])

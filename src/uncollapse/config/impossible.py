@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uncollapse.config.methods import OWN_TARGETS
+from uncollapse.config.methods import CENTRED
 from uncollapse.config.schema import Config, targets_of
 
 
@@ -61,7 +61,7 @@ def meaningless(config: Config) -> list[tuple[str, str]]:
     problems = []
     if targets_of(config) == "posterior" and not protos.kind.startswith("decoupled"):
         problems.append(("prototypes.targets", f"only a mixture has a posterior, {protos.kind} has none"))
-    if protos.targets == "centred" and OWN_TARGETS[method] != "centred":
+    if protos.targets == "centred" and method not in CENTRED:
         problems.append(("prototypes.targets", f"{method} has no centre; take sinkhorn or softmax"))
     if protos.vmf and not config.head.normalise:
         problems.append(("prototypes.vmf", "a vMF density is over unit vectors; head.normalise must be true"))

@@ -63,9 +63,52 @@ class CARP:
     entropy_weight: Annotated[float, Field(ge=0)] = 1.0
 
 
-Method = Annotated[DINO | IBOT | SwAV | CARP, Field(discriminator="name")]
-METHODS: dict[str, type[DINO | IBOT | SwAV | CARP]] = {"dino": DINO, "ibot": IBOT, "swav": SwAV, "carp": CARP}
-OWN_TARGETS: dict[str, Targets] = {"dino": "centred", "ibot": "centred", "swav": "sinkhorn", "carp": "softmax"}
+@dataclass(frozen=True)
+class ESVIT:
+    """Li et al. 2022."""
+
+    name: Literal["esvit"] = "esvit"
+    center: Literal["logits", "probabilities"] = "logits"
+    region_weight: _Share = 0.5
+    """Of the regions' term; the views' term has the rest. The released code has a half of each."""
+
+
+@dataclass(frozen=True)
+class WESSL:
+    """Ruan et al. 2023, over DINO; the numbers are those of its ViT-S/16 with 16 heads (Table 7)."""
+
+    name: Literal["wessl"] = "wessl"
+    center: Literal["logits", "probabilities"] = "logits"
+    heads: Annotated[int, Field(ge=1, le=64)] = 16
+    """Projection heads, each with prototypes of its own."""
+    weighting: Literal["entropy", "probability", "uniform"] = "entropy"
+    """How much each head counts for an image: the paper's ENT, PROB and UNIF."""
+    gamma: Annotated[float, Field(gt=0, le=1e30)] = 0.05
+    """Temperature of the weights by entropy, in units of ln K."""
+    gamma_start: Annotated[float, Field(gt=0, le=1e30)] = 0.5
+    """Its first value; it goes to ``gamma`` epoch by epoch."""
+    gamma_epochs: Annotated[int, Field(ge=0)] = 30
+
+
+Method = Annotated[DINO | IBOT | ESVIT | WESSL | SwAV | CARP, Field(discriminator="name")]
+METHODS: dict[str, type[DINO | IBOT | ESVIT | WESSL | SwAV | CARP]] = {
+    "dino": DINO,
+    "ibot": IBOT,
+    "esvit": ESVIT,
+    "wessl": WESSL,
+    "swav": SwAV,
+    "carp": CARP,
+}
+OWN_TARGETS: dict[str, Targets] = {
+    "dino": "centred",
+    "ibot": "centred",
+    "esvit": "centred",
+    "wessl": "sinkhorn",
+    "swav": "sinkhorn",
+    "carp": "softmax",
+}
+CENTRED = frozenset({"dino", "ibot", "esvit", "wessl"})
+"""Methods that have a centre to be asked for."""
 
 for _cls in METHODS.values():
     _cls.__pydantic_config__ = _strict  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from uncollapse.config.methods import DINO, OWN_TARGETS, Method
+from uncollapse.config.methods import DINO, OWN_TARGETS, WESSL, Method
 
 PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "fixed", "capi"]
 KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed", "capi")
@@ -293,6 +293,13 @@ def _own_targets(config: Config) -> TargetKind:
 def has_teacher(config: Config) -> bool:
     """Whether a network follows the student; SwAV's targets come from the student itself."""
     return config.method.name != "swav"
+
+
+def head_names(config: Config) -> tuple[str, ...]:
+    """The method's projection heads by the level that each projects; "cls" comes first."""
+    if isinstance(config.method, WESSL):
+        return ("cls", *(f"head{i}" for i in range(2, config.method.heads + 1)))
+    return ("cls", "region") if config.method.name == "esvit" else ("cls",)
 
 
 def centres_probabilities(config: Config) -> bool:

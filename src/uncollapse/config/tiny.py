@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from uncollapse.config.load import build_config, set_key
-from uncollapse.config.methods import CARP, DINO, IBOT, SwAV
+from uncollapse.config.methods import CARP, WESSL, Method, SwAV
 from uncollapse.config.schema import BackboneConfig, Config
 
 
@@ -54,12 +54,14 @@ def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
     return build_config(content, "--tiny")
 
 
-def _tiny_method(config: Config) -> DINO | IBOT | SwAV | CARP:
+def _tiny_method(config: Config) -> Method:
     method = config.method
     if isinstance(method, CARP):
         return replace(method, block=min(16, method.block))
     if isinstance(method, SwAV):
         return replace(method, queue=min(2 * min(32, config.run.batch), method.queue), queue_epoch=0.0)
+    if isinstance(method, WESSL):
+        return replace(method, heads=min(3, method.heads))
     return method
 
 
@@ -68,6 +70,11 @@ def _tiny_backbone(backbone: BackboneConfig) -> BackboneConfig:
     if backbone.name.startswith("vit_"):
         options = {"patch_size": 8, "img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2}
         return BackboneConfig("vit_tiny_patch16_224", backbone.drop_path, options)
+    if backbone.name.startswith("swin_"):
+        blocks = {"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 2]}
+        return BackboneConfig(
+            "swin_tiny_patch4_window7_224", backbone.drop_path, {"img_size": 32, "window_size": 2, **blocks}
+        )
     if backbone.name.startswith("resnet"):
         return BackboneConfig("resnet10t", 0.0, {})
     return backbone

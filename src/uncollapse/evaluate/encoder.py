@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.models.backbones import Conv3
 from uncollapse.models.tokens import is_vit, last_blocks
 
 BLOCKS = 4
@@ -118,10 +117,6 @@ class EvalEncoder:
         """(n, h, w, d): the last block's patch tokens after the final norm, or the last map of a CNN; else None."""
         if self.tokens:
             return last_blocks(self.module, x, 1)[0][1].unflatten(1, self._grid(x))
-        if isinstance(self.module, Conv3):
-            for layer in list(self.module)[:-2]:  # up to its pooling; a slice would be a Conv3 of its own
-                x = layer(x)
-            return x.permute(0, 2, 3, 1)
         if not hasattr(self.module, "forward_features"):
             if self.patch_tokens is None:
                 return None

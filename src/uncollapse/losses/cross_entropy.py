@@ -50,7 +50,8 @@ def fused_cross_entropy(
             gradient.
         temperature: the student's, above 0.
         pairing: ``(V, T)``, how much the pair of student view v and teacher view q counts; 0 or above.
-        row_weight: ``(n,)``, how much image i counts; 0 or above; no gradient.
+        row_weight: ``(n,)``, how much image i counts, or ``(n, T)``, how much it does with each teacher view; 0 or
+            above; no gradient.
         bias: ``(K,)``, finite, added after the temperature.
 
     Returns:
@@ -76,7 +77,8 @@ def fused_cross_entropy(
     parts = [None if x is None else x.detach().to(dtype) for x in parts]
     bias = None if bias is None else bias.to(dtype)
     # One student view for one teacher view shares nothing: summing errors row by row saves two products.
-    form = functools.partial(_sum_matched if tuple(pairing.shape) == (1, 1) else _sum_blocks, rule)
+    matched = tuple(pairing.shape) == (1, 1) and row_weight.ndim == 1
+    form = functools.partial(_sum_matched if matched else _sum_blocks, rule)
     loss: Tensor = with_gradient(form, (z.to(dtype), weight.to(dtype), bias), parts)
     return loss
 
@@ -102,7 +104,7 @@ def _check(
     count = len(first) if soft else len(parts)
     rows, k = (first.shape[1], len(parts[1])) if soft and parts[1] is not None else tuple(first.shape)
     wanted = ((views, count), (n,), n, len(weight), dim)
-    got = (tuple(pairing.shape), tuple(row_weight.shape), rows, k, weight.shape[1])
+    got = (tuple(pairing.shape), tuple(row_weight.shape[:1]), rows, k, weight.shape[1])
     if wanted != got:
         names = ("pairing", "row_weight", "images of the targets", "prototypes of the targets", "length of a prototype")
         wrong = [f"{name} is {g}, not {w}" for name, g, w in zip(names, got, wanted, strict=True) if g != w]
@@ -110,6 +112,7 @@ def _check(
     if not soft and (odd := [tuple(t.shape) for t in parts if t is not None and t.shape != (n, len(weight))]):
         raise ValueError(f"targets must be {(n, len(weight))} each, images by prototypes; one is {odd[0]}")
     has_shape(bias, (len(weight),), "bias")
+    has_shape(row_weight if row_weight.ndim > 1 else None, (n, count), "row_weight")
     usable_weights(pairing, "pairing")
     usable_weights(row_weight, "row_weight")
 
@@ -141,7 +144,7 @@ def _sum_blocks(
     partner = (pairing.T @ x).view(n * count, dim)
     pulled = x.new_empty(n * count, dim)
     mass = x.new_ones(n * count)
-    weights_t = image_weight.repeat_interleave(count)
+    weights_t = image_weight.repeat_interleave(count) if image_weight.ndim == 1 else image_weight.reshape(-1)
     times = pairing.sum(0).repeat(n)
     shared = torch.zeros((), dtype=torch.float64, device=x.device)
     for rows, t, factor in _target_blocks(rule, parts, x, buffer):
@@ -163,7 +166,10 @@ def _sum_blocks(
 
     # The student's side: Σ a mass log Σ exp s.
     x = x.view(n * views, dim)
-    weights_s = (image_weight.unsqueeze(1) * (mass.view(n, count) @ pairing.T)).view(-1)
+    if image_weight.ndim == 1:
+        weights_s = (image_weight.unsqueeze(1) * (mass.view(n, count) @ pairing.T)).view(-1)
+    else:
+        weights_s = ((image_weight * mass.view(n, count)) @ pairing.T).view(-1)
     loss = torch.zeros_like(shared)
     for rows in _slices(n * views, len(buffer)):
         p, log_sum, factor = _exponentials(x[rows], weight, bias, rule.temperature, buffer)

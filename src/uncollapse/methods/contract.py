@@ -12,7 +12,7 @@ heads by set. ``c`` is the run's `Config`; what a method has of its own is in ``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import NamedTuple, Protocol, cast
 
@@ -61,13 +61,16 @@ class Seen:
     """What one side made of a batch, float32."""
 
     z: dict[str, Tensor]
-    """Level → ``(V, n, D)`` for V views of every image, or ``(M, D)`` for M tokens."""
+    """Level → ``(V, n, D)`` for V views of every image, ``(V, n, T, D)`` for the T regions of each, or ``(M, D)`` for M
+    tokens."""
     weight: dict[str, Tensor] = field(default_factory=dict)
     """Level → ``(M,)``: how much each token counts in the loss."""
     image: dict[str, Tensor] = field(default_factory=dict)
     """Level → ``(M,)`` int64: the image that each token is of."""
     mean: dict[str, Tensor] = field(default_factory=dict)
     """Level → ``(D,)``: mean over tokens that ``z`` leaves out too, where the method needs it."""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """Level → ``(V, n, ..., d)``: the encoder's own features, of this process's images, where the method needs them."""
 
 
 class At(NamedTuple):
@@ -140,10 +143,11 @@ def method_of(c: Config) -> Method:
 
 def part_of(targets: SoftmaxTargets, images: slice, image: Tensor | None) -> SoftmaxTargets:
     """The targets of some images; ``image (M,)`` says which image each row is of, where rows are tokens."""
-    if targets.z.ndim == 3:
+    features = None if targets.features is None else targets.features[:, images]
+    if targets.z.ndim > 2:
         rows = targets.z[:, images]
     else:
         assert image is not None
         first, stop, _ = images.indices(1 << 62)
         rows = targets.z[(image >= first) & (image < stop)]
-    return SoftmaxTargets(rows, targets.weight, targets.temperature, targets.bias)
+    return replace(targets, z=rows, features=features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from uncollapse.config.schema import BackboneConfig
 from uncollapse.errors import ConfigError
@@ -25,6 +25,18 @@ class Conv3(nn.Sequential):
             conv = nn.Conv2d(channels[i], channels[i + 1], 3, stride=2, padding=1, bias=False)
             self.extend([conv, nn.BatchNorm2d(channels[i + 1]), nn.ReLU(inplace=True)])
         self.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map ``(n, 4·width, h, w)``, as timm's models call it."""
+        for layer in list(self)[:-2]:  # a slice would be a Conv3 of its own
+            x = layer(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """A map to its feature vector ``(n, 4·width)``; there is no classifier to leave out."""
+        for layer in list(self)[-2:]:
+            x = layer(x)
+        return x
 
 
 _NOT_OF_MODELS = frozenset(
@@ -49,7 +61,7 @@ def build_backbone(config: BackboneConfig, drop_path: bool = True) -> tuple[nn.M
 
     ``drop_path=False`` builds the teacher's copy, which has no stochastic depth. Vision transformers take
     every view size: timm resizes their position embedding bicubically with antialiasing, the released codes of DINO and
-    iBOT without.
+    iBOT without. So do Swin transformers, whose windows pad what they do not divide.
 
     Raises:
         ConfigError: an unknown model, or options that it does not take.
@@ -70,6 +82,9 @@ def build_backbone(config: BackboneConfig, drop_path: bool = True) -> tuple[nn.M
     options: dict[str, Any] = dict(config.options)
     if "vit" in config.name or "deit" in config.name:
         options.setdefault("dynamic_img_size", True)
+    if config.name.startswith("swin"):
+        options.setdefault("strict_img_size", False)
+        options["drop_path_rate"] = 0.0  # timm's own default is another
     if config.drop_path and drop_path:
         options["drop_path_rate"] = config.drop_path
     try:

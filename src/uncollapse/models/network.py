@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from uncollapse.config.schema import Config
+from uncollapse.config.schema import Config, head_names
+from uncollapse.errors import ConfigError
 from uncollapse.models.backbones import build_backbone
 from uncollapse.models.drop_path import keyed
 from uncollapse.models.heads import ProjectionHead
-from uncollapse.models.tokens import MaskedViT, patches_of
+from uncollapse.models.tokens import MaskedViT, has_regions, patches_of, regions
 
 
 class Projected(NamedTuple):
@@ -24,12 +25,23 @@ class Projected(NamedTuple):
     """``(M, D)``: of the patches that were asked for, view by view, image by image; None where none were."""
     patch_mean: Tensor | None
     """``(D,)``: mean over all patches of these views, where it was asked for."""
+    others: dict[str, Tensor] = {}  # noqa: RUF012 - nothing writes to it
+    """Head → ``(V, n, D)``: of every view by the further heads over class tokens."""
+    region: list[Tensor] | None = None
+    """For each view ``(n, T, D)``: of its regions, where there is a head for them; T goes with the view's size."""
+    region_features: list[Tensor] | None = None
+    """The same before the head, ``(n, T, d)``, without gradient."""
+
+
+OF_TOKENS = ("patch", "region")
+"""Heads that see tokens or regions; every other sees class tokens, or what takes their place."""
 
 
 class Encoder(nn.Module):
     """Backbone and projection heads in one module, so that data-parallel wrappers see one ``forward``.
 
-    ``heads`` by name; "cls", which class and patch tokens share, is always there.
+    ``heads`` by name; "cls" is always there, and patches share it. "region", where there is one, sees the regions of
+    every view; heads of any other name see class tokens as well.
     """
 
     def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]) -> None:
@@ -69,11 +81,16 @@ class Encoder(nn.Module):
             groups.setdefault(view.shape[-1], []).append(i)
         parts: list[Tensor] = [views[0]] * len(views)
         patches: list[Tensor | None] = [None] * len(views)
+        places: list[Tensor] = [views[0]] * len(views)
         for group in groups.values():
             for drop in self.drops:
                 drop.keys = None if keys is None else keys[group].flatten()
             stacked = _stack([views[i] for i in group])
-            if read is None or group[0] >= len(read):
+            if "region" in self.heads:
+                features, found = regions(self.backbone, stacked)
+                for i, part in zip(group, found.chunk(len(group)), strict=True):
+                    places[i] = part
+            elif read is None or group[0] >= len(read):
                 features = self.backbone(stacked)
             else:
                 mask = read[group].flatten(0, 1)
@@ -82,14 +99,29 @@ class Encoder(nn.Module):
                     patches[i] = part
             for i, part in zip(group, features.chunk(len(group)), strict=True):
                 parts[i] = part
-        cls = self.head(_stack(parts)).unflatten(0, (len(views), -1))
+        features = _stack(parts)
+        by_head = {
+            name: head(features).unflatten(0, (len(views), -1))
+            for name, head in self.heads.items()
+            if name not in OF_TOKENS
+        }
+        cls = by_head.pop("cls")
+        if "region" in self.heads:
+            return Projected(cls, None, None, by_head, *self._of_regions(places))
         if read is None:
-            return Projected(cls, None, None)
+            return Projected(cls, None, None, by_head)
         seen = torch.stack([t for t in patches if t is not None])
         if not mean:
-            return Projected(cls, self.head(seen[read]), None)
+            return Projected(cls, self.head(seen[read]), None, by_head)
         everything = self.head(seen.flatten(0, 2)).unflatten(0, read.shape)
-        return Projected(cls, everything[read], everything.mean((0, 1, 2)))
+        return Projected(cls, everything[read], everything.mean((0, 1, 2)), by_head)
+
+    def _of_regions(self, places: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Projections of the regions ``(n, T, d)`` of each view, by one call of their head; and the regions."""
+        z = self.heads["region"](torch.cat([p.flatten(0, 1) for p in places]))
+        rows = z.split([p.shape[:2].numel() for p in places])
+        projected = [r.unflatten(0, p.shape[:2]) for r, p in zip(rows, places, strict=True)]
+        return projected, [p.detach().float() for p in places]
 
     def _backbone_tokens(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         backbone: Any = self.backbone
@@ -111,14 +143,22 @@ def build_encoder(config: Config, drop_path: bool) -> Encoder:
     """Backbone and heads started from the seed alone: equal in every arm and on every rank.
 
     Raises:
-        ConfigError: a backbone that cannot be built, or one without patch tokens where the method needs them.
+        ConfigError: a backbone that cannot be built, or one without the tokens that the method needs.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone, features = build_backbone(config.backbone, drop_path)
         c = config.head
-        head = ProjectionHead(features, c.hidden, c.bottleneck, c.layers, c.batch_norm, c.normalise, c.activation)
+        heads = {
+            name: ProjectionHead(features, c.hidden, c.bottleneck, c.layers, c.batch_norm, c.normalise, c.activation)
+            for name in head_names(config)
+        }
+        if "region" in heads and not has_regions(backbone):
+            raise ConfigError(
+                f"backbone.name: {config.backbone.name} gives no regions, which {config.method.name} needs; "
+                "take a swin_*, a resnet* or a vit_*"
+            )
         if config.method.name == "ibot":
             patches_of(backbone, config.views.global_size)  # refuses what has no patches to hide
             backbone = MaskedViT(backbone)  # type: ignore[arg-type]
-        return Encoder(backbone, {"cls": head})
+        return Encoder(backbone, heads)

@@ -1,4 +1,5 @@
-"""Class and patch tokens of a backbone: the one reader of them, in training, from checkpoints and in evaluation.
+"""Class and patch tokens and regions of a backbone: the one reader of them, in training, from checkpoints and in
+evaluation.
 
 ``vit`` is a transformer as timm builds them; all tokens are those after its final norm.
 """
@@ -60,14 +61,35 @@ def tokens(vit: Any, x: Tensor, mask: Tensor | None = None, stand_in: Tensor | N
     """
     if mask is None or stand_in is None:
         x = vit.forward_features(x)
-        if x.ndim == 4:  # (n, rows, columns, d), as of Swin: nothing but patches
-            x = x.flatten(1, 2)
+        if x.ndim == 4:  # nothing but patches
+            x = _in_a_row(vit, x)
             return x, x
     else:
         x = vit.patch_embed(x)  # (n, rows, columns, d) where sizes may vary, else (n, T, d)
         x = torch.where(mask.view(*x.shape[:-1], 1), stand_in.to(x.dtype), x)
         x = vit.norm(vit.blocks(vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))))
     return x, x[:, vit.num_prefix_tokens :]
+
+
+def regions(backbone: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Feature vectors ``(n, d)`` of images, as the backbone gives them, and their regions ``(n, T, d)``.
+
+    Regions are what the feature is made of: places of the last map of a CNN or a Swin transformer, patches of a ViT.
+    """
+    model: Any = plain(backbone)
+    last = model.forward_features(x)
+    places = _in_a_row(model, last) if last.ndim == 4 else last[:, model.num_prefix_tokens :]
+    return model.forward_head(last, pre_logits=True), places
+
+
+def has_regions(backbone: nn.Module) -> bool:
+    """Whether `regions` can read it."""
+    return hasattr(plain(backbone), "forward_features") and hasattr(plain(backbone), "forward_head")
+
+
+def _in_a_row(model: nn.Module, map_: Tensor) -> Tensor:
+    """The places of a map as tokens (n, T, d); its channels come last in Swin, second in a CNN."""
+    return map_.flatten(1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else map_.flatten(2).transpose(1, 2)
 
 
 def last_blocks(vit: Any, x: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:

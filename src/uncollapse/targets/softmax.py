@@ -20,10 +20,12 @@ class SoftmaxTargets:
     offsets, a vMF model one of log-normalisers. No gradient reaches any of the parts.
 
     Attributes:
-        z: ``(T, n, D)`` for T teacher views, ``(M, D)`` for M patches; the teacher's projections.
+        z: ``(T, n, D)`` for T teacher views, ``(T, n, R, D)`` for R regions of each, ``(M, D)`` for M patches; the
+            teacher's projections.
         weight: ``(K, D)``, the teacher's prototypes.
         temperature: the teacher's, above 0.
         bias: ``(K,)``, added after the division by the temperature; -inf rules a prototype out.
+        features: ``(T, n, ..., d)``, what the encoder made of the same views, where the method matches by it.
 
     Raises:
         ValueError: a temperature that is not above 0, or shapes that do not fit.
@@ -33,6 +35,7 @@ class SoftmaxTargets:
     weight: Tensor
     temperature: float
     bias: Tensor | None = None
+    features: Tensor | None = None
 
     def __post_init__(self) -> None:
         above_zero(self.temperature, "the targets' temperature")
@@ -63,6 +66,13 @@ def entropies(targets: SoftmaxTargets) -> tuple[float, float]:
         total += torch.special.entr(p).sum()
         mean += p.sum(0)
     return float(total / n), float(torch.special.entr(mean / n).sum())
+
+
+@torch.no_grad()
+def row_entropies(targets: SoftmaxTargets) -> Tensor:
+    """The entropy of every row in nats, of the shape of ``targets.z`` without its last dimension; in blocks of rows."""
+    each = torch.cat([torch.special.entr(p).sum(-1) for p in targets.blocks()])
+    return each.view(targets.z.shape[:-1])
 
 
 @torch.no_grad()

@@ -71,12 +71,13 @@ class Stepper:
             self.check_finite(z, "the teacher's projections", step)
         sets = state.by_name
         for name, prototypes in sets.items():
-            prototypes.observe(*_observed(everyone, state.parts.levels(name), at.progress))
+            prototypes.observe(*_observed(everyone, state.parts.levels(name), at.progress, 2 * config.run.batch))
         targets = method.assign(config, teacher, sets, state.memory, at)
         watch.lap("prototypes")
         for name, monitor in state.monitors.items():
             z = everyone.z[state.parts.levels(name)[0]]
-            monitor.observe_projections(z[0] if z.ndim == 3 else z, sets[name].vectors("teacher"))
+            first = z[0].flatten(0, -2) if z.ndim > 2 else z
+            monitor.observe_projections(first, sets[name].vectors("teacher"))
         watch.lap("diagnosis")
         self.optimizer.zero_grad()
         terms: dict[str, Tensor] = {}
@@ -205,13 +206,17 @@ class Stepper:
             group["weight_decay"] = 0.0 if group["role"] == "plain" else decay if fixed is None else fixed
 
 
-def _observed(everyone: Seen, levels: list[str], progress: float) -> tuple[Tensor, float, Tensor | None]:
-    """Rows of all levels that share a set, the share of training done, and how much each row counts: levels alike."""
-    first = everyone.z[levels[0]].flatten(0, -2)
-    if len(levels) == 1:
-        return first, progress, None
-    rows = [everyone.z[level].flatten(0, -2) for level in levels]
-    weights = [torch.full((len(z),), len(first) / max(1, len(z)), device=z.device) for z in rows]
+def _observed(everyone: Seen, levels: list[str], progress: float, fair: int) -> tuple[Tensor, float, Tensor | None]:
+    """Rows of all levels that share a set, the share of training done, and how much each row counts.
+
+    Levels count alike, and tokens together as much as ``fair`` rows, the two global views of the batch: what the
+    mixture's memory is counted in.
+    """
+    z = [everyone.z[level] for level in levels]
+    rows = [of.flatten(0, -2) for of in z]
+    if len(levels) == 1 and z[0].ndim == 3:
+        return rows[0], progress, None
+    weights = [torch.full((len(r),), fair / max(1, len(r)), device=r.device) for r in rows]
     return torch.cat(rows), progress, torch.cat(weights)
 
 
@@ -221,7 +226,7 @@ def _of_all_ranks(seen: Seen) -> Seen:
     if group is None:
         return seen
     z = {
-        name: gather_rows(z.transpose(0, 1), group).transpose(0, 1) if z.ndim == 3 else gather_ragged(z, group)
+        name: gather_rows(z.transpose(0, 1), group).transpose(0, 1) if z.ndim > 2 else gather_ragged(z, group)
         for name, z in seen.z.items()
     }
     ranks = torch.distributed.get_world_size(group)
@@ -234,12 +239,13 @@ def _joined(seen: list[Seen], parts: list[slice]) -> Seen:
 
     def cat(name: str) -> Tensor:
         tensors = [s.z[name] for s in seen]
-        return torch.cat(tensors, dim=1 if tensors[0].ndim == 3 else 0)
+        return torch.cat(tensors, dim=1 if tensors[0].ndim > 2 else 0)
 
     image = {n: torch.cat([s.image[n] + p.start for s, p in zip(seen, parts, strict=True)]) for n in seen[0].image}
     weight = {n: torch.cat([s.weight[n] for s in seen]) for n in seen[0].weight}
     mean = {n: torch.stack([s.mean[n] for s in seen]).mean(0) for n in seen[0].mean}
-    return Seen({name: cat(name) for name in seen[0].z}, weight, image, mean)
+    features = {n: torch.cat([s.features[n] for s in seen], dim=1) for n in seen[0].features}
+    return Seen({name: cat(name) for name in seen[0].z}, weight, image, mean, features)
 
 
 def _synchronise(encoder: nn.Module, device: torch.device) -> None:
