@@ -34,6 +34,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ibot": ("ibot-vits16", {}),
     "ibot-separate": ("ibot-vits16", {"method.shared": False}),
     "ibot-vmf": ("ibot-vmf-vits16", {}),
+    "dinov2": ("dinov2-vitl16", {"method.koleo_images": 8}),
+    "dinov2-separate": ("dinov2-vitl16", {"method.shared": False, "method.patch_bottleneck": 24}),
     "esvit": ("esvit-swint7", {}),
     "wessl": ("wessl-vits16", {}),
 }
@@ -75,7 +77,8 @@ def batch_of(config: Config, state: TrainState, step: int) -> Batch:
     masks = {}
     if state.parts.hide is not None:
         patches = patches_of(state.student.backbone, config.views.global_size)
-        masks["global"] = crop_masks(patches, 2, *state.parts.hide, config.seed, step, positions)
+        evenly = config.run.batch if state.parts.hide_evenly else None
+        masks["global"] = crop_masks(patches, 2, *state.parts.hide, config.seed, step, positions, evenly)
     return Batch(groups, masks, row_keys(config.seed, step, torch.tensor(positions), len(views)))
 
 

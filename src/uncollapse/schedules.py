@@ -22,7 +22,7 @@ def linear(step: int, total: int, start: float, end: float) -> float:
     return start + (end - start) * min(step, total) / total
 
 
-def linear_epochs(epoch: int, start: float, end: float, warmup_epochs: int) -> float:
+def linear_epochs(epoch: int, start: float, end: float, warmup_epochs: float) -> float:
     """DINO's teacher temperature: constant within an epoch, ``end`` from the last warm-up epoch on."""
     if epoch >= warmup_epochs - 1:
         return start if warmup_epochs == 1 and epoch == 0 else end

@@ -21,6 +21,7 @@ class Facts(NamedTuple):
 
 
 DINO, IBOT = Facts({"cls"}, {"center"}), Facts({"cls", "patch"}, {"center", "center_patch"})
+DINOV2 = IBOT._replace(terms={"cls", "patch", "koleo"})
 FACTS = {
     "dino": DINO,
     "dino-vmf": DINO,
@@ -29,6 +30,8 @@ FACTS = {
     "ibot": IBOT,
     "ibot-separate": IBOT._replace(sets=("cls", "patch")),
     "ibot-vmf": IBOT,
+    "dinov2": DINOV2,
+    "dinov2-separate": DINOV2._replace(sets=("cls", "patch"), heads=("cls", "patch")),
     "esvit": Facts({"cls", "region"}, {"center", "center_region"}, ("cls", "region"), ("cls", "region")),
     "wessl": Facts(
         {"cls"}, {"center", "center_head2", "center_head3"}, ("cls", "head2", "head3"), ("cls", "head2", "head3")

@@ -2,17 +2,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from made_tokens import LOCALS, D, K, Made, N
 from steps import Steps, batch_of, small
 from uncollapse.config.load import load_config
 from uncollapse.config.schema import KINDS
 from uncollapse.methods import ibot
-from uncollapse.methods.contract import At, Batch
-from uncollapse.models.network import Projected
-from uncollapse.prototypes.sets import JointPrototypes
+from uncollapse.methods.contract import At
 
-N, D, K, P, LOCALS = 5, 6, 9, 7, 2
 SGD = {"optim.name": "sgd", "optim.lr": 1.0, "optim.lr_batch": 16, "optim.weight_decay_end": 0.0}
 START = At(0, 0.0, 0.0, 0, None)
 
@@ -21,43 +18,6 @@ def config(shared, **keys):
     few = {"prototypes.count": K, "head.bottleneck": D, "run.batch": N, "method.shared": shared}
     temperatures = {"teacher.temperature_start": 0.05, "method.patch_temperature_start": 0.06}
     return load_config("ibot-vits16", {**few, **temperatures, **keys})
-
-
-class Made:
-    """Tokens of every patch of every view, as a network would give them, sets, centres and ragged masks."""
-
-    def __init__(self, shared, hidden=True):
-        g = torch.Generator().manual_seed(0)
-
-        def unit(*shape):
-            return F.normalize(torch.randn(*shape, D, generator=g, dtype=torch.float64), dim=-1)
-
-        self.student, self.teacher = unit(2 + LOCALS, N).requires_grad_(), unit(2, N)
-        self.student_patches, self.teacher_patches = unit(2, N, P).requires_grad_(), unit(2, N, P)
-        self.mask = torch.rand(2, N, P, generator=g) < 0.4
-        self.mask[0, 1] = False  # a crop without a mask
-        self.mask[1, 2] = True  # and one hidden altogether
-        self.mask &= hidden
-        names = ["cls"] if shared else ["cls", "patch"]
-        self.sets = {name: JointPrototypes(K, D, True, 0.0, g).double() for name in names}
-        for prototypes in self.sets.values():
-            prototypes.teacher_v.normal_(generator=g)
-        self.memory = {n: 0.1 * torch.randn(K, generator=g, dtype=torch.float64) for n in ("center", "center_patch")}
-        images = torch.zeros(N, 3, 1, 1)
-        views = {"global": [images] * 2, "local": [images] * LOCALS}
-        self.batch = Batch(views, {"global": self.mask}, torch.zeros(2 + LOCALS, N, dtype=torch.long))
-
-    def net(self, views, keys=None, read=None, hide=False, mean=False):
-        student = len(views) > 2
-        assert hide == student, "patches are hidden from the student alone"
-        patches = self.student_patches if student else self.teacher_patches
-        average = patches.mean((0, 1, 2)) if mean else None
-        return Projected(self.student if student else self.teacher, patches[read], average)
-
-    def weights(self, name, side):
-        prototypes = self.sets[name]
-        v, g = (getattr(prototypes, f"{side}_{x}") for x in "vg")
-        return v / v.norm(dim=1, keepdim=True) * g
 
 
 def found_by_the_method(c, made):

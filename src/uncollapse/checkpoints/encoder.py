@@ -93,15 +93,15 @@ def rebuild_encoder(loaded: Any, tensors: Mapping[str, Tensor], s: PrototypeSet,
 
 def _own(loaded: Any, s: PrototypeSet, where: str) -> Rebuilt:
     encoder, config = own_encoder(loaded, "student" if s.side == "student" else "teacher", where)
-    backbone, head = own_parts(encoder)
     tokens = s.name in PATCHES
+    backbone, head = own_parts(encoder, s.name)
     size, described = config.views.global_size, config.backbone.name
     return Rebuilt(PatchTokens(backbone) if tokens else backbone, head, size, config, described, tokens)
 
 
-def own_parts(encoder: Encoder) -> tuple[nn.Module, nn.Module]:
-    """Backbone and head of one of our encoders as `Rebuilt` has them: a plain backbone, and unit projections."""
-    head = encoder.head
+def own_parts(encoder: Encoder, level: str = "cls") -> tuple[nn.Module, nn.Module]:
+    """Backbone and a level's head of one of our encoders as `Rebuilt` has them: plain, and with unit projections."""
+    head = encoder.head_of(level)
     return plain(encoder.backbone), head if getattr(head, "normalise", True) else nn.Sequential(head, Unit())
 
 

@@ -56,9 +56,11 @@ def start_from(encoder: Encoder, file: str) -> list[str]:
     lines += [f"started     {len(fits)} of {len(wanted)} tensors of the backbone from {name}, under {shown(prefix)!r}"]
     if missing:
         lines.append(f"not there   {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; these start at random")
-    if head := _head(tensors, prefix, encoder.head):
-        _put(encoder.head, head, name)
-        lines.append(f"started     the projection head too ({len(head)} tensors)")
+    for level, own in encoder.heads.items():
+        if head := _head(tensors, prefix, own, level):
+            _put(own, head, name)
+            which = "" if level == "cls" else f" of {level}"
+            lines.append(f"started     the projection head{which} too ({len(head)} tensors)")
     return lines
 
 
@@ -91,13 +93,13 @@ def _fitted(tensor: Tensor, name: str, backbone: nn.Module) -> Tensor:
     return resized
 
 
-def _head(tensors: Mapping[str, Tensor], prefix: str, head: nn.Module) -> dict[str, Tensor]:
+def _head(tensors: Mapping[str, Tensor], prefix: str, head: nn.Module, level: str) -> dict[str, Tensor]:
     """The tensors of the same projection head beside the backbone, all of them or none."""
     root = prefix.removesuffix("vit.").removesuffix("backbone.")
     if not prefix.endswith(("backbone.", "backbone.vit.")):
         return {}
-    beside = f"{root}heads.cls."
-    if not any(name.startswith(beside) for name in tensors):
+    beside = f"{root}heads.{level}."
+    if level == "cls" and not any(name.startswith(beside) for name in tensors):
         beside = f"{root}head."
     wanted = {n: t for n, t in head.state_dict().items() if not n.endswith(COUNTERS)}
     found = {n: tensors[beside + n] for n in wanted if beside + n in tensors}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uncollapse.config.methods import CENTRED
+from uncollapse.config.methods import CENTRED, IBOT, DINOv2
 from uncollapse.config.schema import Config, targets_of
 
 
@@ -43,12 +43,19 @@ def impossible(config: Config) -> list[tuple[str, str]]:
     if method.name in ("swav", "carp") and run.accumulate > 1:
         why = {"swav": "SwAV's codes come", "carp": "CARP's entropy comes"}[method.name]
         problems.append(("run.accumulate", f"must be 1: {why} from the whole batch's student at once"))
-    if method.name == "ibot" and method.mask_ratio[0] > method.mask_ratio[1]:
-        problems.append(("method.mask_ratio", "the first number must not exceed the second"))
-    if method.name == "ibot" and not config.backbone.name.startswith(("vit_", "deit")):
-        problems.append(
-            ("backbone.name", f"iBOT hides patches, which {config.backbone.name} does not have; take a vit_*")
-        )
+    if isinstance(method, IBOT | DINOv2):
+        label, name = {"ibot": "iBOT", "dinov2": "DINOv2"}[method.name], config.backbone.name
+        if method.mask_ratio[0] > method.mask_ratio[1]:
+            problems.append(("method.mask_ratio", "the first number must not exceed the second"))
+        if not name.startswith(("vit_", "deit")):
+            problems.append(("backbone.name", f"{label} hides patches, which {name} does not have; take a vit_*"))
+        if config.backbone.options.get("patch_drop_rate"):
+            why = f"patch_drop_rate drops patches whose targets {label} needs; it hides patches of its own"
+            problems.append(("backbone.options", f"{why} (method.masked_crops)"))
+    if isinstance(method, DINOv2) and method.shared and method.patch_bottleneck is not None:
+        problems.append(("method.patch_bottleneck", "patches have a head of their own only with method.shared false"))
+    if isinstance(method, DINOv2) and method.koleo_weight and run.batch // run.accumulate < 2:
+        problems.append(("method.koleo_weight", "KoLeo compares images with one another; a part needs at least two"))
     return problems
 
 

@@ -41,6 +41,27 @@ class IBOT:
 
 
 @dataclass(frozen=True)
+class DINOv2:
+    """Oquab et al. 2023; the numbers are its released code's for ViT-L/16 on ImageNet-1K."""
+
+    name: Literal["dinov2"] = "dinov2"
+    shared: bool = True
+    """Whether class and patch tokens share one head and its prototypes; else each has an MLP and prototypes of its
+    own."""
+    patch_bottleneck: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    """Length of the patches' projections with a head of their own; null: ``head.bottleneck``."""
+    patch_weight: Annotated[float, Field(ge=0)] = 1.0
+    masked_crops: _Share = 0.5
+    """Share of a batch's global crops of which some patches are hidden from the student: exactly this one."""
+    mask_ratio: tuple[_Share, _Share] = (0.1, 0.5)
+    """Shares of the patches that are hidden in these crops: spread evenly between the two."""
+    koleo_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Of KoLeo over the backbone's class features, for each of the two global crops."""
+    koleo_images: Annotated[int, Field(ge=2)] = 64
+    """Images whose features are compared with one another; in the released code, those of one GPU."""
+
+
+@dataclass(frozen=True)
 class SwAV:
     """Caron et al. 2020. It has no teacher: targets are the student's own projections of the global views."""
 
@@ -90,10 +111,11 @@ class WESSL:
     gamma_epochs: Annotated[int, Field(ge=0)] = 30
 
 
-Method = Annotated[DINO | IBOT | ESVIT | WESSL | SwAV | CARP, Field(discriminator="name")]
-METHODS: dict[str, type[DINO | IBOT | ESVIT | WESSL | SwAV | CARP]] = {
+Method = Annotated[DINO | IBOT | DINOv2 | ESVIT | WESSL | SwAV | CARP, Field(discriminator="name")]
+METHODS: dict[str, type[DINO | IBOT | DINOv2 | ESVIT | WESSL | SwAV | CARP]] = {
     "dino": DINO,
     "ibot": IBOT,
+    "dinov2": DINOv2,
     "esvit": ESVIT,
     "wessl": WESSL,
     "swav": SwAV,
@@ -102,12 +124,13 @@ METHODS: dict[str, type[DINO | IBOT | ESVIT | WESSL | SwAV | CARP]] = {
 OWN_TARGETS: dict[str, Targets] = {
     "dino": "centred",
     "ibot": "centred",
+    "dinov2": "centred",
     "esvit": "centred",
     "wessl": "sinkhorn",
     "swav": "sinkhorn",
     "carp": "softmax",
 }
-CENTRED = frozenset({"dino", "ibot", "esvit", "wessl"})
+CENTRED = frozenset({"dino", "ibot", "dinov2", "esvit", "wessl"})
 """Methods that have a centre to be asked for."""
 
 for _cls in METHODS.values():

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from uncollapse.config.methods import DINO, OWN_TARGETS, WESSL, Method
+from uncollapse.config.methods import DINO, OWN_TARGETS, WESSL, DINOv2, Method
 
 PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "fixed", "capi"]
 KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed", "capi")
@@ -179,7 +179,9 @@ class TeacherConfig:
     """How the momentum goes from the one to the other."""
     temperature: Above0 = 0.07
     temperature_start: Above0 = 0.04
-    temperature_warmup_epochs: Count = 30
+    temperature_warmup_epochs: Rate = 30
+    temperature_by: Literal["epoch", "step"] = "epoch"
+    """Whether the warm-up moves the temperature once an epoch (DINO, iBOT) or at every step (DINOv2)."""
     center_momentum: Unit = 0.9
     student_temperature: Above0 = 0.1
 
@@ -297,9 +299,23 @@ def has_teacher(config: Config) -> bool:
 
 def head_names(config: Config) -> tuple[str, ...]:
     """The method's projection heads by the level that each projects; "cls" comes first."""
-    if isinstance(config.method, WESSL):
-        return ("cls", *(f"head{i}" for i in range(2, config.method.heads + 1)))
-    return ("cls", "region") if config.method.name == "esvit" else ("cls",)
+    method = config.method
+    if isinstance(method, WESSL):
+        return ("cls", *(f"head{i}" for i in range(2, method.heads + 1)))
+    if isinstance(method, DINOv2) and not method.shared:
+        return ("cls", "patch")
+    return ("cls", "region") if method.name == "esvit" else ("cls",)
+
+
+def hides_patches(config: Config) -> bool:
+    """Whether a learned token stands in for some of the student's patches."""
+    return config.method.name in ("ibot", "dinov2")
+
+
+def bottleneck_of(config: Config, level: str) -> int:
+    """The length of a level's projections: the head's, or of a head of its own."""
+    own = getattr(config.method, "patch_bottleneck", None) if level == "patch" else None
+    return own or config.head.bottleneck
 
 
 def centres_probabilities(config: Config) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from uncollapse.config.load import build_config, set_key
-from uncollapse.config.methods import CARP, WESSL, Method, SwAV
+from uncollapse.config.methods import CARP, WESSL, DINOv2, Method, SwAV
 from uncollapse.config.schema import BackboneConfig, Config
 
 
@@ -56,6 +56,8 @@ def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
 
 def _tiny_method(config: Config) -> Method:
     method = config.method
+    if isinstance(method, DINOv2) and method.patch_bottleneck is not None:
+        return replace(method, patch_bottleneck=min(24, method.patch_bottleneck))
     if isinstance(method, CARP):
         return replace(method, block=min(16, method.block))
     if isinstance(method, SwAV):

@@ -14,16 +14,19 @@ _STREAM = 1 << 20
 """Keeps the masks' generator apart from the views'."""
 
 
-def block_mask(rows: int, columns: int, count: float, random: np.random.Generator) -> np.ndarray:
+def block_mask(
+    rows: int, columns: int, count: float, random: np.random.Generator, least: int | None = None
+) -> np.ndarray:
     """``(rows, columns)`` bool with at most ``count`` hidden patches, in rectangles (Bao et al. 2022, Algorithm 1).
 
     As iBOT's released code draws them: a block's area is uniform between ``(min(rows, columns) // 3)²`` and what is
     left, whichever of the two is larger, and its aspect ratio log-uniform in 0.3..1/0.3; it is taken where it hides at
     least one more patch and no more than are left, whether or not it overlaps another. Ten attempts at each block, and
-    no further one once all have failed, which mostly leaves a few patches less hidden than asked for.
+    no further one once all have failed, which mostly leaves a few patches less hidden than asked for. ``least`` stands
+    for the smallest area.
     """
     mask = np.zeros((rows, columns), dtype=bool)
-    hidden, least = 0, (min(rows, columns) // 3) ** 2
+    hidden, least = 0, (min(rows, columns) // 3) ** 2 if least is None else least
     while hidden < count:
         left, placed = count - hidden, 0
         for _ in range(ATTEMPTS):
@@ -46,18 +49,35 @@ def block_mask(rows: int, columns: int, count: float, random: np.random.Generato
 
 
 def crop_masks(
-    patches: int, views: int, share: float, ratio: tuple[float, float], seed: int, step: int, positions: list[int]
+    patches: int,
+    views: int,
+    share: float,
+    ratio: tuple[float, float],
+    seed: int,
+    step: int,
+    positions: list[int],
+    evenly: int | None = None,
 ) -> Tensor:
     """``(views, n, patches)`` bool, True where hidden; the crops at ``positions`` of the whole batch.
 
     Each crop is masked with probability ``share``, and then hides a share of its patches uniform in ``ratio``. A crop's
     mask depends on (seed, step, position, view) alone.
+
+    ``evenly``, the number of images in the whole batch, is DINOv2's way: ``share`` of all its crops, rounded down, is
+    masked, and their ratios lie one in each of as many equal parts of ``ratio``; blocks may be as small as 4 patches.
     """
     side = math.isqrt(patches)
     masks = np.zeros((views, len(positions), side, side), dtype=bool)
+    crops = views * (evenly or 0)
+    order = np.random.default_rng([seed, step, _STREAM]).permutation(crops).reshape(views, -1)
+    masked, (low, high) = int(crops * share), ratio
     for view in range(views):
         for i, position in enumerate(positions):
             random = np.random.default_rng([seed, step, position, view, _STREAM])
-            if random.random() < share:
-                masks[view, i] = block_mask(side, side, patches * random.uniform(*ratio), random)
+            if evenly is None:
+                if random.random() < share:
+                    masks[view, i] = block_mask(side, side, patches * random.uniform(*ratio), random)
+            elif (place := int(order[view, position])) < masked:
+                hidden = low + (high - low) * (place + random.random()) / masked
+                masks[view, i] = block_mask(side, side, int(patches * hidden), random, least=4)
     return torch.from_numpy(masks.reshape(views, len(positions), patches))

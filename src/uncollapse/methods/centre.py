@@ -17,9 +17,12 @@ CENTER = "center"
 
 
 def temperature_at(c: Config, at: At, start: float | None = None) -> float:
-    """The teacher's, constant within an epoch: a linear warm-up from ``start``, then ``teacher.temperature``."""
+    """The teacher's: a linear warm-up from ``start``, constant within an epoch or not, then ``teacher.temperature``."""
     t = c.teacher
     first = t.temperature_start if start is None else start
+    if t.temperature_by == "step":
+        share = min(1.0, at.epoch / t.temperature_warmup_epochs) if t.temperature_warmup_epochs else 1.0
+        return first + (t.temperature - first) * share
     return linear_epochs(int(at.epoch), first, t.temperature, t.temperature_warmup_epochs)
 
 

@@ -96,6 +96,8 @@ class Parts:
     """When the teacher follows: ``after`` the student's step, or ``before`` it."""
     hide: tuple[float, tuple[float, float]] | None = None
     """Which share of the global views has hidden patches, and between which shares of them; None: no masks."""
+    hide_evenly: bool = False
+    """Whether a batch has exactly that share of such views, with ratios spread evenly; else each view draws its own."""
     uninformed: dict[str, float] = field(default_factory=dict)
     """Term → what it is when the student predicts all prototypes alike: where a loss that stays there is stuck."""
 

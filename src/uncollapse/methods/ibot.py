@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from uncollapse.config.methods import IBOT
+from uncollapse.config.methods import IBOT, DINOv2
 from uncollapse.config.schema import Config, centres_probabilities
 from uncollapse.losses.pairs import fused_dino_loss, fused_patch_loss, patch_weights
 from uncollapse.methods.centre import assigned, recentre, temperature_at
@@ -36,11 +36,11 @@ def memory(c: Config) -> Memory:
 
 def see_student(c: Config, net: Encoder, batch: Batch) -> Seen:
     views = [view for group in batch.views.values() for view in group]
-    return _seen(net(views, batch.keys, batch.masks["global"], hide=True), batch)
+    return tokens_seen(net(views, batch.keys, batch.masks["global"], hide=True), batch)
 
 
 def see_teacher(c: Config, net: Encoder, batch: Batch, student: Seen | None) -> Seen:
-    return _seen(net(batch.views["global"], None, batch.masks["global"], mean=True), batch)
+    return tokens_seen(net(batch.views["global"], None, batch.masks["global"], mean=True), batch)
 
 
 def assign(c: Config, teacher: Seen, sets: Sets, memory: Memory, at: At) -> Targets:
@@ -80,23 +80,26 @@ def remember(c: Config, everyone: Seen, sets: Sets, memory: Memory, at: At) -> N
         recentre(c, memory["center_patch"], patches, of, tau, mean=everyone.mean["patch"])
 
 
-def _seen(projected: Projected, batch: Batch) -> Seen:
+def tokens_seen(projected: Projected, batch: Batch) -> Seen:
+    """Class tokens of every view, the hidden patches of the global ones, and what each of these counts."""
     mask = batch.masks["global"]
     assert projected.patch is not None
     image = torch.arange(mask.shape[1], device=mask.device)[None, :, None].expand(mask.shape)[mask]
     mean = {} if projected.patch_mean is None else {"patch": projected.patch_mean}
     weight = {"patch": patch_weights(mask.flatten(0, 1))}
-    return Seen({"cls": projected.cls, "patch": projected.patch}, weight, {"patch": image}, mean)
+    features = {"cls": projected.features}
+    return Seen({"cls": projected.cls, "patch": projected.patch}, weight, {"patch": image}, mean, features)
 
 
 def _patch_temperature(c: Config, at: At) -> float:
-    return temperature_at(c, at, _own(c).patch_temperature_start)
+    own = _own(c)
+    return temperature_at(c, at, own.patch_temperature_start if isinstance(own, IBOT) else None)
 
 
 def _patch_set(c: Config) -> str:
     return "cls" if _own(c).shared else "patch"
 
 
-def _own(c: Config) -> IBOT:
-    assert isinstance(c.method, IBOT)
+def _own(c: Config) -> IBOT | DINOv2:
+    assert isinstance(c.method, IBOT | DINOv2)
     return c.method

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from uncollapse.config.schema import Config, head_names
+from uncollapse.config.schema import Config, bottleneck_of, head_names, hides_patches
 from uncollapse.errors import ConfigError
 from uncollapse.models.backbones import build_backbone
 from uncollapse.models.drop_path import keyed
@@ -25,6 +25,8 @@ class Projected(NamedTuple):
     """``(M, D)``: of the patches that were asked for, view by view, image by image; None where none were."""
     patch_mean: Tensor | None
     """``(D,)``: mean over all patches of these views, where it was asked for."""
+    features: Tensor
+    """``(V, n, d)``: of every view before any head, not yet float32 under autocast."""
     others: dict[str, Tensor] = {}  # noqa: RUF012 - nothing writes to it
     """Head → ``(V, n, D)``: of every view by the further heads over class tokens."""
     region: list[Tensor] | None = None
@@ -40,8 +42,8 @@ OF_TOKENS = ("patch", "region")
 class Encoder(nn.Module):
     """Backbone and projection heads in one module, so that data-parallel wrappers see one ``forward``.
 
-    ``heads`` by name; "cls" is always there, and patches share it. "region", where there is one, sees the regions of
-    every view; heads of any other name see class tokens as well.
+    ``heads`` by name; "cls" is always there, and patches without a head of their own, "patch", share it. "region",
+    where there is one, sees the regions of every view; heads of any other name see class tokens as well.
     """
 
     def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]) -> None:
@@ -53,8 +55,12 @@ class Encoder(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        """Of class and patch tokens."""
+        """Of class tokens."""
         return self.heads["cls"]
+
+    def head_of(self, level: str) -> nn.Module:
+        """A level's own, or the class tokens'."""
+        return self.heads[level if level in self.heads else "cls"]
 
     def forward(
         self,
@@ -99,22 +105,23 @@ class Encoder(nn.Module):
                     patches[i] = part
             for i, part in zip(group, features.chunk(len(group)), strict=True):
                 parts[i] = part
-        features = _stack(parts)
+        stacked = _stack(parts)
+        features = stacked.unflatten(0, (len(views), -1))
         by_head = {
-            name: head(features).unflatten(0, (len(views), -1))
+            name: head(stacked).unflatten(0, (len(views), -1))
             for name, head in self.heads.items()
             if name not in OF_TOKENS
         }
         cls = by_head.pop("cls")
         if "region" in self.heads:
-            return Projected(cls, None, None, by_head, *self._of_regions(places))
+            return Projected(cls, None, None, features, by_head, *self._of_regions(places))
         if read is None:
-            return Projected(cls, None, None, by_head)
-        seen = torch.stack([t for t in patches if t is not None])
+            return Projected(cls, None, None, features, by_head)
+        seen, patch_head = torch.stack([t for t in patches if t is not None]), self.head_of("patch")
         if not mean:
-            return Projected(cls, self.head(seen[read]), None, by_head)
-        everything = self.head(seen.flatten(0, 2)).unflatten(0, read.shape)
-        return Projected(cls, everything[read], everything.mean((0, 1, 2)), by_head)
+            return Projected(cls, patch_head(seen[read]), None, features, by_head)
+        everything = patch_head(seen.flatten(0, 2)).unflatten(0, read.shape)
+        return Projected(cls, everything[read], everything.mean((0, 1, 2)), features, by_head)
 
     def _of_regions(self, places: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Projections of the regions ``(n, T, d)`` of each view, by one call of their head; and the regions."""
@@ -148,17 +155,20 @@ def build_encoder(config: Config, drop_path: bool) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone, features = build_backbone(config.backbone, drop_path)
-        c = config.head
-        heads = {
-            name: ProjectionHead(features, c.hidden, c.bottleneck, c.layers, c.batch_norm, c.normalise, c.activation)
-            for name in head_names(config)
-        }
+        heads = {name: _head(config, features, name) for name in head_names(config)}
         if "region" in heads and not has_regions(backbone):
             raise ConfigError(
                 f"backbone.name: {config.backbone.name} gives no regions, which {config.method.name} needs; "
                 "take a swin_*, a resnet* or a vit_*"
             )
-        if config.method.name == "ibot":
+        if hides_patches(config):
             patches_of(backbone, config.views.global_size)  # refuses what has no patches to hide
             backbone = MaskedViT(backbone)  # type: ignore[arg-type]
         return Encoder(backbone, heads)
+
+
+def _head(config: Config, features: int, level: str) -> ProjectionHead:
+    c = config.head
+    return ProjectionHead(
+        features, c.hidden, bottleneck_of(config, level), c.layers, c.batch_norm, c.normalise, c.activation
+    )

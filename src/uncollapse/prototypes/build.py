@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from uncollapse.config.schema import Config, PrototypeConfig, has_teacher
+from uncollapse.config.schema import Config, PrototypeConfig, bottleneck_of, has_teacher
 from uncollapse.prototypes.clustering import ClusteredPrototypes
 from uncollapse.prototypes.decoupled import mixture_defaults, mixture_set
 from uncollapse.prototypes.sets import FixedPrototypes, JointPrototypes, Prototypes
@@ -43,15 +43,16 @@ def build_prototypes(
     return mixture_set(mixture_defaults(config.kind, config.mixture), config.count, dim, rows, generator, unit)
 
 
-def initial_prototypes(config: Config, number: int = 0, levels: int = 1) -> Prototypes:
+def initial_prototypes(config: Config, number: int = 0, levels: int = 1, name: str = "cls") -> Prototypes:
     """A set before any step. Its seed differs from the encoder's, so that neither mirrors the other.
 
     Args:
         config: validated.
         number: which of the method's sets; each starts elsewhere.
         levels: how many levels of tokens share it. Each counts in a mixture as much as the global views of a batch.
+        name: the set's.
     """
     seed, rows = config.seed + 7919 * (1 + number), config.views.global_count * config.run.batch * levels
     unit, followed = config.head.normalise, has_teacher(config)
     own = config.method.name == "capi"
-    return build_prototypes(config.prototypes, config.head.bottleneck, rows, seed, unit, followed, own)
+    return build_prototypes(config.prototypes, bottleneck_of(config, name), rows, seed, unit, followed, own)

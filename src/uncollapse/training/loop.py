@@ -107,7 +107,9 @@ class Loop:
             groups.setdefault(spec.name, []).append(view)
         masks: dict[str, Tensor] = {}
         if (hide := self.state.parts.hide) is not None:
-            masks["global"] = crop_masks(self.patches, len(groups["global"]), *hide, seed, step, positions.tolist())
+            evenly = self.config.run.batch if self.state.parts.hide_evenly else None
+            count = len(groups["global"])
+            masks["global"] = crop_masks(self.patches, count, *hide, seed, step, positions.tolist(), evenly)
         return Batch(groups, masks, row_keys(seed, step, torch.from_numpy(positions), len(views)))
 
     def _check_finite(self, tensor: Tensor, what: str, step: int) -> None:

@@ -78,7 +78,7 @@ def _built(config: Config) -> TrainState:
         teacher.requires_grad_(False)
         assert_separate(student, teacher)
     sets = nn.ModuleDict(
-        {name: initial_prototypes(config, i, len(parts.levels(name))) for i, name in enumerate(parts.names())}
+        {name: initial_prototypes(config, i, len(parts.levels(name)), name) for i, name in enumerate(parts.names())}
     )
     optimizer = build_optimizer(config, student, sets)
     window = config.log.alive_window

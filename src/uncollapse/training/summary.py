@@ -95,7 +95,7 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
 
 def _movement(job: Job, state: TrainState, name: str) -> Tensor:
     """``(K,)``: the cosine distance of every prototype of a set from where it started."""
-    start = initial_prototypes(job.config, state.parts.names().index(name), len(state.parts.levels(name)))
+    start = initial_prototypes(job.config, state.parts.names().index(name), len(state.parts.levels(name)), name)
     return 1 - (state.prototypes(name).vectors("teacher").cpu() * start.vectors("teacher")).sum(-1)
 
 
@@ -127,7 +127,7 @@ def _of_other_set(job: Job, state: TrainState, name: str, notes: list[str]) -> d
     if state.parts.levels(name) == ["patch"]:
         config = job.config
         tokens = PatchTokens(plain(state.evaluated.backbone))
-        encoder = Encoder(SomePatches(tokens), {"cls": state.evaluated.head})
+        encoder = Encoder(SomePatches(tokens), {"cls": state.evaluated.head_of("patch")})
         try:
             z = embed(encoder, job.held_out, config.views, config.data.workers, job.device)[1]
             report = prototype_report(state.prototypes(name).vectors("teacher").cpu(), z)
