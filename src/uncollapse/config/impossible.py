@@ -28,7 +28,7 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(
             ("teacher.momentum_start", "a straight line has no warm-up; take teacher.momentum_shape cosine")
         )
-    if method.name in ("dino", "ibot", "swav", "carp") and views.global_count + views.local_count < 2:
+    if method.name in ("dino", "ibot", "dinov2", "swav", "carp") and views.global_count + views.local_count < 2:
         problems.append(
             ("views.local_count", f"a single view of an image has no other one to predict in {method.name}")
         )
