@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from uncollapse.config.load import load_config
-from uncollapse.config.schema import ARMS, arm_keys
+from uncollapse.config.schema import DEMO_ARMS, arm_keys
 from uncollapse.config.tiny import tiny
 from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.run_folder.log import read_rows
@@ -57,7 +57,7 @@ def golden(arm: str, out: Path) -> dict[str, Any]:
 def all_golden() -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        return {arm: golden(arm, Path(folder) / arm) for arm in ARMS}
+        return {arm: golden(arm, Path(folder) / arm) for arm in DEMO_ARMS}
 
 
 def main() -> int:

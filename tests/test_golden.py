@@ -5,7 +5,7 @@ import json
 import pytest
 
 from golden import FILE, golden
-from uncollapse.config.schema import ARMS
+from uncollapse.config.schema import DEMO_ARMS as ARMS
 
 RECORDED = json.loads(FILE.read_text())
 

@@ -10,6 +10,7 @@ from uncollapse.cli.main import main
 from uncollapse.config.load import load_config, recipe_names
 
 WORDS = ["compare", "--recipes", "carp-small32", "dino-small32", "--prototypes", "joint", "fixed"]
+DIGITS = ["--recipes", "dino-small32", "--data", "builtin:digits"]
 WORDS += ["--data", "builtin:digits", "--tiny", "--max-steps", "2", "--device", "cpu"]
 
 
@@ -63,6 +64,7 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path, capsys):
         (["--recipes", "dino-small32", "--data", "/no/such/place"], "/no/such/place"),
         (["--recipes", "dino-small32", "--data", "builtin:digits", "--seeds", "0"], "--seeds"),
         (["--recipes", "dino-small32", "--data", "builtin:digits", "--optim.lr", "x"], "optim.lr"),
+        ([*DIGITS, "--prototypes", "joint", "joint-sinkhom"], "did you mean joint-sinkhorn?"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_any_training(words, said, tmp_path, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from uncollapse.cli.main import main
-from uncollapse.config.schema import ARMS
+from uncollapse.config.schema import DEMO_ARMS as ARMS
 
 
 @pytest.mark.slow

@@ -325,10 +325,10 @@ def test_the_json_of_a_diagnosis_is_judged_as_the_diagnosis_is() -> None:
 
 
 def test_advice_fits_the_mode() -> None:
-    for mode in ("joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fixed", ""):
+    for mode in ("joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "memory", "fixed", ""):
         text = judge(256, 0, 64, {0.025: 100}, None, 50, 30.0, 1000, mode=mode).advice
         assert text
-        assert ("--prototypes decoupled" in text) == (mode not in ("decoupled", "fixed", "")), mode
+        assert ("--prototypes decoupled" in text) == (mode not in ("decoupled", "memory", "fixed", "")), mode
 
 
 def test_seeds_that_disagree_are_counted(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from uncollapse.run_folder.checkpoint import load_checkpoint
 
 multiprocessing.set_forkserver_preload(["uncollapse.training.run", "uncollapse.training.summary", "timm", "ranks"])
 KINDS = ("joint", "joint-sinkhorn", "koleo", "decoupled")
-METHODS = ("swav joint", "carp joint", "ibot joint", "ibot-separate decoupled", "ibot-vmf joint")
+METHODS = ("swav joint", "carp joint", "ibot joint", "ibot-separate decoupled", "ibot-vmf joint", "ibot memory")
 STEPS = 4
 
 
@@ -26,7 +26,8 @@ def recipe(kind):
     if kind in METHODS:
         plain = {"optim.name": "sgd", "optim.lr": 0.3, "optim.lr_batch": 16, "optim.min_lr": 0.0}
         own = {"method.queue": 16} if "swav" in kind else {"method.masked_crops": 0.1} if "ibot" in kind else {}
-        return small(*kind.split(), **plain, **own)
+        drawn = {"prototypes.count": 64, "prototypes.memory_length": 100} if "memory" in kind else {}
+        return small(*kind.split(), **plain, **own, **drawn)
     options = {**arm_keys(kind), "optim.name": "sgd", "optim.lr": 0.3, "optim.warmup_epochs": 0.0}
     options |= {"prototypes.freeze_epochs": 0.0, "prototypes.koleo_every": 2, "teacher.momentum": 0.9}
     config = tiny(load_config("demo", options))

@@ -15,7 +15,13 @@ from uncollapse.errors import ConfigError
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("compare", help="objectives × ways to learn prototypes × seeds on your images")
     parser.add_argument("--recipes", nargs="+", required=True, metavar="RECIPE", help="names or YAML files")
-    parser.add_argument("--prototypes", nargs="+", choices=ARMS, default=list(ARMS), help="default: all six")
+    parser.add_argument(
+        "--prototypes",
+        nargs="+",
+        default=list(ARMS),
+        metavar="MODE",
+        help=f"ways to learn prototypes, alone or with targets, as joint-sinkhorn (default: {' '.join(ARMS)})",
+    )
     parser.add_argument("--seeds", type=int, default=1, help="runs per cell; more than 1 gives mean ± spread")
     parser.add_argument("--data", help="image folder, Parquet file or folder of them, or builtin:digits")
     parser.add_argument("--out", type=Path, required=True, help="folder of the grid; the same one goes on")

@@ -12,7 +12,7 @@ from typing import Any
 
 from uncollapse.config.load import all_keys, load_config, recipe_names
 from uncollapse.config.plain_yaml import parse_value
-from uncollapse.config.schema import ARMS, Config, arm_keys, method_name, mode_name
+from uncollapse.config.schema import DEMO_ARMS, KINDS, Config, arm_keys, method_name, mode_name
 from uncollapse.errors import ConfigError
 
 _METHOD_KEYS = {"method.name", "method.center", "prototypes.vmf"}
@@ -24,7 +24,7 @@ def add_parsers(commands: Any) -> None:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: %(default)s)")
     demo.add_argument("--seeds", type=int, default=1, help="runs per arm; more than 1 gives mean ± spread")
     demo.add_argument("--max-steps", type=int, help="stop every arm after so many steps")
-    demo.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all six")
+    demo.add_argument("--arms", nargs="+", choices=DEMO_ARMS, default=list(DEMO_ARMS), help="default: all six")
     demo.add_argument("--jobs", type=int, help="arms trained at once (default: one per core)")
     demo.set_defaults(run=_demo)
 
@@ -39,7 +39,11 @@ def add_parsers(commands: Any) -> None:
     )
     train.add_argument("recipe", nargs="?", help="a recipe's name or a YAML file")
     train.add_argument("--data", help="image folder, Parquet file or folder of them, or builtin:digits")
-    train.add_argument("--prototypes", choices=ARMS, help="how prototypes are learned")
+    train.add_argument(
+        "--prototypes",
+        metavar="MODE",
+        help=f"how prototypes are learned: {', '.join(KINDS)}; or with other targets, as joint-sinkhorn",
+    )
     train.add_argument("--init", metavar="FILE", help="start the encoder from these weights, or those of a run folder")
     train.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE-PROTOTYPES-seedN)")
     train.add_argument("--max-steps", type=int, help="stop after this many steps in all")

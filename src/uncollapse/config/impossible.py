@@ -32,6 +32,8 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(
             ("views.local_count", f"a single view of an image has no other one to predict in {method.name}")
         )
+    if protos.kind == "memory" and (protos.memory_length or protos.count) < protos.count:
+        problems.append(("prototypes.memory_length", f"must be at least prototypes.count, {protos.count}"))
     if run.batch % run.accumulate:
         problems.append(("run.accumulate", f"a batch of {run.batch} does not divide into {run.accumulate} equal parts"))
     if teacher.temperature > 1 or teacher.temperature_start > 1:
@@ -70,6 +72,9 @@ def meaningless(config: Config) -> list[tuple[str, str]]:
         problems.append(("prototypes.targets", f"only a mixture has a posterior, {protos.kind} has none"))
     if protos.targets == "centred" and method not in CENTRED:
         problems.append(("prototypes.targets", f"{method} has no centre; take sinkhorn or softmax"))
+    if protos.targets == "centred" and protos.kind == "memory":
+        why = "a centre follows each prototype, and those of memory are others every step; take sinkhorn or softmax"
+        problems.append(("prototypes.targets", why))
     if protos.vmf and not config.head.normalise:
         problems.append(("prototypes.vmf", "a vMF density is over unit vectors; head.normalise must be true"))
     return problems

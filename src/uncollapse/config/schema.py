@@ -6,19 +6,24 @@ checks types and ranges, and reports the first problem as one line that names th
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field
 
 from uncollapse.config.methods import DINO, OWN_TARGETS, WESSL, DINOv2, Method
+from uncollapse.errors import ConfigError
 
-PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "fixed", "capi"]
-KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "fixed", "capi")
+PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "memory", "fixed", "capi"]
+KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "memory", "fixed", "capi")
 TargetKind = Literal["centred", "sinkhorn", "softmax", "posterior"]
-ARMS = ("joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fixed")
+TARGETS: tuple[TargetKind, ...] = get_args(TargetKind)
+DEMO_ARMS = ("joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fixed")
+"""The modes of the demonstration."""
+ARMS = (*DEMO_ARMS[:-1], "memory", "fixed")
 """The modes that a comparison of one method should hold: every way to learn prototypes, and joint ones with balanced
-targets, which tell the effect of decoupling from that of balancing."""
+targets, which tell the effect of decoupling from that of balancing. Other pairs of a way and targets are modes too."""
 
 Positive = Annotated[int, Field(ge=1, le=2**62)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -165,6 +170,12 @@ class PrototypeConfig:
     koleo_weight: Rate = 0.1
     koleo_every: Positive = 1
     """Nearest neighbours of KoLeo-Proto are looked for every so many steps; in between the last ones serve."""
+    memory_length: Positive | None = None
+    """Teacher projections of earlier images that ``memory`` keeps. Of more than ``count``, so many are drawn anew every
+    step; null: as many, and all are prototypes."""
+    patch_rows: Positive | None = None
+    """At most this many patches of a step (over all ranks, chosen at random) are observed by prototypes that learn from
+    projections. null: all, for ``memory`` as many as there are images."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
 
@@ -289,7 +300,10 @@ def targets_of(config: Config) -> TargetKind:
 
 
 def _own_targets(config: Config) -> TargetKind:
-    return "posterior" if config.prototypes.kind == "decoupled" else OWN_TARGETS[config.method.name]
+    own = OWN_TARGETS[config.method.name]
+    if config.prototypes.kind == "memory" and own == "centred":
+        return "softmax"  # a centre follows prototypes by number, and these change
+    return "posterior" if config.prototypes.kind == "decoupled" else own
 
 
 def has_teacher(config: Config) -> bool:
@@ -336,6 +350,19 @@ def mode_name(config: Config) -> str:
 
 
 def arm_keys(arm: str) -> dict[str, Any]:
-    """The keys of a recipe that make a mode of `ARMS`; the inverse of `mode_name`."""
-    kind, balanced = arm.removesuffix("-sinkhorn"), arm.endswith("-sinkhorn")
-    return {"prototypes.kind": kind, **({"prototypes.targets": "sinkhorn"} if balanced else {})}
+    """The keys of a recipe that make a mode, ``KIND`` or ``KIND-TARGETS``; the inverse of `mode_name`.
+
+    Raises:
+        ConfigError: no such mode.
+    """
+    pairs = {f"{kind}-{targets}": (kind, targets) for kind in KINDS for targets in TARGETS}
+    if arm in pairs:
+        return dict(zip(("prototypes.kind", "prototypes.targets"), pairs[arm], strict=True))
+    if arm in KINDS:
+        return {"prototypes.kind": arm}
+    close = difflib.get_close_matches(arm, [*KINDS, *pairs], n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ConfigError(
+        f"no way to learn prototypes {arm!r}: {hint}one of {', '.join(KINDS)}, alone or with targets of another kind, "
+        f"as joint-{TARGETS[1]} ({', '.join(TARGETS)})"
+    )

@@ -36,6 +36,7 @@ _MODES: dict[str, Style] = {
     "koleo": Style("#009E73", "-"),
     "decoupled": Style("#0072B2", "-"),
     "decoupled-paper": Style("#56B4E9", "--"),
+    "memory": Style("#6A3D9A", "-"),
     "fixed": Style("#7A7A7A", ":"),
     "capi": Style("#E69F00", "-"),
 }
@@ -53,7 +54,7 @@ _LINES: list[str | tuple[int, tuple[float, ...]]] = [
     (0, (7, 4, 1, 4)),
 ]
 _MARKERS = "os^DvP*X<>p"
-_SPARE = ["#000000", "#8C510A", "#B40F5D", "#5B8F00", "#6A3D9A", "#00797A", "#A0522D", "#3B3B98", "#C19A00"]
+_SPARE = ["#000000", "#8C510A", "#B40F5D", "#5B8F00", "#00797A", "#A0522D", "#3B3B98", "#C19A00"]
 RC: dict[Any, Any] = {
     "svg.hashsalt": "uncollapse",  # same data, same bytes
     "text.parse_math": False,  # a dollar in an arm's name is a dollar

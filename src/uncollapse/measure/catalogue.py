@@ -219,7 +219,7 @@ TARGET_AGREEMENT = Measure(
 ALIVE = Measure(
     "alive",
     "Prototypes that were a hard argmax within the last steps of training (diagnose: of a view of the training images "
-    "given); the others are dead, and dead ones count as unique.",
+    "given); the others are dead, and dead ones count as unique. Those of memory change every step and have none.",
     entry("alive"),
 )
 AMONG_USED = Measure(

@@ -177,6 +177,7 @@ _APART = {
     "decoupled": "use fewer prototypes (prototypes.count)",
     "decoupled-paper": "train again with --prototypes decoupled, which keeps its components alive",
     "capi": "raise prototypes.clustering.lr if they hardly moved, or train again with --prototypes decoupled",
+    "memory": "use fewer (prototypes.count): they are projections, and as alike as the encoder makes those",
     "fixed": "use fewer, or more dimensions (head.bottleneck): random directions repeat where there is no room",
 }
 """What helps against duplicates and dead prototypes, by how they are learned; "": not known."""
@@ -184,7 +185,8 @@ _APART = {
 
 def help_apart(mode: str) -> str:
     """What helps such prototypes against copies and death, as the end of a sentence."""
-    return _APART.get(mode.removesuffix("-sinkhorn"), _APART[""])
+    kinds = [kind for kind in _APART if mode == kind or mode.startswith(f"{kind}-")]
+    return _APART[max(kinds, key=len, default="")]
 
 
 def advice(label: str, mode: str = "", images: int | None = None) -> str:

@@ -71,6 +71,8 @@ class Seen:
     """Level → ``(D,)``: mean over tokens that ``z`` leaves out too, where the method needs it."""
     features: dict[str, Tensor] = field(default_factory=dict)
     """Level → ``(V, n, ..., d)``: the encoder's own features, of this process's images, where the method needs them."""
+    key: dict[str, Tensor] = field(default_factory=dict)
+    """Level → ``(M,)`` int64 of `token_keys`: which token it is, whatever the number of ranks."""
 
 
 class At(NamedTuple):

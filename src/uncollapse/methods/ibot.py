@@ -20,6 +20,7 @@ from uncollapse.config.schema import Config, centres_probabilities
 from uncollapse.losses.pairs import fused_dino_loss, fused_patch_loss, patch_weights
 from uncollapse.methods.centre import assigned, recentre, temperature_at
 from uncollapse.methods.contract import At, Batch, Memory, Parts, Seen, Sets, Targets
+from uncollapse.models.drop_path import token_keys
 from uncollapse.models.network import Encoder, Projected
 
 
@@ -86,9 +87,9 @@ def tokens_seen(projected: Projected, batch: Batch) -> Seen:
     assert projected.patch is not None
     image = torch.arange(mask.shape[1], device=mask.device)[None, :, None].expand(mask.shape)[mask]
     mean = {} if projected.patch_mean is None else {"patch": projected.patch_mean}
-    weight = {"patch": patch_weights(mask.flatten(0, 1))}
+    weight, key = {"patch": patch_weights(mask.flatten(0, 1))}, {"patch": token_keys(batch.keys, mask)}
     features = {"cls": projected.features}
-    return Seen({"cls": projected.cls, "patch": projected.patch}, weight, {"patch": image}, mean, features)
+    return Seen({"cls": projected.cls, "patch": projected.patch}, weight, {"patch": image}, mean, features, key)
 
 
 def _patch_temperature(c: Config, at: At) -> float:

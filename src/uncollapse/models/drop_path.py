@@ -16,6 +16,12 @@ def row_keys(seed: int, step: int, positions: Tensor, views: int) -> Tensor:
     return _mixed(_mixed(key + view) + positions[None])
 
 
+def token_keys(keys: Tensor, mask: Tensor) -> Tensor:
+    """``(M,)`` int64 in no order, one for each True of ``mask (V, n, P)``, from the `row_keys` of the first V views."""
+    of_view = _mixed(keys[: len(mask)] ^ 0x5851F42D4C957F2D)  # other coins than stochastic depth's
+    return _mixed(of_view[:, :, None] + torch.arange(mask.shape[2], device=keys.device))[mask]
+
+
 def _mixed(x: Tensor) -> Tensor:
     """A bijection of 64 bits whose output looks random (the finaliser of SplitMix64; Steele et al. 2014)."""
     x = x + -7046029254386353131

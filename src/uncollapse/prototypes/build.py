@@ -7,6 +7,7 @@ import torch
 from uncollapse.config.schema import Config, PrototypeConfig, bottleneck_of, has_teacher
 from uncollapse.prototypes.clustering import ClusteredPrototypes
 from uncollapse.prototypes.decoupled import mixture_defaults, mixture_set
+from uncollapse.prototypes.memory import MemoryPrototypes
 from uncollapse.prototypes.sets import FixedPrototypes, JointPrototypes, Prototypes
 
 
@@ -38,6 +39,8 @@ def build_prototypes(
         )
     if config.kind == "capi":
         return ClusteredPrototypes(config.count, dim, config.clustering, generator, own_student, config.learn_norm)
+    if config.kind == "memory":
+        return MemoryPrototypes(config.count, dim, generator, config.memory_length, seed)
     if config.kind == "fixed":
         return FixedPrototypes(config.count, dim, generator)
     return mixture_set(mixture_defaults(config.kind, config.mixture), config.count, dim, rows, generator, unit)

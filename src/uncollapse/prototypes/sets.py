@@ -22,6 +22,11 @@ Side = Literal["student", "teacher"]
 class Prototypes(nn.Module):
     """What an objective may ask of a set. The defaults do nothing, which is right for most ways to learn."""
 
+    lasting = True
+    """Whether prototype k of one step is prototype k of the next, so that it can be followed."""
+    first_view = False
+    """Whether it observes the first view of each image alone."""
+
     def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
         """``weight (K, D)`` and optional ``bias (K,)`` with ``logits = z @ weight.T / temperature + bias``.
 

@@ -119,9 +119,11 @@ def _legend(summaries: list[Row]) -> str:
             "view information: the figure of merit, with kNN; ± its standard error over images and seeds (lower "
             f"bound{fitted})."
         )
+    window = next((s["alive_window"] for s in summaries if s.get("alive_window")), None)
+    alive = "" if window is None else f"; alive: nearest to a training view in the last {window} steps"
     lines.append(
-        "unique: kept by the greedy ε-cover; used: nearest to at least one held-out image; alive: nearest to a "
-        f"training view in the last {first['alive_window']} steps. These describe: dead and random ones are unique too."
+        f"unique: kept by the greedy ε-cover; used: nearest to at least one held-out image{alive}. These describe: "
+        "dead and random ones are unique too."
     )
     if any(s.get("sets") for s in summaries):
         lines.append("ARM · SET: a further set of prototypes of the same runs, counted on patches of held-out images.")

@@ -43,7 +43,7 @@ class LossWatch:
 
     def alive(self, alive: int, window: int, name: str = "cls") -> str | None:
         """A message when fewer than half of a set were used in the window; none for the control."""
-        if alive >= 0.5 * self.prototypes or f"alive {name}" in self.told or self.mode == "fixed":
+        if alive >= 0.5 * self.prototypes or f"alive {name}" in self.told or self.mode.startswith("fixed"):
             return None
         self.told.add(f"alive {name}")
         which = "prototypes" if name == "cls" else f"prototypes of {name!r}"

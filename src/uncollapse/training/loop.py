@@ -199,21 +199,23 @@ class Loop:
         return f"the newest checkpoint is of step {newest}" if newest is not None else "there is no checkpoint"
 
     def _log(self, done: int, result: Done) -> None:
-        alive = {name: monitor.alive() for name, monitor in self.state.monitors.items()}
+        lasting = {name: m for name, m in self.state.monitors.items() if self.state.prototypes(name).lasting}
+        alive = {name: monitor.alive() for name, monitor in lasting.items()}
         if self.log is not None:
             row: dict[str, Any] = {"epoch": round(self.job.epoch(done), 4), "loss": result.loss}
             row["lr"] = self.take_step.optimizer.param_groups[0]["lr"]
             row["terms"] = result.terms
             for name in self.state.monitors:
                 vectors = self.state.prototypes(name).vectors("teacher")
-                row[of_set("alive", name)] = alive[name]
+                if name in alive:
+                    row[of_set("alive", name)] = alive[name]
                 row[of_set("nearest_cosine", name)] = nearest_cosine(vectors)
             for name, targets in result.targets.items():
                 if not targets.z.numel():
                     continue  # no hidden patch on this rank
                 row[of_set("teacher_entropy", name)], row[of_set("marginal_entropy", name)] = entropies(targets)
             self.log.row("step", done, time=time.time(), **row)
-        for name, monitor in self.state.monitors.items():
+        for name, monitor in lasting.items():
             if monitor.window_full:
                 self._warn(self.alarms.alive(alive[name], monitor.window, name), done)
 

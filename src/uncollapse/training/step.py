@@ -15,6 +15,7 @@ from uncollapse.models.network import Encoder
 from uncollapse.models.sync_norm import convert
 from uncollapse.schedules import cosine, linear
 from uncollapse.training.job import Job
+from uncollapse.training.observed import observed
 from uncollapse.training.optim import clip_gradients, update_teacher
 from uncollapse.training.state import TrainState
 from uncollapse.training.stopwatch import Stopwatch
@@ -71,7 +72,7 @@ class Stepper:
             self.check_finite(z, "the teacher's projections", step)
         sets = state.by_name
         for name, prototypes in sets.items():
-            prototypes.observe(*_observed(everyone, state.parts.levels(name), at.progress, 2 * config.run.batch))
+            prototypes.observe(*observed(everyone, state.parts.levels(name), prototypes, config, at))
         targets = method.assign(config, teacher, sets, state.memory, at)
         watch.lap("prototypes")
         for name, monitor in state.monitors.items():
@@ -206,20 +207,6 @@ class Stepper:
             group["weight_decay"] = 0.0 if group["role"] == "plain" else decay if fixed is None else fixed
 
 
-def _observed(everyone: Seen, levels: list[str], progress: float, fair: int) -> tuple[Tensor, float, Tensor | None]:
-    """Rows of all levels that share a set, the share of training done, and how much each row counts.
-
-    Levels count alike, and tokens together as much as ``fair`` rows, the two global views of the batch: what the
-    mixture's memory is counted in.
-    """
-    z = [everyone.z[level] for level in levels]
-    rows = [of.flatten(0, -2) for of in z]
-    if len(levels) == 1 and z[0].ndim == 3:
-        return rows[0], progress, None
-    weights = [torch.full((len(r),), fair / max(1, len(r)), device=r.device) for r in rows]
-    return torch.cat(rows), progress, torch.cat(weights)
-
-
 def _of_all_ranks(seen: Seen) -> Seen:
     """Views in the order one rank would have them, tokens in rank order."""
     group = world()
@@ -231,7 +218,7 @@ def _of_all_ranks(seen: Seen) -> Seen:
     }
     ranks = torch.distributed.get_world_size(group)
     mean = {name: sum_over_ranks(mean.clone(), group) / ranks for name, mean in seen.mean.items()}
-    return Seen(z, mean=mean)
+    return Seen(z, key={name: gather_ragged(key, group) for name, key in seen.key.items()}, mean=mean)
 
 
 def _joined(seen: list[Seen], parts: list[slice]) -> Seen:
@@ -243,9 +230,10 @@ def _joined(seen: list[Seen], parts: list[slice]) -> Seen:
 
     image = {n: torch.cat([s.image[n] + p.start for s, p in zip(seen, parts, strict=True)]) for n in seen[0].image}
     weight = {n: torch.cat([s.weight[n] for s in seen]) for n in seen[0].weight}
+    key = {n: torch.cat([s.key[n] for s in seen]) for n in seen[0].key}
     mean = {n: torch.stack([s.mean[n] for s in seen]).mean(0) for n in seen[0].mean}
     features = {n: torch.cat([s.features[n] for s in seen], dim=1) for n in seen[0].features}
-    return Seen({name: cat(name) for name in seen[0].z}, weight, image, mean, features)
+    return Seen({name: cat(name) for name in seen[0].z}, weight, image, mean, features, key)
 
 
 def _synchronise(encoder: nn.Module, device: torch.device) -> None:

@@ -57,6 +57,8 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
     information, notes = _information(job, state, vectors)
     probes, correct = _probes(job, state, features, labels)
     notes += probes.pop("notes")
+    if moved is None:
+        notes.append("neither alive nor movement: a prototype of memory is another vector every step")
     total = sum(seconds.values())
     summary = Summary(
         name=mode_name(config),
@@ -84,7 +86,8 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
         notes=notes,
     )
     arrays: dict[str, Any] = _arrays(vectors, z, job.held_out) | correct
-    arrays["movement"] = moved.numpy()
+    if moved is not None:
+        arrays["movement"] = moved.numpy()
     if information is not None:
         arrays["view_information_of_image"] = information.of_image.float().numpy()
     np.savez_compressed(job.out / "diagnosis.npz", **arrays)
@@ -93,14 +96,16 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
     return row
 
 
-def _movement(job: Job, state: TrainState, name: str) -> Tensor:
-    """``(K,)``: the cosine distance of every prototype of a set from where it started."""
+def _movement(job: Job, state: TrainState, name: str) -> Tensor | None:
+    """``(K,)``: the cosine distance of every prototype of a set from where it started; None where none lasts."""
+    if not state.prototypes(name).lasting:
+        return None
     start = initial_prototypes(job.config, state.parts.names().index(name), len(state.parts.levels(name)), name)
     return 1 - (state.prototypes(name).vectors("teacher").cpu() * start.vectors("teacher")).sum(-1)
 
 
 def _of_set(
-    job: Job, state: TrainState, name: str, moved: Tensor, report: PrototypeReport | None, unit: str = "images"
+    job: Job, state: TrainState, name: str, moved: Tensor | None, report: PrototypeReport | None, unit: str = "images"
 ) -> dict[str, Any]:
     """The entries of a `SetSummary`; those that need projections come from ``report``, of so many of a ``unit``."""
     prototypes, monitor = state.prototypes(name), state.monitors[name]
@@ -110,11 +115,11 @@ def _of_set(
         "dim": vectors.shape[1],
         "unique": _by_epsilon(epsilon_sweep(vectors, EPSILONS) if report is None else report.unique),
         "unique_means": _by_epsilon(epsilon_sweep(prototypes.means().cpu(), EPSILONS)),
-        "alive": monitor.alive(),
-        "alive_window": min(monitor.window, monitor.calls),
-        "movement": float(moved.mean().clamp_min(0)),
         "random_start": random_likeness(vectors, EPSILONS[0]),
     }
+    if moved is not None:
+        found |= {"alive": monitor.alive(), "alive_window": min(monitor.window, monitor.calls)}
+        found["movement"] = float(moved.mean().clamp_min(0))
     if report is not None:
         found |= {"used": report.used, "n": report.n, "unit": unit}
         found |= {"unique_used": _by_epsilon(report.unique_used), "effective": _by_epsilon(report.effective)}

@@ -1,0 +1,42 @@
+"""What a set of prototypes that learns from the teacher's projections sees of a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from uncollapse.config.schema import Config
+from uncollapse.methods.contract import At, Seen
+from uncollapse.prototypes.sets import Prototypes
+
+
+def observed(
+    everyone: Seen, levels: list[str], prototypes: Prototypes, config: Config, at: At
+) -> tuple[Tensor, float, Tensor | None]:
+    """Rows of all ``levels`` that share a set, the share of training done, and how much each row counts.
+
+    Levels count alike, and tokens together as much as the two global views of the batch: what the mixture's memory is
+    counted in.
+    """
+    most = config.prototypes.patch_rows or (config.run.batch if prototypes.first_view else None)
+    rows = [_rows(everyone, level, prototypes.first_view, most, at) for level in levels]
+    if len(levels) == 1 and everyone.z[levels[0]].ndim == 3:
+        return rows[0], at.progress, None
+    fair = 2 * config.run.batch
+    weights = [torch.full((len(r),), fair / max(1, len(r)), device=r.device) for r in rows]
+    return torch.cat(rows), at.progress, torch.cat(weights)
+
+
+def _rows(everyone: Seen, level: str, first_view: bool, most: int | None, at: At) -> Tensor:
+    """``(n, D)``: all projections of a level, or the first view's; of tokens and regions at most so many, at random.
+
+    The choice and its order are the same on any number of ranks.
+    """
+    z = everyone.z[level]
+    rows = (z[0] if first_view and z.ndim > 2 else z).flatten(0, -2)
+    if z.ndim == 3 or most is None:
+        return rows
+    if z.ndim == 2:
+        return rows[everyone.key[level].argsort()[:most]]
+    generator = torch.Generator().manual_seed((at.seed * 1_000_003 + at.step) % 2**63)
+    return rows[torch.randperm(len(rows), generator=generator)[:most].to(rows.device)]
