@@ -16,7 +16,7 @@ from uncollapse.config.tiny import tiny
 from uncollapse.data.batched import multicrop
 from uncollapse.data.images import MemoryImages
 from uncollapse.data.load import load_images
-from uncollapse.data.masks import crop_masks
+from uncollapse.data.masks import crop_masks, dropped_patches
 from uncollapse.data.views import view_specs
 from uncollapse.methods.contract import Batch
 from uncollapse.models.drop_path import row_keys
@@ -31,6 +31,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dino-vmf": ("dino-vmf-vits16", {}),
     "swav": ("swav-small32", {"method.queue": 32, "method.queue_epoch": 0.0}),
     "carp": ("carp-small32", {}),
+    "msn": ("msn-vits16", {}),
+    "pmsn": ("msn-vits16", {"method.prior": "power", "method.entropy_weight": 0.1}),
     "ibot": ("ibot-vits16", {}),
     "ibot-separate": ("ibot-vits16", {"method.shared": False}),
     "ibot-vmf": ("ibot-vmf-vits16", {}),
@@ -79,6 +81,10 @@ def batch_of(config: Config, state: TrainState, step: int) -> Batch:
         patches = patches_of(state.student.backbone, config.views.global_size)
         evenly = config.run.batch if state.parts.hide_evenly else None
         masks["global"] = crop_masks(patches, 2, *state.parts.hide, config.seed, step, positions, evenly)
+    if state.parts.drop:
+        patches = patches_of(state.student.backbone, config.views.global_size)
+        masks["global"] = dropped_patches(patches, state.parts.drop, config.seed, step)
+        masks["global"] = masks["global"].expand(len(groups["global"]), len(positions), -1)
     return Batch(groups, masks, row_keys(config.seed, step, torch.tensor(positions), len(views)))
 
 

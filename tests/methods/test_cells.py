@@ -8,7 +8,7 @@ import torch
 
 from steps import METHODS, Steps, small
 from uncollapse.config.schema import KINDS, targets_of
-from uncollapse.schedules import cosine
+from uncollapse.schedules import cosine, linear
 
 
 class Facts(NamedTuple):
@@ -18,6 +18,8 @@ class Facts(NamedTuple):
     memory: set[str]
     sets: tuple[str, ...] = ("cls",)
     heads: tuple[str, ...] = ("cls",)
+    one_side: bool = False
+    """Whether student and teacher look at the same prototypes."""
 
 
 DINO, IBOT = Facts({"cls"}, {"center"}), Facts({"cls", "patch"}, {"center", "center_patch"})
@@ -25,8 +27,10 @@ DINOV2 = IBOT._replace(terms={"cls", "patch", "koleo"})
 FACTS = {
     "dino": DINO,
     "dino-vmf": DINO,
-    "swav": Facts({"cls"}, {"queue", "filled"}),
+    "swav": Facts({"cls"}, {"queue", "filled"}, one_side=True),
     "carp": Facts({"consistency", "entropy"}, set()),
+    "msn": Facts({"cls", "prior"}, set(), one_side=True),
+    "pmsn": Facts({"cls", "prior", "entropy"}, set(), one_side=True),
     "ibot": IBOT,
     "ibot-separate": IBOT._replace(sets=("cls", "patch")),
     "ibot-vmf": IBOT,
@@ -91,12 +95,18 @@ def test_cell(method, kind):
         assert state.teacher is None
     else:
         followed = before if c.method.name == "carp" else state
-        momentum = cosine(2, steps.total, c.teacher.momentum, c.teacher.momentum_end)
+        shape = {"cosine": cosine, "linear": linear}[c.teacher.momentum_shape]
+        momentum = shape(2, c.run.schedule_span * steps.total, c.teacher.momentum, c.teacher.momentum_end)
         was, towards = parameters(before.teacher), parameters(followed.student)
         for n, t in parameters(state.teacher).items():
             torch.testing.assert_close(t, momentum * was[n] + (1 - momentum) * towards[n], rtol=1e-5, atol=1e-7)
-        if learned:
-            for name in names:
+        for name in names if learned else []:
+            if facts.one_side:
+                for side in zip(
+                    *(state.prototypes(name).affine(side, 0.1) for side in ("student", "teacher")), strict=True
+                ):
+                    torch.testing.assert_close(*side)
+            else:
                 old, ahead, new = (s.prototypes(name) for s in (before, followed, state))
                 expected = momentum * old.teacher_v + (1 - momentum) * ahead.student_v.detach()
                 torch.testing.assert_close(new.teacher_v, expected, rtol=1e-5, atol=1e-7)

@@ -23,7 +23,7 @@ def made(views, seed=0):
     """Projections ``(views, N, D)`` and a set, both float64."""
     generator = torch.Generator().manual_seed(seed)
     z = F.normalize(torch.randn(views, N, D, generator=generator, dtype=torch.float64), dim=-1)
-    return z.requires_grad_(), JointPrototypes(K, D, False, 0.0, generator, followed=False).double()
+    return z.requires_grad_(), JointPrototypes(K, D, False, 0.0, generator, followed=False, on_sphere=True).double()
 
 
 def balanced(scores, iterations):

@@ -23,7 +23,11 @@ def projections(step, seed=0):
 def codes_step_by_step(queue, queue_epoch, steps=14):
     keys = {"prototypes.count": 20, "head.bottleneck": 8, "run.batch": ROWS}
     c = load_config("swav-resnet50", {**keys, "method.queue": queue, "method.queue_epoch": queue_epoch})
-    sets = {"cls": JointPrototypes(20, 8, False, 0.0, torch.Generator().manual_seed(0), followed=False).double()}
+    sets = {
+        "cls": JointPrototypes(
+            20, 8, False, 0.0, torch.Generator().manual_seed(0), followed=False, on_sphere=True
+        ).double()
+    }
     memory = {n: t.double() if t.is_floating_point() else t for n, t in swav.memory(c).items()}
     for step in range(steps):
         at = At(step, step / EPOCH, 0.0, 0, None)

@@ -42,8 +42,12 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(("method.block", f"blocks of {method.block} cannot be dealt from {protos.count} prototypes"))
     if method.name == "swav" and method.queue % run.batch:
         problems.append(("method.queue", f"{method.queue} is not a multiple of run.batch, {run.batch}"))
-    if method.name in ("swav", "carp") and run.accumulate > 1:
-        why = {"swav": "SwAV's codes come", "carp": "CARP's entropy comes"}[method.name]
+    if method.name in ("swav", "carp", "msn") and run.accumulate > 1:
+        why = {
+            "swav": "SwAV's codes come",
+            "carp": "CARP's entropy comes",
+            "msn": "MSN's mean prediction comes",
+        }[method.name]
         problems.append(("run.accumulate", f"must be 1: {why} from the whole batch's student at once"))
     if isinstance(method, IBOT | DINOv2):
         label, name = {"ibot": "iBOT", "dinov2": "DINOv2"}[method.name], config.backbone.name
@@ -58,6 +62,8 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(("method.patch_bottleneck", "patches have a head of their own only with method.shared false"))
     if isinstance(method, DINOv2) and method.koleo_weight and run.batch // run.accumulate < 2:
         problems.append(("method.koleo_weight", "KoLeo compares images with one another; a part needs at least two"))
+    if method.name == "msn" and method.drop and not config.backbone.name.startswith(("vit_", "deit")):
+        problems.append(("method.drop", f"{config.backbone.name} has no patches to leave out; take a vit_*, or 0"))
     return problems
 
 

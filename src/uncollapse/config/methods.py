@@ -111,8 +111,25 @@ class WESSL:
     gamma_epochs: Annotated[int, Field(ge=0)] = 30
 
 
-Method = Annotated[DINO | IBOT | DINOv2 | ESVIT | WESSL | SwAV | CARP, Field(discriminator="name")]
-METHODS: dict[str, type[DINO | IBOT | DINOv2 | ESVIT | WESSL | SwAV | CARP]] = {
+@dataclass(frozen=True)
+class MSN:
+    """Assran et al. 2022; with ``prior: power`` PMSN (Assran et al. 2023)."""
+
+    name: Literal["msn"] = "msn"
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    """Share of the patches that the student's large view is seen without."""
+    prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of the divergence of the mean prediction from the prior; over a uniform one, of mean-entropy maximisation."""
+    prior: Literal["uniform", "power"] = "uniform"
+    """Which share of the images each prototype should get; balanced targets (``sinkhorn``) follow it too."""
+    exponent: Annotated[float, Field(ge=0)] = 0.25
+    """Of the power law, ``k^(-exponent)``."""
+    entropy_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of the mean entropy of each prediction; 0: not computed. The released recipe has 0."""
+
+
+Method = Annotated[DINO | IBOT | DINOv2 | ESVIT | WESSL | SwAV | CARP | MSN, Field(discriminator="name")]
+METHODS: dict[str, type[DINO | IBOT | DINOv2 | ESVIT | WESSL | SwAV | CARP | MSN]] = {
     "dino": DINO,
     "ibot": IBOT,
     "dinov2": DINOv2,
@@ -120,6 +137,7 @@ METHODS: dict[str, type[DINO | IBOT | DINOv2 | ESVIT | WESSL | SwAV | CARP]] = {
     "wessl": WESSL,
     "swav": SwAV,
     "carp": CARP,
+    "msn": MSN,
 }
 OWN_TARGETS: dict[str, Targets] = {
     "dino": "centred",
@@ -129,6 +147,7 @@ OWN_TARGETS: dict[str, Targets] = {
     "wessl": "sinkhorn",
     "swav": "sinkhorn",
     "carp": "softmax",
+    "msn": "sinkhorn",
 }
 CENTRED = frozenset({"dino", "ibot", "dinov2", "esvit", "wessl"})
 """Methods that have a centre to be asked for."""

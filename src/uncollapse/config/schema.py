@@ -332,6 +332,16 @@ def bottleneck_of(config: Config, level: str) -> int:
     return own or config.head.bottleneck
 
 
+def teacher_follows_prototypes(config: Config) -> bool:
+    """Whether joint prototypes have a teacher's side of their own; MSN's two sides look at the same ones."""
+    return has_teacher(config) and config.method.name != "msn"
+
+
+def views_assigned(config: Config) -> int:
+    """Of how many views of each image targets are made: of the global ones, and in MSN of the first alone."""
+    return 1 if config.method.name == "msn" else config.views.global_count
+
+
 def centres_probabilities(config: Config) -> bool:
     """Whether the centre is one of probabilities, subtracted after the division by the temperature, not of logits."""
     return getattr(config.method, "center", "logits") == "probabilities"

@@ -12,6 +12,7 @@ ATTEMPTS = 10
 ASPECT = (0.3, 1 / 0.3)
 _STREAM = 1 << 20
 """Keeps the masks' generator apart from the views'."""
+_DROP_STREAM = 1 << 21
 
 
 def block_mask(
@@ -46,6 +47,17 @@ def block_mask(
             break
         hidden += placed
     return mask
+
+
+def dropped_patches(patches: int, share: float, seed: int, step: int) -> Tensor:
+    """``(patches,)`` bool, True for those that every image of this step is seen without: any ``share`` of them.
+
+    As many are kept as MSN's released code keeps, ``⌊patches · (1 - share)⌋``.
+    """
+    random = np.random.default_rng([seed, step, _DROP_STREAM])
+    dropped = torch.ones(patches, dtype=torch.bool)
+    dropped[torch.from_numpy(random.permutation(patches))[: math.floor(patches * (1 - share))]] = False
+    return dropped
 
 
 def crop_masks(

@@ -35,6 +35,8 @@ def assigned(
     center: Tensor | None = None,
     beside: Tensor | None = None,
     iterations: int = 3,
+    marginal: Tensor | None = None,
+    of_probabilities: bool = False,
 ) -> SoftmaxTargets:
     """The target that ``c`` asks for, of projections ``z (..., D)``.
 
@@ -46,6 +48,7 @@ def assigned(
         center: ``(K,)``; a method without one is never asked for ``centred``.
         beside: ``(m, D)`` of earlier batches, balanced together with these.
         iterations: of Sinkhorn.
+        marginal: ``(K,)``, and ``of_probabilities``: as `sinkhorn_offsets` takes them.
     """
     kind = targets_of(c)
     if kind == "posterior":
@@ -53,7 +56,16 @@ def assigned(
     if kind == "sinkhorn":
         weight, bias = prototypes.affine("teacher", temperature)
         rows = z.flatten(0, -2) if beside is None else torch.cat([z.flatten(0, -2), beside])
-        offsets = sinkhorn_offsets(rows, weight, temperature, iterations, bias, group)
+        offsets = sinkhorn_offsets(
+            rows,
+            weight,
+            temperature,
+            iterations,
+            bias,
+            group,
+            marginal=marginal,
+            of_probabilities=of_probabilities,
+        )
         return prototypes.targets(z, temperature, offsets)
     if kind == "centred":
         assert center is not None

@@ -100,6 +100,8 @@ class Parts:
     """Which share of the global views has hidden patches, and between which shares of them; None: no masks."""
     hide_evenly: bool = False
     """Whether a batch has exactly that share of such views, with ratios spread evenly; else each view draws its own."""
+    drop: float = 0.0
+    """Which share of their patches global views are seen without by the student, the same for a whole batch."""
     uninformed: dict[str, float] = field(default_factory=dict)
     """Term → what it is when the student predicts all prototypes alike: where a loss that stays there is stuck."""
 

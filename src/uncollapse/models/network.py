@@ -13,7 +13,7 @@ from uncollapse.errors import ConfigError
 from uncollapse.models.backbones import build_backbone
 from uncollapse.models.drop_path import keyed
 from uncollapse.models.heads import ProjectionHead
-from uncollapse.models.tokens import MaskedViT, has_regions, patches_of, regions
+from uncollapse.models.tokens import MaskedViT, has_regions, patches_of, regions, seen_without
 
 
 class Projected(NamedTuple):
@@ -69,6 +69,8 @@ class Encoder(nn.Module):
         read: Tensor | None = None,
         hide: bool = False,
         mean: bool = False,
+        without: Tensor | None = None,
+        apart: bool = False,
     ) -> Projected:
         """Projections of each view; views of one size go through the backbone together.
 
@@ -81,10 +83,14 @@ class Encoder(nn.Module):
             read: ``(V', n, P)`` bool: which patches of the first V' views to project.
             hide: whether these patches are hidden from the backbone.
             mean: whether the mean projection of *all* patches of these views is wanted.
+            without: ``(V', n, P)`` bool: patches that the first V' views are seen without, as many of each.
+            apart: whether the head, too, sees views of each size on their own, as in MSN's code.
         """
-        groups: dict[int, list[int]] = {}
+        hidden = read if without is None else without
+        masked = 0 if hidden is None else len(hidden)
+        groups: dict[tuple[int, bool], list[int]] = {}
         for i, view in enumerate(views):
-            groups.setdefault(view.shape[-1], []).append(i)
+            groups.setdefault((view.shape[-1], i < masked), []).append(i)
         parts: list[Tensor] = [views[0]] * len(views)
         patches: list[Tensor | None] = [None] * len(views)
         places: list[Tensor] = [views[0]] * len(views)
@@ -96,7 +102,9 @@ class Encoder(nn.Module):
                 features, found = regions(self.backbone, stacked)
                 for i, part in zip(group, found.chunk(len(group)), strict=True):
                     places[i] = part
-            elif read is None or group[0] >= len(read):
+            elif without is not None and group[0] < masked:
+                features = seen_without(self.backbone, stacked, without[group].flatten(0, 1))
+            elif read is None or group[0] >= masked:
                 features = self.backbone(stacked)
             else:
                 mask = read[group].flatten(0, 1)
@@ -107,6 +115,12 @@ class Encoder(nn.Module):
                 parts[i] = part
         stacked = _stack(parts)
         features = stacked.unflatten(0, (len(views), -1))
+        if apart:
+            for group in groups.values():
+                z = self.head(_stack([parts[i] for i in group]))
+                for i, part in zip(group, z.chunk(len(group)), strict=True):
+                    parts[i] = part
+            return Projected(torch.stack(parts), None, None, features)
         by_head = {
             name: head(stacked).unflatten(0, (len(views), -1))
             for name, head in self.heads.items()
@@ -164,6 +178,8 @@ def build_encoder(config: Config, drop_path: bool) -> Encoder:
         if hides_patches(config):
             patches_of(backbone, config.views.global_size)  # refuses what has no patches to hide
             backbone = MaskedViT(backbone)  # type: ignore[arg-type]
+        elif config.method.name == "msn" and config.method.drop:
+            patches_of(backbone, config.views.global_size)
         return Encoder(backbone, heads)
 
 

@@ -58,16 +58,20 @@ def tokens(vit: Any, x: Tensor, mask: Tensor | None = None, stand_in: Tensor | N
 
     Args:
         mask: ``(n, T)`` bool; of these patches of a `VisionTransformer`, ``stand_in (d,)`` takes the embedding's place.
+            Without it, they are left out: T is then the number of the others, the same for every image.
     """
-    if mask is None or stand_in is None:
+    if mask is None:
         x = vit.forward_features(x)
         if x.ndim == 4:  # nothing but patches
             x = _in_a_row(vit, x)
             return x, x
     else:
         x = vit.patch_embed(x)  # (n, rows, columns, d) where sizes may vary, else (n, T, d)
-        x = torch.where(mask.view(*x.shape[:-1], 1), stand_in.to(x.dtype), x)
-        x = vit.norm(vit.blocks(vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))))
+        if stand_in is not None:
+            x = torch.where(mask.view(*x.shape[:-1], 1), stand_in.to(x.dtype), x)
+        x = vit._pos_embed(x)
+        x = _without(x, mask, vit.num_prefix_tokens) if stand_in is None else x
+        x = vit.norm(vit.blocks(vit.norm_pre(vit.patch_drop(x))))
     return x, x[:, vit.num_prefix_tokens :]
 
 
@@ -90,6 +94,21 @@ def has_regions(backbone: nn.Module) -> bool:
 def _in_a_row(model: nn.Module, map_: Tensor) -> Tensor:
     """The places of a map as tokens (n, T, d); its channels come last in Swin, second in a CNN."""
     return map_.flatten(1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else map_.flatten(2).transpose(1, 2)
+
+
+def _without(x: Tensor, mask: Tensor, prefix: int) -> Tensor:
+    """Tokens ``(n, prefix + T, d)`` without the patches of ``mask (n, T)``."""
+    left = (~mask).sum(1)
+    if not bool((left == left[0]).all()):
+        raise ValueError("every image must be left with as many patches as the others")
+    kept = x[:, prefix:][~mask].view(len(x), -1, x.shape[-1])
+    return torch.cat([x[:, :prefix], kept], 1)
+
+
+def seen_without(vit: Any, x: Tensor, mask: Tensor) -> Tensor:
+    """Feature vectors ``(n, d)`` of images whose patches in ``mask (n, T)`` are left out (MSN)."""
+    features: Tensor = vit.forward_head(tokens(vit, x, mask)[0], pre_logits=True)
+    return features
 
 
 def last_blocks(vit: Any, x: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from uncollapse.config.schema import Config, PrototypeConfig, bottleneck_of, has_teacher
+from uncollapse.config.schema import (
+    Config,
+    PrototypeConfig,
+    bottleneck_of,
+    has_teacher,
+    teacher_follows_prototypes,
+    views_assigned,
+)
 from uncollapse.prototypes.clustering import ClusteredPrototypes
 from uncollapse.prototypes.decoupled import mixture_defaults, mixture_set
 from uncollapse.prototypes.memory import MemoryPrototypes
@@ -19,6 +26,7 @@ def build_prototypes(
     unit: bool = True,
     followed: bool = True,
     own_student: bool = False,
+    on_sphere: bool = False,
 ) -> Prototypes:
     """The set that ``config.kind`` names, started from ``seed`` alone.
 
@@ -28,14 +36,15 @@ def build_prototypes(
         rows: teacher projections per step over all ranks.
         seed: of the initial vectors.
         unit: whether projections are unit vectors.
-        followed: whether a teacher follows the student, with a side of its own.
+        followed: whether a teacher's side of their own follows joint prototypes.
         own_student: whether the student learns weights of its own beside a clustering of the teacher's projections.
+        on_sphere: whether joint prototypes are put back on the unit sphere after each step.
     """
     generator = torch.Generator().manual_seed(seed)
     if config.kind in ("joint", "koleo"):
         koleo = config.koleo_weight if config.kind == "koleo" else 0.0
         return JointPrototypes(
-            config.count, dim, config.learn_norm, koleo, generator, config.koleo_every, config.vmf, followed
+            config.count, dim, config.learn_norm, koleo, generator, config.koleo_every, config.vmf, followed, on_sphere
         )
     if config.kind == "capi":
         return ClusteredPrototypes(config.count, dim, config.clustering, generator, own_student, config.learn_norm)
@@ -52,10 +61,11 @@ def initial_prototypes(config: Config, number: int = 0, levels: int = 1, name: s
     Args:
         config: validated.
         number: which of the method's sets; each starts elsewhere.
-        levels: how many levels of tokens share it. Each counts in a mixture as much as the global views of a batch.
+        levels: how many levels of tokens share it. Each counts in a mixture as much as the views of a batch that are
+            assigned, mostly the two global ones.
         name: the set's.
     """
-    seed, rows = config.seed + 7919 * (1 + number), config.views.global_count * config.run.batch * levels
-    unit, followed = config.head.normalise, has_teacher(config)
+    seed, rows = config.seed + 7919 * (1 + number), views_assigned(config) * config.run.batch * levels
+    unit, followed, on_sphere = config.head.normalise, teacher_follows_prototypes(config), not has_teacher(config)
     own = config.method.name == "capi"
-    return build_prototypes(config.prototypes, bottleneck_of(config, name), rows, seed, unit, followed, own)
+    return build_prototypes(config.prototypes, bottleneck_of(config, name), rows, seed, unit, followed, own, on_sphere)

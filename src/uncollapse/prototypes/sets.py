@@ -74,9 +74,9 @@ class Prototypes(nn.Module):
 class JointPrototypes(Prototypes):
     """Prototypes learned by the encoder's own gradient: DINO's weight-normalised last layer.
 
-    The student's rows are ``g · v / |v|``; the teacher's are an EMA of v and g, or the same where the method has no
-    teacher (``followed`` false); then v is put back on the unit sphere after every step, as in SwAV. ``vmf`` adds the
-    log-normaliser of each row's von Mises-Fisher density to the logits. With a positive
+    The student's rows are ``g · v / |v|``; the teacher's are an EMA of v and g, or the same (``followed`` false), as in
+    MSN. With ``on_sphere`` they are v, which is put back on the unit sphere after every step, as in SwAV. ``vmf`` adds
+    the log-normaliser of each row's von Mises-Fisher density to the logits. With a positive
     ``koleo_weight`` the student's rows are pushed apart by KoLeo-Proto, whose nearest neighbours are looked for every
     ``koleo_every`` steps; what is found serves until then and is checkpointed.
     """
@@ -96,27 +96,29 @@ class JointPrototypes(Prototypes):
         koleo_every: int = 1,
         vmf: bool = False,
         followed: bool = True,
+        on_sphere: bool = False,
     ) -> None:
         super().__init__()
         # The distribution of PyTorch's linear layer, which DINO's last layer keeps.
         start = (torch.rand(count, dim, generator=generator) * 2 - 1) / dim**0.5
-        start = start if followed else F.normalize(start, dim=-1)
+        start = F.normalize(start, dim=-1) if on_sphere else start
         self.student_v = nn.Parameter(start)
-        self.student_g = nn.Parameter(torch.ones(count, 1), requires_grad=learn_norm and followed)
+        self.student_g = nn.Parameter(torch.ones(count, 1), requires_grad=learn_norm and not on_sphere)
         if followed:
             self.register_buffer("teacher_v", start.clone())
             self.register_buffer("teacher_g", torch.ones(count, 1))
         self.koleo_weight, self.koleo_every = koleo_weight, koleo_every
-        self.vmf, self.followed = vmf, followed
+        self.vmf, self.followed, self.on_sphere = vmf, followed, on_sphere
         self._keeps_neighbours = koleo_weight > 0 and koleo_every > 1
         if self._keeps_neighbours:
             self.register_buffer("neighbours", torch.zeros(count, dtype=torch.long))
             self.register_buffer("neighbours_age", torch.zeros((), dtype=torch.long))
 
     def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
-        if not self.followed:
+        if self.on_sphere:
             return self.student_v, None
-        v, g = (self.student_v, self.student_g) if side == "student" else (self.teacher_v, self.teacher_g)
+        own = self.followed and side == "teacher"
+        v, g = (self.teacher_v, self.teacher_g) if own else (self.student_v, self.student_g)
         weight = F.normalize(v, dim=-1) * g
         return weight, vmf_bias(weight, temperature) if self.vmf else None
 
@@ -129,7 +131,7 @@ class JointPrototypes(Prototypes):
         return self.koleo_weight * koleo_proto(self.student_v, neighbours=neighbours)
 
     def after_step(self) -> None:
-        if not self.followed:
+        if self.on_sphere:
             with torch.no_grad():
                 self.student_v.copy_(F.normalize(self.student_v, dim=-1))
         if self._keeps_neighbours:
@@ -137,6 +139,8 @@ class JointPrototypes(Prototypes):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
+        if not self.followed:
+            return
         self.teacher_v.lerp_(self.student_v.detach(), 1 - momentum)
         self.teacher_g.lerp_(self.student_g.detach(), 1 - momentum)
 

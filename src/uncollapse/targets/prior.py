@@ -24,9 +24,9 @@ def power_law(count: int, exponent: float, like: Tensor | None = None) -> Tensor
     """
     if count < 1 or not 0 <= exponent < float("inf"):
         raise ValueError(f"a power law needs prototypes and an exponent of 0 or above, got {count} and {exponent}")
-    k = torch.arange(1, count + 1, dtype=torch.float64)
-    share = torch.softmax(-exponent * k.log(), 0)
-    return share.float() if like is None else share.to(like)
+    device = None if like is None else like.device
+    k = torch.arange(1, count + 1, dtype=torch.float64, device=device)
+    return torch.softmax(-exponent * k.log(), 0).to(torch.float32 if like is None else like.dtype)
 
 
 def log_shares(shares: Tensor | None, count: int, like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from uncollapse.config.load import dump_config
 from uncollapse.config.schema import mode_name
 from uncollapse.data.batched import multicrop
 from uncollapse.data.images import MemoryImages
-from uncollapse.data.masks import crop_masks
+from uncollapse.data.masks import crop_masks, dropped_patches
 from uncollapse.data.views import ViewSpec, view_specs
 from uncollapse.data.workers import view_loader
 from uncollapse.errors import TrainingError
@@ -61,7 +61,7 @@ class Loop:
         self.state, self.log, self.say = state, log, say
         self.specs: list[ViewSpec] = view_specs(self.config.views)
         self.places = np.arange(self.config.run.batch).reshape(self.fabric.world_size, -1)[self.fabric.global_rank]
-        if state.parts.hide is not None:
+        if state.parts.hide is not None or state.parts.drop:
             self.patches = patches_of(state.student.backbone, self.config.views.global_size)
         self.watch = Stopwatch(job.device)
         self.watch_seconds: dict[str, float] = {}
@@ -110,6 +110,9 @@ class Loop:
             evenly = self.config.run.batch if self.state.parts.hide_evenly else None
             count = len(groups["global"])
             masks["global"] = crop_masks(self.patches, count, *hide, seed, step, positions.tolist(), evenly)
+        if drop := self.state.parts.drop:
+            dropped = dropped_patches(self.patches, drop, seed, step)
+            masks["global"] = dropped.expand(len(groups["global"]), len(positions), -1)
         return Batch(groups, masks, row_keys(seed, step, torch.from_numpy(positions), len(views)))
 
     def _check_finite(self, tensor: Tensor, what: str, step: int) -> None:
