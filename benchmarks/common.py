@@ -115,8 +115,8 @@ def _memory(which: str) -> int:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = re.search(which + r":\s+(\d+)", status.read_text())
-    return int(found[1]) * 1024 if found else 0
+    line = re.search(which + r":\s+(\d+)", status.read_text())
+    return int(line[1]) * 1024 if line else 0
 
 
 def _reset_peak() -> None:
@@ -215,7 +215,7 @@ def main(title: str, rows: Callable[[Sequence[int], torch.device], Iterator[Row]
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found = list(rows(options.sizes, torch.device(options.device)))
-    print_rows(title, found, torch.device(options.device))
+    measured = list(rows(options.sizes, torch.device(options.device)))
+    print_rows(title, measured, torch.device(options.device))
     if options.json:
-        options.json.write_text(json.dumps(to_json(found), indent=1) + "\n")
+        options.json.write_text(json.dumps(to_json(measured), indent=1) + "\n")

@@ -43,10 +43,10 @@ def _row(count: int, device: torch.device) -> Row:
 
     def product() -> None:
         for s in range(0, QUERIES, 1024):
-            some = queries[s : s + 1024]
+            asked = queries[s : s + 1024]
             for t in range(0, count, 2048):
                 part = bank[t : t + 2048]
-                torch.mm(some, part.T, out=buffer[: len(some) * len(part)].view(len(some), -1))
+                torch.mm(asked, part.T, out=buffer[: len(asked) * len(part)].view(len(asked), -1))
 
     calls: dict[str, Callable[[], Any]] = {"ours": ours, "limit": product, "naive": naive}
     if device.type == "cpu":

@@ -184,15 +184,15 @@ def refresh(sizes: Sequence[int], steps: int, device: torch.device) -> None:
         ):
             table.add_column(heading)
         for every in (1, 4, 16, 64):
-            found = simulate(k, every, steps, device)
+            outcome = simulate(k, every, steps, device)
             table.add_row(
                 str(every),
-                f"{100 * found['outdated']:.1f} %",
-                f"{found['koleo']:.4f}",
-                f"{found['closest']:.4f}",
-                f"{found['median']:.4f}",
-                " / ".join(str(v) for n, v in found.items() if n.startswith("unique")),
-                f"{found['ms']:.1f}",
+                f"{100 * outcome['outdated']:.1f} %",
+                f"{outcome['koleo']:.4f}",
+                f"{outcome['closest']:.4f}",
+                f"{outcome['median']:.4f}",
+                " / ".join(str(v) for n, v in outcome.items() if n.startswith("unique")),
+                f"{outcome['ms']:.1f}",
             )
         Console(width=140).print(table)
 
@@ -209,9 +209,9 @@ if __name__ == "__main__":
     if options.refresh:
         refresh(options.sizes or (1024, 8192), options.steps, where)
     else:
-        found = list(rows(options.sizes or (*SIZES[:2], 16384, *SIZES[2:]), where))
-        print_rows("koleo", found, where)
+        measured = list(rows(options.sizes or (*SIZES[:2], 16384, *SIZES[2:]), where))
+        print_rows("koleo", measured, where)
         if options.json:
             import json
 
-            options.json.write_text(json.dumps(to_json(found), indent=1) + "\n")
+            options.json.write_text(json.dumps(to_json(measured), indent=1) + "\n")

@@ -106,25 +106,25 @@ def row(
     note: str = "",
 ) -> Row:
     """``targets``: by rival, how many times faster ours is to be; like the memory's, for 65,536 prototypes."""
-    mine, theirs = timed(ours, others, k)
+    ours_cost, theirs = timed(ours, others, k)
     targets = targets if targets and k >= 65536 else {}
     wanted = [f"≥ {factor}× {rival}" for rival, factor in targets.items()]
     met = [
-        cost.seconds >= factor * mine.seconds
+        cost.seconds >= factor * ours_cost.seconds
         for rival, factor in targets.items()
         if (cost := theirs[rival]) is not None
     ]
     peer = theirs.get("lightly")
     if lightly_memory and peer is not None and k >= 65536:
         wanted.append("memory ≤ 1/3 of lightly's")
-        met.append(3 * mine.peak <= peer.peak)
+        met.append(3 * ours_cost.peak <= peer.peak)
     missing = [n for n, c in theirs.items() if c is None]
     notes = [note] if note else []
     notes += [f"{n} is not installed" for n in missing]
     return Row(
         name,
         f"K = {k:,}",
-        mine,
+        ours_cost,
         limit,
         limit_is,
         theirs,

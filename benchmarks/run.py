@@ -28,13 +28,13 @@ def markdown(results: dict[str, Any]) -> str:
     """All results as tables: others' time and memory as multiples of ours, ours as a multiple of the limit."""
     lines = ["# What each function costs", "", "Written by `make bench ARGS='--markdown docs/benchmarks.md'`.", ""]
     for device in results.values():
-        for name, found in device.items():
-            lines += [f"## {name}", "", f"{found['machine']}.", ""]
+        for name, measured in device.items():
+            lines += [f"## {name}", "", f"{measured['machine']}.", ""]
             lines += [
                 "| function | size | ms | MiB | × limit | others: time, memory ÷ ours | target |",
                 "|" + "---|" * 7,
             ]
-            for row in found["rows"]:
+            for row in measured["rows"]:
                 limit = f"{row['times_limit']:.2f} {row['limit_is']}" if row["times_limit"] else ""
                 others = [
                     f"{n} {row['time_over_ours'][n]:.2f}×, {row['memory_over_ours'][n]:.1f}×" if c else f"{n}: not run"

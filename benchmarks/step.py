@@ -133,7 +133,7 @@ def _prototype_parts(arm: str, k: int, z: Tensor, device: torch.device) -> dict[
     return parts
 
 
-def markdown(found: Sequence[Row], device: torch.device) -> str:
+def markdown(measured: Sequence[Row], device: torch.device) -> str:
     lines = [
         "# What each way to learn prototypes adds to a training step",
         "",
@@ -142,12 +142,12 @@ def markdown(found: Sequence[Row], device: torch.device) -> str:
         "parts are measured on a few images and multiplied up (time and activations are linear in them). Projections",
         "are random unit vectors. The memory of a whole step is that of its largest prototype part.",
         "",
-        f"{found[0].size}; {describe(device)}.",
+        f"{measured[0].size}; {describe(device)}.",
         "",
         "| part | time, ms | memory, MiB | |",
         "|---|---|---|---|",
     ]
-    for row in found:
+    for row in measured:
         cost = row.ours
         lines.append(f"| {row.name} | {1e3 * cost.seconds:.1f} | {cost.peak / 2**20:.0f} | {row.note} |")
     return "\n".join(lines) + "\n"
@@ -162,10 +162,10 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="also write the table there")
     options = parser.parse_args()
     device = torch.device(options.device)
-    found = list(rows([options.count], device, options.images, options.micro))
-    print_rows("one training step", found, device)
+    measured = list(rows([options.count], device, options.images, options.micro))
+    print_rows("one training step", measured, device)
     if options.markdown:
-        options.markdown.write_text(markdown(found, device))
+        options.markdown.write_text(markdown(measured, device))
 
 
 if __name__ == "__main__":

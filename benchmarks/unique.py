@@ -74,8 +74,8 @@ def faiss_range_search() -> Callable[[Tensor], int] | None:
         x = F.normalize(w, dim=1).numpy()
         index: Any = faiss.IndexFlatIP(x.shape[1])
         index.add(x)
-        bounds, _, found = index.range_search(x, 1 - EPS)
-        return greedy(lambda i: found[bounds[i] : bounds[i + 1]], len(w))
+        bounds, _, neighbours = index.range_search(x, 1 - EPS)
+        return greedy(lambda i: neighbours[bounds[i] : bounds[i + 1]], len(w))
 
     return count
 
@@ -146,9 +146,9 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     where = torch.device(options.device)
-    found = list(rows(options.sizes, where, options.dim))
-    print_rows("unique", found, where)
+    measured = list(rows(options.sizes, where, options.dim))
+    print_rows("unique", measured, where)
     if options.json:
         import json
 
-        options.json.write_text(json.dumps(to_json(found), indent=1) + "\n")
+        options.json.write_text(json.dumps(to_json(measured), indent=1) + "\n")

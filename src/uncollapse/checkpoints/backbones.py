@@ -42,8 +42,8 @@ def backbone_of(weights: Mapping[str, Tensor], where: str) -> Backbone:
         InputError: no known kind, or a part that was not understood; the message names it.
     """
     weights = dict(renamed({n: t.float() for n, t in weights.items()}))
-    if found := [n for n, t in weights.items() if t.is_meta]:
-        raise InputError(f"{where}: {found[0]} has no values; --data cannot run the encoder")
+    if absent := [n for n, t in weights.items() if t.is_meta]:
+        raise InputError(f"{where}: {absent[0]} has no values; --data cannot run the encoder")
     try:
         with Within(weights.values()):
             backbone = _known(weights, where)
@@ -104,10 +104,10 @@ def _known(weights: dict[str, Tensor], where: str) -> Backbone:
         return Backbone(module, width, size, described, PatchTokens(module.vit))  # type: ignore[arg-type]
     if "conv1.weight" in weights and "layer4.0.conv1.weight" in weights:
         return Backbone(*_resnet(weights, where))
-    some = ", ".join(list(weights)[:3]) or "nothing"
+    first = ", ".join(list(weights)[:3]) or "nothing"
     raise InputError(
         f"{where}: the backbone was not understood (no ViT, Swin, XCiT, CAPI encoder or ResNet; it begins with "
-        f"{some}), so --data cannot run it; its prototypes can still be diagnosed without --data"
+        f"{first}), so --data cannot run it; its prototypes can still be diagnosed without --data"
     )
 
 

@@ -79,16 +79,16 @@ def rebuild_encoder(loaded: Any, tensors: Mapping[str, Tensor], s: PrototypeSet,
     weights = one_side(tensors, s)
     if not weights:
         raise InputError(f"{where}: it holds no encoder beside the prototypes, so --data has nothing to run")
-    found = backbone_of(backbone_part(weights), where)
-    head = _head(weights, found.width, s, where)
+    backbone = backbone_of(backbone_part(weights), where)
+    head = _head(weights, backbone.width, s, where)
     if s.name not in PATCHES:
-        return Rebuilt(found.module, head.eval(), found.size, None, found.described)
-    if found.tokens is None:
+        return Rebuilt(backbone.module, head.eval(), backbone.size, None, backbone.described)
+    if backbone.tokens is None:
         raise InputError(
-            f"{where}: the {s.name} prototypes divide up patches, and {found.described} gives none here; --data cannot "
-            "place images among them"
+            f"{where}: the {s.name} prototypes divide up patches, and {backbone.described} gives none here; --data "
+            "cannot place images among them"
         )
-    return Rebuilt(found.tokens, head.eval(), found.size, None, found.described, tokens=True)
+    return Rebuilt(backbone.tokens, head.eval(), backbone.size, None, backbone.described, tokens=True)
 
 
 def _own(loaded: Any, s: PrototypeSet, where: str) -> Rebuilt:
@@ -126,15 +126,15 @@ def one_side(tensors: Mapping[str, Tensor], s: PrototypeSet) -> dict[str, Tensor
         sides.setdefault(side, {})[name] = tensor
     # MSN's prototypes belong to no side, and its evaluation takes the target encoder.
     order = [wanted, "unstated"] if wanted in sides else ["unstated", *sides]
-    found = next((sides[name] for name in order if _has_encoder(sides.get(name, {}))), {})
-    return {name: t for name, t in found.items() if t.is_floating_point()}
+    part = next((sides[name] for name in order if _has_encoder(sides.get(name, {}))), {})
+    return {name: t for name, t in part.items() if t.is_floating_point()}
 
 
 def _root(s: PrototypeSet) -> str:
     """Cleaned path of the network that the set belongs to, where it names one: ``teacher/``, ``model/teacher.``."""
     layer = re.sub(r"(weight_v|weight|parametrizations\.weight\.original1)$", "", clean(s.key))
-    found = re.match(r"(.*[/.])?(\w*head\w*|prototypes)\.", layer)
-    root = (found[1] or "") if found else ""
+    match = re.match(r"(.*[/.])?(\w*head\w*|prototypes)\.", layer)
+    root = (match[1] or "") if match else ""
     return root if side_of(root) != "unstated" else ""
 
 
@@ -182,12 +182,12 @@ def _head(weights: Mapping[str, Tensor], width: int, s: PrototypeSet, where: str
     if own == "head" and s.name == "clusters":
         names = []  # CAPI's clusters are of the tokens themselves
     for name in names:
-        found: dict[int, dict[str, Tensor]] = {}
+        layers: dict[int, dict[str, Tensor]] = {}
         for key, tensor in weights.items():
             if m := re.match(rf"{name}(?:\.(\d+))?\.(weight|bias|running_mean|running_var)$", key):
-                found.setdefault(int(m[1] or 0), {})[m[2]] = tensor
-        if found:
-            return _sequence([found[i] for i in sorted(found)], activation, width, s, where)
+                layers.setdefault(int(m[1] or 0), {})[m[2]] = tensor
+        if layers:
+            return _sequence([layers[i] for i in sorted(layers)], activation, width, s, where)
     if width == s.weight.shape[1]:
         return nn.Sequential(Unit())
     raise InputError(

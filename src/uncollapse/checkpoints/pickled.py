@@ -146,8 +146,8 @@ class _Machine:
 
     def marked(self) -> list[Any]:
         """What was pushed since the last mark, taken off with it."""
-        found, self.stack = self.stack, self.below.pop()
-        return found
+        above, self.stack = self.stack, self.below.pop()
+        return above
 
     def named(self, module: str, name: str) -> Name:
         module = _MOVED.get(module, module)

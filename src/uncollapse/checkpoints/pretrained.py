@@ -42,13 +42,13 @@ def start_from(encoder: Encoder, file: str) -> list[str]:
     tensors = flatten(read_tensors(path), path)
     backbone = plain(encoder.backbone)
     wanted = {n: t for n, t in backbone.state_dict().items() if not n.endswith(COUNTERS)}
-    prefix, found = _best_prefix(tensors, wanted)
+    prefix, fitting = _best_prefix(tensors, wanted)
     ready = {n: _fitted(tensors[prefix + n], n, backbone) for n in wanted if prefix + n in tensors}
     fits = {n: t for n, t in ready.items() if t.shape == wanted[n].shape}
     name = shown(str(path))
-    if 2 * found < len(wanted):
+    if 2 * fitting < len(wanted):
         raise ConfigError(
-            f"backbone.init: {name} has {found} of the {len(wanted)} tensors of this backbone by name and shape; it "
+            f"backbone.init: {name} has {fitting} of the {len(wanted)} tensors of this backbone by name and shape; it "
             f"looks for {next(iter(wanted))}, {list(wanted)[-1]} … (is it the architecture of backbone.name?)"
         )
     _put(backbone, fits, name)
@@ -102,14 +102,14 @@ def _head(tensors: Mapping[str, Tensor], prefix: str, head: nn.Module, level: st
     if level == "cls" and not any(name.startswith(beside) for name in tensors):
         beside = f"{root}head."
     wanted = {n: t for n, t in head.state_dict().items() if not n.endswith(COUNTERS)}
-    found = {n: tensors[beside + n] for n in wanted if beside + n in tensors}
-    whole = len(found) == len(wanted) and all(found[n].shape == t.shape for n, t in wanted.items())
-    return found if whole else {}
+    state = {n: tensors[beside + n] for n in wanted if beside + n in tensors}
+    whole = len(state) == len(wanted) and all(state[n].shape == t.shape for n, t in wanted.items())
+    return state if whole else {}
 
 
-def _put(module: nn.Module, found: Mapping[str, Tensor], where: str) -> None:
+def _put(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     own = module.state_dict()
-    for name, tensor in found.items():
+    for name, tensor in state.items():
         if not bool(tensor.float().isfinite().all()):
             raise ConfigError(f"backbone.init: {name} in {where} is NaN or infinite; take an earlier checkpoint")
         own[name].copy_(tensor)

@@ -145,7 +145,7 @@ def find_prototypes(tensors: Mapping[str, Tensor], where: str, key: str | None =
     """
     if key is not None:
         return [_picked(tensors, where, key)]
-    found: list[PrototypeSet] = []
+    sets: list[PrototypeSet] = []
     unusable: list[InputError] = []
     for path, tensor in tensors.items():
         try:
@@ -153,17 +153,17 @@ def find_prototypes(tensors: Mapping[str, Tensor], where: str, key: str | None =
         except InputError as error:
             unusable.append(error)
             continue
-        found += [] if s is None else [s]
-    if not found and unusable:
+        sets += [] if s is None else [s]
+    if not sets and unusable:
         raise unusable[0]
-    if not found:
+    if not sets:
         return [_bare(tensors, where)]
     left_out = tuple(f"left out: {str(error).removeprefix(f'{where}: ')}" for error in unusable)
-    found[0] = replace(found[0], notes=(*found[0].notes, *left_out))
+    sets[0] = replace(sets[0], notes=(*sets[0].notes, *left_out))
     order = {"teacher": 0, "student": 1, "shared": 2, "unstated": 3}
     # Where a mixture stands beside a layer, its means are the prototypes and the layer is often an unused one.
-    found.sort(key=lambda s: (not s.key.endswith("mean"), order[s.side]))
-    return _without_aliases(_told_apart(found))
+    sets.sort(key=lambda s: (not s.key.endswith("mean"), order[s.side]))
+    return _without_aliases(_told_apart(sets))
 
 
 def may_be_prototypes(path: str) -> bool:
@@ -224,8 +224,8 @@ def _bias(weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, tuple[str
 
 
 def _is_mixture(path: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> bool:
-    found = MIXTURE.match(path)
-    beside = [tensors.get(f"{found[1]}{name}") for name in ("variance", "evidence", "offset")] if found else []
+    match = MIXTURE.match(path)
+    beside = [tensors.get(f"{match[1]}{name}") for name in ("variance", "evidence", "offset")] if match else []
     if not beside or any(t is None for t in beside) or tensor.ndim != 2:
         return False
     return all(t is not None and t.shape == tensor.shape[:1] for t in beside[1:])
@@ -241,15 +241,15 @@ def side_of(cleaned: str) -> Side:
     return "unstated"
 
 
-def _told_apart(found: list[PrototypeSet]) -> list[PrototypeSet]:
+def _told_apart(sets: list[PrototypeSet]) -> list[PrototypeSet]:
     """Sets that say nothing are the student's where a teacher's stands beside them, and shared otherwise.
 
     solo-learn writes ``head`` beside ``momentum_head``; MSN and SwAV have one matrix for both sides.
     """
-    teachers = {s.name for s in found if s.side == "teacher"}
-    single = {s.family for s in found if s.family in ("MSN", "SwAV")}
+    teachers = {s.name for s in sets if s.side == "teacher"}
+    single = {s.family for s in sets if s.family in ("MSN", "SwAV")}
     out = []
-    for s in found:
+    for s in sets:
         if s.side == "unstated" and s.name in teachers:
             s = replace(s, side="student")
         elif s.side == "unstated" and single:
@@ -258,10 +258,10 @@ def _told_apart(found: list[PrototypeSet]) -> list[PrototypeSet]:
     return out
 
 
-def _without_aliases(found: list[PrototypeSet]) -> list[PrototypeSet]:
+def _without_aliases(sets: list[PrototypeSet]) -> list[PrototypeSet]:
     """Of equal matrices on one side the first is kept: a shared head is saved under two names."""
     kept: list[PrototypeSet] = []
-    for s in found:
+    for s in sets:
         twin = next((i for i, other in enumerate(kept) if other.side == s.side and _equal(other, s)), None)
         if twin is None:
             kept.append(s)
@@ -336,8 +336,8 @@ def _bare(tensors: Mapping[str, Tensor], where: str) -> PrototypeSet:
     matrices = [p for p, t in tensors.items() if t.ndim == 2]
     if len(tensors) <= 3 and len(matrices) == 1:
         notes = ("the only matrix of the file; nothing in it says that these are prototypes",) if matrices[0] else ()
-        found = PrototypeSet(matrices[0], "bare", "unstated", "bare tensor", tensors[matrices[0]], notes=notes)
-        return checked(found, where)
+        only = PrototypeSet(matrices[0], "bare", "unstated", "bare tensor", tensors[matrices[0]], notes=notes)
+        return checked(only, where)
     if not tensors:
         raise InputError(
             f"{where}: it holds no tensors (states of optimisers aside), so there are no prototypes in it; {WHERE_ELSE}"

@@ -54,10 +54,10 @@ def read_tensors(path: Path, trust: bool = False, only: Callable[[str], bool] | 
     if kind == "safetensors":
         return read_safetensors(path)
     if kind in ("npy", "npz"):
-        found = read_numpy(path)
-        if isinstance(found, np.ndarray):
-            raise InputError(f"{path}: an array of {found.dtype}; prototypes are floating-point numbers")
-        return found
+        content = read_numpy(path)
+        if isinstance(content, np.ndarray):
+            raise InputError(f"{path}: an array of {content.dtype}; prototypes are floating-point numbers")
+        return content
     if trust:
         return read_trusted(path)
     with damage_is_said(path):
@@ -79,7 +79,7 @@ def flatten(loaded: Any, where: object = "file") -> dict[str, Tensor]:
     Raises:
         InputError: containers that hold one another so often that they cannot be written out.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     holds: dict[int, bool] = {}  # whether there are tensors in a container seen before
     again = 0
 
@@ -92,7 +92,7 @@ def flatten(loaded: Any, where: object = "file") -> dict[str, Tensor]:
         elif isinstance(value, np.ndarray):
             value = tensor_of_array(value)
         if isinstance(value, Tensor):
-            found[path] = value.detach()
+            tensors[path] = value.detach()
             return True
         # A pickle may contain itself; nothing real is nested this deeply.
         if not isinstance(value, dict | list | tuple) or id(value) in around or len(around) > 40:
@@ -104,16 +104,18 @@ def flatten(loaded: Any, where: object = "file") -> dict[str, Tensor]:
             if again > _REVISITED:
                 raise InputError(f"{where}: dicts and lists that hold one another without end; it is no checkpoint")
         holds[id(value)] = True
-        some = False
+        any_tensor = False
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if path or not OPTIMIZERS.fullmatch(str(name)):
-                some |= walk(inner, f"{path}/{shown(str(name))}" if path else shown(str(name)), (*around, id(value)))
-        holds[id(value)] = some
-        return some
+                any_tensor |= walk(
+                    inner, f"{path}/{shown(str(name))}" if path else shown(str(name)), (*around, id(value))
+                )
+        holds[id(value)] = any_tensor
+        return any_tensor
 
     with damage_is_said(where):
         walk(loaded, "", ())
-    return found
+    return tensors
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -142,8 +144,8 @@ def newest_of(path: Path) -> tuple[Path, list[str]]:
             continue  # a pipe would be waited for
         try:
             with file.open("rb") as content:
-                found = hashlib.file_digest(content, "sha256").hexdigest()
-            if json.loads(record.read_text())["sha256"] == found:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            if json.loads(record.read_text())["sha256"] == digest:
                 skipped = ", ".join(shown(r.with_suffix(".pt").name) for r in steps if r > record)
                 return file, [f"{skipped} damaged: {file.name} is the newest whole checkpoint"] if skipped else []
         except (OSError, ValueError, KeyError, TypeError):

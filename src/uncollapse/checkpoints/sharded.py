@@ -58,7 +58,7 @@ def read_sharded(folder: Path, only: Callable[[str], bool] | None = None) -> dic
     stored: dict[str, list[tuple[Any, Any]]] = {}
     for at, info in places.items():
         stored.setdefault(str(_field(at, "fqn")), []).append((_field(at, "offset"), info))
-    found: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     sizes = {str(name): _field(entry, "size") for name, entry in entries.items()}
     few = sum(size is not None for size in sizes.values()) <= 3
     taken: set[tuple[str, int]] = set()
@@ -69,13 +69,13 @@ def read_sharded(folder: Path, only: Callable[[str], bool] | None = None) -> dic
             continue  # numbers, text and the like are pickles of their own, and not needed
         wanted = few or only is None or only("/".join(levels))
         tensor = _joined(folder, name, size, stored.get(name, []), taken) if wanted else without_values(size)
-        level = found
+        level = nested
         for part in levels[:-1]:
             level = level.setdefault(part, {})
             if not isinstance(level, dict):
                 raise InputError(f"{folder}: {name}: its index puts tensors into a tensor; it is damaged")
         level[levels[-1]] = tensor
-    return found
+    return nested
 
 
 def _field(record: Any, name: str) -> Any:

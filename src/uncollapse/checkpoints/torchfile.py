@@ -51,10 +51,10 @@ class _Storage:
             return torch.empty(0, dtype=dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nothing here is written to
-            found = torch.frombuffer(self.content, dtype=dtype, count=count)
-            if found.data_ptr() % dtype.itemsize:
-                found = torch.frombuffer(bytearray(self.content), dtype=dtype, count=count)
-        return found
+            numbers = torch.frombuffer(self.content, dtype=dtype, count=count)
+            if numbers.data_ptr() % dtype.itemsize:
+                numbers = torch.frombuffer(bytearray(self.content), dtype=dtype, count=count)
+        return numbers
 
 
 # --------------------------------------------------------------------------------------- what names mean
@@ -82,7 +82,7 @@ _STORAGES = {
 _OF_STORAGE = {
     f"torch.{where}{name}Storage": dtype for name, dtype in _STORAGES.items() for where in ("", "cuda.", "storage.")
 }
-_SCHEMES = [f"torch.{name}" for name, found in vars(torch).items() if isinstance(found, torch.qscheme)]
+_SCHEMES = [f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.qscheme)]
 _DTYPES = {f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 
 
@@ -161,8 +161,8 @@ def _encoded(text: Any, *_: Any) -> bytes:
     return text.encode("latin-1")
 
 
-def _dict(*given: Any) -> dict[Any, Any]:
-    return dict(given[-1]) if given and isinstance(given[-1], dict) else {}
+def _dict(*arguments: Any) -> dict[Any, Any]:
+    return dict(arguments[-1]) if arguments and isinstance(arguments[-1], dict) else {}
 
 
 def _list(items: Any = ()) -> list[Any]:
@@ -191,8 +191,8 @@ def _numbers(content: Any, dtype: Any, shape: Any, order: Any = "C") -> Tensor |
     kind = np.dtype(end + code)
     if math.prod(shape) * kind.itemsize != len(content):
         raise Damaged(f"an array of {shape} with {len(content):,} bytes")
-    found = np.frombuffer(content, kind).reshape(shape, order="F" if order == "F" else "C")
-    return torch.from_numpy(np.array(found, kind.newbyteorder("=")))
+    numbers = np.frombuffer(content, kind).reshape(shape, order="F" if order == "F" else "C")
+    return torch.from_numpy(np.array(numbers, kind.newbyteorder("=")))
 
 
 def array_of(value: Any) -> Tensor | None:
@@ -322,12 +322,12 @@ def _record(archive: zipfile.ZipFile, info: zipfile.ZipInfo, content: memoryview
         raise Unsupported("its compressed records unpack to far more than the file; unpack it and save it uncompressed")
     try:
         with archive.open(info) as packed:
-            found = packed.read(info.file_size + 1)
+            data = packed.read(info.file_size + 1)
     except (zlib.error, EOFError, zipfile.BadZipFile) as error:
         raise Damaged(f"{info.filename} cannot be unpacked ({error})") from None
-    if len(found) != info.file_size:
+    if len(data) != info.file_size:
         raise Damaged(f"{info.filename} unpacks to another length than it says")
-    return memoryview(bytearray(found))
+    return memoryview(bytearray(data))
 
 
 def refuse_encrypted(info: zipfile.ZipInfo) -> None:
@@ -371,7 +371,7 @@ def _one_after_another(file: BinaryIO, content: memoryview) -> Any:
             return _Storage(whole[start * dtype.itemsize : (start + many) * dtype.itemsize], dtype)
         return _Storage(whole[: count * dtype.itemsize], dtype)
 
-    found = load(file, NAMES, stored)
+    loaded = load(file, NAMES, stored)
     keys = load(file, {})
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
         raise Damaged("storages that are not there")
@@ -381,4 +381,4 @@ def _one_after_another(file: BinaryIO, content: memoryview) -> Any:
             raise Damaged(f"storage {key} has another length than it says")
         if file.readinto(storage.content) != len(storage.content):  # type: ignore[attr-defined]
             raise Damaged(f"storage {key} is cut off")
-    return found
+    return loaded

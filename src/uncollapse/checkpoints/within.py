@@ -38,14 +38,14 @@ class Within(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [*args, *kwargs.values()]
-        shapes = [t.shape for t in given if isinstance(t, Tensor)]
+        inputs = [*args, *kwargs.values()]
+        shapes = [t.shape for t in inputs if isinstance(t, Tensor)]
         made = max(map(math.prod, shapes), default=0)
         if len(set(shapes)) > 1:
             with suppress(RuntimeError):  # shapes that are not spread over one another
                 made = max(made, math.prod(torch.broadcast_shapes(*shapes)))
         if func in _MADE:
-            flat = [n for value in given for n in (value if isinstance(value, tuple | list) else [value])]
+            flat = [n for value in inputs for n in (value if isinstance(value, tuple | list) else [value])]
             made = _MADE[func]([abs(int(n)) for n in flat if isinstance(n, int | float) and math.isfinite(n)] or [0])
             self.numbers, self.tensors = self.numbers - made, self.tensors - 1
         if made > self.most or self.numbers < 0 or self.tensors < 0:

@@ -43,11 +43,11 @@ def run_diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> No
     complete = True if arguments.complete else False if arguments.quick else None
     from rich.console import Console
 
-    found, refused = [], []
+    diagnoses, refused = [], []
     for path in in_order(arguments.paths):
         with bars(Console(stderr=True), after=1.0) as report:
             try:
-                found += diagnose_file(
+                diagnoses += diagnose_file(
                     path,
                     arguments.eps or EPSILONS,
                     key=arguments.key,
@@ -64,25 +64,25 @@ def run_diagnose(arguments: argparse.Namespace, overrides: dict[str, Any]) -> No
                 known = isinstance(error, InputError | DataError)
                 why = str(error) if known else f"{path}: not diagnosed ({type(error).__name__}: {error})"
                 refused.append(shown(why))
-    if arguments.html is not None and found:
+    if arguments.html is not None and diagnoses:
         from uncollapse.diagnosis.page import write_page
 
-        write_page(found, arguments.html)
+        write_page(diagnoses, arguments.html)
     if arguments.json:
         import json
 
-        print(json.dumps([d.to_json() for d in found], indent=1, allow_nan=False))
+        print(json.dumps([d.to_json() for d in diagnoses], indent=1, allow_nan=False))
     else:
         from uncollapse.diagnosis.text import print_diagnoses
 
-        print_diagnoses(found)
-        if arguments.html is not None and found:
+        print_diagnoses(diagnoses)
+        if arguments.html is not None and diagnoses:
             print(f"report      {shown(arguments.html)}")
     for line in refused:
         print(f"uncollapse: error: {line}", file=sys.stderr)
     if refused:
         sys.exit(2)
-    if under is not None and (failed := failures(found, under)):
+    if under is not None and (failed := failures(diagnoses, under)):
         for line in failed:
             print(f"uncollapse: {line}", file=sys.stderr)
         sys.exit(1)

@@ -135,18 +135,18 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     with bars(console) as report:
         tell = functools.partial(say, console)
         tell(f"{shown(encoder.name)}: {encoder.described}, {encoder.side}, {encoder.size} pixels, on {device.type}")
-        found = evaluate(encoders, settings, tell, report, lambda one: merge(out, settings.key, one, command))
+        evaluated = evaluate(encoders, settings, tell, report, lambda one: merge(out, settings.key, one, command))
     if of_run and out == folder:
-        add_scalars(out, settings.key, found)
+        add_scalars(out, settings.key, evaluated)
         _rewrite_report(out)
     if arguments.json:
-        print(json.dumps(to_json(found), indent=1, allow_nan=False))
-        for note in _notes(found):
+        print(json.dumps(to_json(evaluated), indent=1, allow_nan=False))
+        for note in _notes(evaluated):
             print(f"note: {note}", file=sys.stderr)
     else:
-        print_results(found, settings.key)
+        print_results(evaluated, settings.key)
         print(f"results     {shown(out / 'evaluation.json')}")
-    failed = [f"{one.label}: {task} failed: {reason}" for one in found for task, reason in one.failures.items()]
+    failed = [f"{one.label}: {task} failed: {reason}" for one in evaluated for task, reason in one.failures.items()]
     for line in failed:
         print(f"uncollapse: {shown(line)}", file=sys.stderr)
     if failed:
@@ -174,36 +174,38 @@ def _rewrite_report(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------- results
 
 
-def to_json(found: Sequence[Evaluated]) -> dict[str, Any]:
+def to_json(evaluated: Sequence[Evaluated]) -> dict[str, Any]:
     """``{task: {metric: value, "ci95", "n", "protocol", "source"}}``; a control's under the task's ``untrained``."""
     from uncollapse.evaluate.record import finite
 
-    out: dict[str, Any] = {result.task: finite(result.to_json()) for result in found[0].results}
-    for one in found[1:]:
+    out: dict[str, Any] = {result.task: finite(result.to_json()) for result in evaluated[0].results}
+    for one in evaluated[1:]:
         for result in one.results:
             out.setdefault(result.task, {})["untrained"] = finite(result.to_json())
     return out
 
 
-def print_results(found: Sequence[Evaluated], key: str) -> None:
+def print_results(evaluated: Sequence[Evaluated], key: str) -> None:
     """On stdout, task by task: headline with its interval, protocol, other metrics, and the control's below them."""
     from rich.console import Console
 
     from uncollapse.report.numbers import interval, metric_text
 
     console = Console()
-    counts = f": {found[0].n_train:,} training and {found[0].n_test:,} test images" if found[0].n_train else ""
+    counts = (
+        f": {evaluated[0].n_train:,} training and {evaluated[0].n_test:,} test images" if evaluated[0].n_train else ""
+    )
     width = max(40, min(console.width, 120))
     print("\n".join(_wrapped(shown(key + counts), width, "")))
-    for task in dict.fromkeys(r.task for one in found for r in one.results):
-        for one in found:
+    for task in dict.fromkeys(r.task for one in evaluated for r in one.results):
+        for one in evaluated:
             for result in (r for r in one.results if r.task == task):
                 metrics = [
                     f"{shown(name)} {metric_text(name, value)}"
                     + (f" ({ends})" if (ends := _ends(result, i, interval)) else "")
                     for i, (name, value) in enumerate(result.metrics.items())
                 ]
-                first = one is found[0]
+                first = one is evaluated[0]
                 name = task if first else f"{task}, {one.encoder.side}"
                 print(f"\n{name}: {metrics[0]}, n = {result.n:,}" if first else f"  {name}: {metrics[0]}")
                 if first:
@@ -211,7 +213,7 @@ def print_results(found: Sequence[Evaluated], key: str) -> None:
                 if metrics[1:]:
                     print("\n".join(_wrapped(" · ".join(m.replace(" ", _KEPT) for m in metrics[1:]), width)))
     print("\nIn brackets: 95 % intervals. docs/evaluate.md says what each name means.")
-    for note in _notes(found):
+    for note in _notes(evaluated):
         print(f"note: {shown(note)}")  # a command or a path in it can be copied whole
 
 
@@ -236,5 +238,5 @@ def _ends(result: Any, place: int, text: Callable[[Any], str]) -> str:
     return text(result.ci95 if place == 0 else result.ci95_of.get(list(result.metrics)[place]))
 
 
-def _notes(found: Sequence[Evaluated]) -> list[str]:
-    return list(dict.fromkeys(shown(note) for one in found for note in one.notes))
+def _notes(evaluated: Sequence[Evaluated]) -> list[str]:
+    return list(dict.fromkeys(shown(note) for one in evaluated for note in one.notes))

@@ -174,9 +174,9 @@ def _resumed(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
     path: Path = arguments.resume / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"--resume {arguments.resume}: no config.yaml there, so it is not a run folder")
-    given = [n for n in ("recipe", "data", "prototypes", "init", "out") if getattr(arguments, n) is not None]
-    if given or overrides or arguments.tiny:
-        changed = [*given, *overrides, *(["tiny"] if arguments.tiny else [])]
+    named = [n for n in ("recipe", "data", "prototypes", "init", "out") if getattr(arguments, n) is not None]
+    if named or overrides or arguments.tiny:
+        changed = [*named, *overrides, *(["tiny"] if arguments.tiny else [])]
         raise ConfigError(f"--resume continues a run as it was; it takes --max-steps, not {', '.join(changed)}")
     config = load_config(path)
     must_exist(config, fresh=False)

@@ -102,15 +102,15 @@ def _unidentified(source: bytes | str | Path) -> str:
         with open(source, "rb") as file:
             prefix = file.read(16)
     Image.init()
-    found = []
+    formats = []
     for name, (_, accepts) in Image.OPEN.items():
         with suppress(Exception):  # of a prefix too short for it
             if accepts is not None and (answer := accepts(prefix)) and not isinstance(answer, str):
-                found.append(name)
-    ours = [name for name in found if name in FORMATS]
+                formats.append(name)
+    ours = [name for name in formats if name in FORMATS]
     if ours:
         return f"not an image: begins like {ours[0]}, but its header is damaged"
-    what = f"looks like {found[0]}" if found else "of an unknown format"
+    what = f"looks like {formats[0]}" if formats else "of an unknown format"
     return f"not an image that is read here, {what}; read are {', '.join(FORMATS)}"
 
 
@@ -152,7 +152,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         pixels = np.asarray(image, dtype=np.float32)
         top = 1.0 if image.mode == "F" else 65535.0
         if not (pixels.min() >= 0 and pixels.max() <= top):  # also catches NaN
-            found = f"{pixels.min():g}..{pixels.max():g}"
-            raise DataError(f"mode {image.mode} with values {found} outside 0..{top:g}")
+            reach = f"{pixels.min():g}..{pixels.max():g}"
+            raise DataError(f"mode {image.mode} with values {reach} outside 0..{top:g}")
         return Image.fromarray(np.rint(pixels * np.float32(255 / top)).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")

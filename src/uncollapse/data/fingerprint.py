@@ -62,9 +62,9 @@ def _sizes(files: Sequence[str]) -> dict[str, int]:
     """Bytes of each file; -1 where it cannot be looked at."""
     distinct = list(dict.fromkeys(files))
 
-    def look(some: Sequence[str]) -> list[int]:
+    def look(chunk: Sequence[str]) -> list[int]:
         sizes = []
-        for file in some:
+        for file in chunk:
             try:
                 sizes.append(os.stat(file).st_size)
             except OSError:
@@ -78,5 +78,5 @@ def _sizes(files: Sequence[str]) -> dict[str, int]:
 
 def _add_pixels(digest: hashlib._Hash, images: MemoryImages) -> None:
     digest.update(images.sizes.to(torch.int64).numpy().tobytes())
-    for some in images.canvas.split(1024):
-        digest.update(some.contiguous().numpy().tobytes())
+    for pixels in images.canvas.split(1024):
+        digest.update(pixels.contiguous().numpy().tobytes())

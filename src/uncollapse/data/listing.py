@@ -96,12 +96,12 @@ def _walk(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
 
 
 def _names(folder: Path, suffixes: frozenset[str]) -> list[str]:
-    found = (
+    names = (
         os.path.join(relative, e.name)
         for relative, e in _walk(folder)
         if os.path.splitext(e.name)[1].lower() in suffixes
     )
-    return sorted(found)
+    return sorted(names)
 
 
 def image_names(folder: Path) -> list[str]:
@@ -138,7 +138,7 @@ def _folder_items(folder: Path) -> Items:
 # --- Parquet ------------------------------------------------------------------------------------------------
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f", … {len(names)} in all" if len(names) > 3 else "") or "no names"
 
 
@@ -146,13 +146,13 @@ def _parquet_items(paths: Sequence[Path], image: str, label: str) -> Items:
     files = [open_parquet(path) for path in paths]
     columns = [find_columns(f.schema_arrow, p, image, label) for f, p in zip(files, paths, strict=True)]
     first = columns[0]
-    for path, found in zip(paths, columns, strict=True):
-        if (found.leaf, found.label) != (first.leaf, first.label):
+    for path, other in zip(paths, columns, strict=True):
+        if (other.leaf, other.label) != (first.leaf, first.label):
             raise DataError(f"{path}: its image and label columns are not those of {paths[0]}")
-        if found.classes != first.classes:
+        if other.classes != first.classes:
             raise DataError(
-                f"{path}: its classes ({_some(found.classes)}) are not those of {paths[0]} "
-                f"({_some(first.classes)}), so the two are not shards of one set; name one of them"
+                f"{path}: its classes ({_first_few(other.classes)}) are not those of {paths[0]} "
+                f"({_first_few(first.classes)}), so the two are not shards of one set; name one of them"
             )
     return Items(ParquetRows(files, paths, first.leaf), *read_labels(files, paths, first))
 
@@ -244,11 +244,11 @@ def _csv_items(path: Path, image: str, label: str) -> Items:
     return Items(source, labels, [shown(c) for c in classes], f"column '{shown(heading[by]) if headed else 2}'")
 
 
-def _csv_column(heading: Sequence[str], given: str, usual: Sequence[str], key: str, seen: str) -> int | None:
-    if given:
-        if given not in heading:
-            raise DataError(f"{key}: no column {given!r}; {seen}")
-        return heading.index(given)
+def _csv_column(heading: Sequence[str], column: str, usual: Sequence[str], key: str, seen: str) -> int | None:
+    if column:
+        if column not in heading:
+            raise DataError(f"{key}: no column {column!r}; {seen}")
+        return heading.index(column)
     lower = [h.lower() for h in heading]
     return next((lower.index(name) for name in usual if name in lower), None)
 

@@ -198,8 +198,8 @@ def _checked(images: LazyImages, show: bool) -> LazyImages:
         with open_image(encoded) as image:
             _pixels(image)
 
-    found = itertools.chain(*_in_threads(images.source, images.index, check, "checking held-out images", show))
-    reasons = {i: e for i, e in enumerate(found) if e is not None}
+    errors = itertools.chain(*_in_threads(images.source, images.index, check, "checking held-out images", show))
+    reasons = {i: e for i, e in enumerate(errors) if e is not None}
     images.note_bad([f"{images.name(i)}: {e}" for i, e in reasons.items()])
     if not reasons:
         return images
@@ -216,8 +216,8 @@ def load_items(items: Items, index: np.ndarray, config: DataConfig, progress: bo
     if decoded is None:
         if isinstance(items.source, ParquetRows) and not items.source.bytes_over(np.arange(n), limit):
             items.source.preload()
-        found: ImageSet = LazyImages(items.source, index, labels, items.classes, max_bad=config.max_bad)
-        return replace(found, about_labels=items.about_labels, origin=items.origin)
+        images: ImageSet = LazyImages(items.source, index, labels, items.classes, max_bad=config.max_bad)
+        return replace(images, about_labels=items.about_labels, origin=items.origin)
     pairs = zip(index, decoded, strict=True)
     bad = [f"{shown(items.source.name(int(i)))}: {d}" for i, d in pairs if isinstance(d, DataError)]
     if len(bad) > config.max_bad * len(index):
@@ -233,8 +233,8 @@ def load_items(items: Items, index: np.ndarray, config: DataConfig, progress: bo
         view[row, :, : pixels.shape[0], : pixels.shape[1]] = pixels.transpose(2, 0, 1)
         decoded[k] = DataError("")  # free as we go: the canvas is a second copy
     names = [shown(items.source.name(int(index[k]))) for k in good]
-    found = MemoryImages(canvas, sizes, None if labels is None else labels[good], items.classes, bad, names)
-    return replace(found, about_labels=items.about_labels, origin=items.origin)
+    images = MemoryImages(canvas, sizes, None if labels is None else labels[good], items.classes, bad, names)
+    return replace(images, about_labels=items.about_labels, origin=items.origin)
 
 
 def _builtin(name: str, config: DataConfig, rng: np.random.Generator) -> tuple[MemoryImages, MemoryImages]:

@@ -132,15 +132,17 @@ def find_columns(schema: Any, path: str | Path, image: str = "", label: str = ""
     plain = [f.name for f in schema if is_bytes(f.type)]
     if image and image not in (*shaped, *plain):
         raise DataError(f"{path}: data.image: column {image!r} holds no encoded images, but {schema.field(image).type}")
-    found = image or next((n for n in shaped if kinds.get(n) == "Image"), shaped[0] if shaped else "")
-    found = found or next((n for name in IMAGES for n in plain if n.lower() == name), "")
-    if not found:
+    image_column = image or next((n for n in shaped if kinds.get(n) == "Image"), shaped[0] if shaped else "")
+    image_column = image_column or next((n for name in IMAGES for n in plain if n.lower() == name), "")
+    if not image_column:
         raise DataError(
             f"{path}: no image column: looked for a struct with a field 'bytes' (Hugging Face's image "
             f"layout) or bytes called {', '.join(IMAGES)}, found columns {seen}; --data.image COLUMN "
             "names another"
         )
-    usable = [n for n in schema.names if schema.names.count(n) == 1 and n != found and is_label(schema.field(n).type)]
+    usable = [
+        n for n in schema.names if schema.names.count(n) == 1 and n != image_column and is_label(schema.field(n).type)
+    ]
     if label and label not in usable:
         raise DataError(f"{path}: data.label: column {label!r} holds no labels, but {schema.field(label).type}")
     named = [n for n in usable if kinds.get(n) == "ClassLabel"]
@@ -148,7 +150,9 @@ def find_columns(schema: Any, path: str | Path, image: str = "", label: str = ""
     chosen = label or next((n for n in usual if n in named), None) or next(iter(named + usual), None)
     names = features[chosen].get("names") if chosen is not None and chosen in named else None
     classes = [shown(str(n)) for n in names] if isinstance(names, list) else []
-    return Columns(found, f"{found}.bytes" if found in shaped else found, chosen, classes, seen)
+    return Columns(
+        image_column, f"{image_column}.bytes" if image_column in shaped else image_column, chosen, classes, seen
+    )
 
 
 def read_labels(

@@ -121,7 +121,7 @@ def look(
     train, held = load_images(data, config.data, config.seed)
     if len(held) < 2:
         raise DataError(f"{data}: {len(held)} held-out image, and images tell something from two on; give more images")
-    train, held = (_some(images, limit, config.seed) for images in (train, held))
+    train, held = (_sampled(images, limit, config.seed) for images in (train, held))
     backbone = SomePatches(rebuilt.backbone) if rebuilt.tokens else rebuilt.backbone
     own = rebuilt.config
     raw_head = not own.head.normalise if own else d.source.family == "CARP"
@@ -228,7 +228,7 @@ def _configured(rebuilt: Rebuilt, data: str) -> Config:
     return Config(data=DataConfig(path=path, workers=0), views=views)
 
 
-def _some(images: ImageSet, limit: int, seed: int) -> ImageSet:
+def _sampled(images: ImageSet, limit: int, seed: int) -> ImageSet:
     if len(images) <= limit:
         return images
     return subset(images, np.sort(np.random.default_rng([seed, 3]).permutation(len(images))[:limit]))

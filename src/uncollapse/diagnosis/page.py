@@ -28,7 +28,7 @@ HEAT, MAP = 240, 4000
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def write_page(found: Sequence[Diagnosis], path: Path) -> None:
+def write_page(diagnoses: Sequence[Diagnosis], path: Path) -> None:
     """Writes one HTML file about one or several prototype sets; it needs nothing else and no network."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("uncollapse"),
@@ -37,13 +37,15 @@ def write_page(found: Sequence[Diagnosis], path: Path) -> None:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    names = names_of(found)
+    names = names_of(diagnoses)
     page = environment.get_template("diagnosis.html.j2").render(
         title="Are these prototypes collapsed?",
-        columns=[name for name, _ in columns(found[0].epsilon)] if found else [],
-        sets=[_set(d, name, _COLOURS[i % len(_COLOURS)]) for i, (d, name) in enumerate(zip(found, names, strict=True))],
-        words=_words(found),
-        over=_over(found),
+        columns=[name for name, _ in columns(diagnoses[0].epsilon)] if diagnoses else [],
+        sets=[
+            _set(d, name, _COLOURS[i % len(_COLOURS)]) for i, (d, name) in enumerate(zip(diagnoses, names, strict=True))
+        ],
+        words=_words(diagnoses),
+        over=_over(diagnoses),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode())
@@ -79,22 +81,22 @@ def _set(d: Diagnosis, name: str, colour: str) -> dict[str, Any]:
     }
 
 
-def _words(found: Sequence[Diagnosis]) -> list[Measure]:
+def _words(diagnoses: Sequence[Diagnosis]) -> list[Measure]:
     """The measures that any of the sets has; those at one ε once, as the page explains ε."""
-    rows = [d.to_json() for d in found]
+    rows = [d.to_json() for d in diagnoses]
     return [m for m in MEASURES if "ε" not in m.name and any(m.read(row) is not None for row in rows)]
 
 
 Panels = list[tuple[str, str]]
 
 
-def _over(found: Sequence[Diagnosis]) -> Panels:
+def _over(diagnoses: Sequence[Diagnosis]) -> Panels:
     """Share of unique prototypes against the file's place in the list, a line for each set that several files have."""
-    place = {file: i + 1 for i, file in enumerate(dict.fromkeys(d.source.file for d in found))}
+    place = {file: i + 1 for i, file in enumerate(dict.fromkeys(d.source.file for d in diagnoses))}
     sets: dict[tuple[str, int], list[Diagnosis]] = {}
-    for i, d in enumerate(found):
+    for i, d in enumerate(diagnoses):
         # Of several matrices of one kind in a file, the n-th goes with the n-th of the other files.
-        nth = sum(d.source.file == e.source.file and str(d.source) == str(e.source) for e in found[:i])
+        nth = sum(d.source.file == e.source.file and str(d.source) == str(e.source) for e in diagnoses[:i])
         sets.setdefault((str(d.source), nth), []).append(d)
     curves: dict[str, list[Curve]] = {}
     for (kind, nth), points in sets.items():
@@ -106,7 +108,7 @@ def _over(found: Sequence[Diagnosis]) -> Panels:
         return []
     image = figures.line_panel(
         curves,
-        f"Unique at ε = {found[0].epsilon:g}",
+        f"Unique at ε = {diagnoses[0].epsilon:g}",
         "file, in the order given",
         "unique prototypes (%)",
         (0, 100),

@@ -103,7 +103,7 @@ def diagnose_file(
         tensors = flatten(loaded, file)
         sets = [own_directions(loaded, s, tensors) for s in find_prototypes(tensors, str(file), key)[:most]]
     reading = time.perf_counter() - began
-    found: list[Diagnosis] = []
+    diagnoses: list[Diagnosis] = []
     counted: list[tuple[PrototypeSet, Diagnosis]] = []
     for i, s in enumerate(sets):
 
@@ -115,15 +115,15 @@ def diagnose_file(
         counted.append((s, dataclasses.replace(d, notes=list(d.notes))))  # before images have changed its verdict
         d.notes += passed_over
         d.seconds["read"] = reading
-        found.append(d)
+        diagnoses.append(d)
         if data is not None and d.vectors is not None:
             progress("images", i / len(sets))
             _add_images(d, s, loaded, tensors, data, limit, device)
         elif data is not None:
             d.notes.append("no prototype has a direction, so that images have nothing to tell")
-    if data is not None and all(d.images is None and d.vectors is not None for d in found):
-        raise InputError(found[0].notes[-1])
-    return found
+    if data is not None and all(d.images is None and d.vectors is not None for d in diagnoses):
+        raise InputError(diagnoses[0].notes[-1])
+    return diagnoses
 
 
 def _add_images(
@@ -300,14 +300,14 @@ def in_order(paths: Sequence[str]) -> list[str]:
     return sorted(once, key=numbers)
 
 
-def failures(found: Sequence[Diagnosis], under: float) -> list[str]:
+def failures(diagnoses: Sequence[Diagnosis], under: float) -> list[str]:
     """One line for each set that a gate at the share ``under`` does not let pass.
 
     A set fails where fewer of its prototypes are unique, and where its verdict makes the share worthless:
     random vectors are all unique.
     """
     lines = []
-    for d in found:
+    for d in diagnoses:
         where = f"{shown(d.source.file)}: {d.source}"
         if d.share < under:
             lines.append(f"{where}: {100 * d.share:.1f} % unique at ε = {d.epsilon:g}, below {100 * under:g} %")

@@ -39,14 +39,14 @@ def _cell(measure: Measure, d: Diagnosis) -> str:
     return measure.text(value) + ("" if error is None else f"±{measure.text(error)}")
 
 
-def names_of(found: Sequence[Diagnosis]) -> list[str]:
+def names_of(diagnoses: Sequence[Diagnosis]) -> list[str]:
     """The file where there are several, side and set, and the key where that would name two alike; safe to print."""
-    short = shortened([d.source.file for d in found])
+    short = shortened([d.source.file for d in diagnoses])
     several = len(short) > 1
-    named = [shown(f"{short[d.source.file]} {d.source}" if several else str(d.source)) for d in found]
+    named = [shown(f"{short[d.source.file]} {d.source}" if several else str(d.source)) for d in diagnoses]
     return [
         shown(f"{name} ({d.source.key})") if d.source.key and named.count(name) > 1 else name
-        for d, name in zip(found, named, strict=True)
+        for d, name in zip(diagnoses, named, strict=True)
     ]
 
 
@@ -136,11 +136,11 @@ def facts(d: Diagnosis) -> list[str]:
     return lines
 
 
-def print_diagnoses(found: Sequence[Diagnosis], console: Console | None = None) -> None:
+def print_diagnoses(diagnoses: Sequence[Diagnosis], console: Console | None = None) -> None:
     """A block per set: where it was found, the counts per ε, how it is distributed, the verdict and what to do next."""
     console = console or Console()
-    names = names_of(found)
-    for d, name in zip(found, names, strict=True):
+    names = names_of(diagnoses)
+    for d, name in zip(diagnoses, names, strict=True):
         family = f" [{d.source.family}]" if d.source.family else ""
         console.print(f"{name}{family}  {d.prototypes:,} × {d.dim} {d.dtype}", style="bold", markup=False)
         where = shown(f"{d.source.file}{': ' + d.source.key if d.source.key else ''}")
@@ -158,14 +158,14 @@ def print_diagnoses(found: Sequence[Diagnosis], console: Console | None = None) 
         console.print(f"  next: {d.verdict.advice}", markup=False, highlight=False)
         console.print(f"  rule: {d.verdict.rule}", markup=False, highlight=False)
         console.print()
-    if len(found) > 1:
-        _compare(found, names, console)
+    if len(diagnoses) > 1:
+        _compare(diagnoses, names, console)
 
 
-def _compare(found: Sequence[Diagnosis], names: Sequence[str], console: Console) -> None:
+def _compare(diagnoses: Sequence[Diagnosis], names: Sequence[str], console: Console) -> None:
     """A line per set; where names would make it wider than the console, numbers that stand for them."""
-    cells = [[read(d) for _, read in columns(d.epsilon)] for d in found]
-    labels = [label for label, _ in columns(found[0].epsilon)]
+    cells = [[read(d) for _, read in columns(d.epsilon)] for d in diagnoses]
+    labels = [label for label, _ in columns(diagnoses[0].epsilon)]
     told = [i for i in range(len(labels)) if any(row[i] != "–" for row in cells)]
 
     def table(first: Sequence[str]) -> Table:

@@ -91,12 +91,12 @@ class Task:
     """Whether an untrained encoder is worth its time."""
 
 
-def _called(function: Callable[..., Any], context: Context, *given: Any) -> Result | Sequence[Result]:
+def _called(function: Callable[..., Any], context: Context, *arguments: Any) -> Result | Sequence[Result]:
     """Settings go to the tasks that have them; each task's own defaults are its published protocol."""
     offered = {"seed": context.seed, "device": context.device, "out": context.out, "report": context.report}
     offered |= context.options
     takes = inspect.signature(function).parameters
-    result: Result | Sequence[Result] = function(*given, **{n: value for n, value in offered.items() if n in takes})
+    result: Result | Sequence[Result] = function(*arguments, **{n: value for n, value in offered.items() if n in takes})
     return result
 
 

@@ -141,7 +141,7 @@ class EvalEncoder:
             return None
         seen: list[Tensor] = []
         # The dropout right after the softmax is the one place where every variant of attention has it.
-        handle = attn.attn_drop.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+        handle = attn.attn_drop.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
         fused = getattr(attn, "fused_attn", False)
         attn.fused_attn = False
         try:

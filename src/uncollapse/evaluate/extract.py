@@ -208,16 +208,16 @@ def extract(
     if say is not None and len(todo) < n:
         say("features from cache" if not len(todo) else f"features of {n - len(todo):,} of {n:,} images from cache")
     if len(todo):
-        some = images if len(todo) == n else subset(images, todo)
+        absent = images if len(todo) == n else subset(images, todo)
         try:
-            _make(encoder, some, torch.from_numpy(todo), rows, missing, shards, device, batch, workers, progress)
+            _make(encoder, absent, torch.from_numpy(todo), rows, missing, shards, device, batch, workers, progress)
         except torch.OutOfMemoryError:
             raise DataError(
                 f"{encoder.name}: {batch} images of {encoder.size} pixels do not fit into the memory of the GPU; "
                 "lower --batch"
             ) from None
-        if some is not images and isinstance(images, LazyImages):
-            images.note_bad(some.bad)
+        if absent is not images and isinstance(images, LazyImages):
+            images.note_bad(absent.bad)
     return _finished(rows, images, encoder.name)
 
 

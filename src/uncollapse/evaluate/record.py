@@ -88,7 +88,7 @@ def finite(value: Any) -> Any:
     return value
 
 
-def add_scalars(folder: Path, key: str, found: Sequence[Evaluated]) -> None:
+def add_scalars(folder: Path, key: str, evaluated: Sequence[Evaluated]) -> None:
     """``evaluate/TASK/METRIC`` at the encoder's step, a TensorBoard run per data set and encoder.
 
     A failing write is a warning: the numbers are in ``evaluation.json``.
@@ -96,7 +96,7 @@ def add_scalars(folder: Path, key: str, found: Sequence[Evaluated]) -> None:
     try:
         from torch.utils.tensorboard import SummaryWriter
 
-        for one in found:
+        for one in evaluated:
             board = SummaryWriter(str(folder / "tensorboard" / f"evaluate-{slug(key, one.label)}"))
             for result in one.results:
                 for name, value in result.metrics.items():

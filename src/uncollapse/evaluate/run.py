@@ -123,23 +123,23 @@ def evaluate(
     if train is not None and test is not None:
         _check_labels([t.name for t in tasks if t.data], train, test, settings.data)
     images = "" if train is None or test is None else _digest(train, test)
-    found = []
+    evaluated = []
     for encoder in encoders:
-        mine = [t for t in tasks if encoder is encoders[0] or (t.control and _able(t, encoder))]
+        own_tasks = [t for t in tasks if encoder is encoders[0] or (t.control and _able(t, encoder))]
         done = Evaluated(encoder, images, notes=[*encoder.notes, *rules, *skipped])
         if train is not None and test is not None:
             done.n_train, done.n_test, done.classes = len(train), len(test), len(train.classes)
-        context = _context(encoder, train, test, mine, settings, say, report, done.notes)
+        context = _context(encoder, train, test, own_tasks, settings, say, report, done.notes)
         if context.train is not None and context.test is not None:
             done.n_train, done.n_test = len(context.train), len(context.test)
         for part, of_part, features in (("training", train, context.train), ("test", test, context.test)):
             done.notes += [] if of_part is None else _unreadable(part, of_part, features)
-        for task in mine:
+        for task in own_tasks:
             say(f"{done.label}: {task.name}")
             _run(task, context, done)
             keep(done)
-        found.append(done)
-    return found
+        evaluated.append(done)
+    return evaluated
 
 
 def _able(task: Task, encoder: EvalEncoder) -> bool:
@@ -195,17 +195,17 @@ def _context(
         pair = open_pair(spec, settings.split_seed, settings.limit, None, settings.data_config, report is not None)
         _check_labels(["transfer"], pair.train, pair.test, spec)
         name = Path(split_spec(spec)[0]).name
-        found = features(pair.train, f"{name} train"), features(pair.test, f"{name} test")
+        both = features(pair.train, f"{name} train"), features(pair.test, f"{name} test")
         notes.extend(
             f"{name}: {note}"
             for note in [
                 *pair.notes,
                 *_rules(pair.train, pair.test),
-                *_unreadable("training", pair.train, found[0]),
-                *_unreadable("test", pair.test, found[1]),
+                *_unreadable("training", pair.train, both[0]),
+                *_unreadable("test", pair.test, both[1]),
             ]
         )
-        return found
+        return both
 
     needed = any(t.features for t in tasks)
     return Context(
@@ -296,7 +296,7 @@ def _split_note(settings: Settings) -> list[str]:
     return [] if second else [f"test images: the test part of {first} if it has one, else held out as training does"]
 
 
-def settings_for(encoder: EvalEncoder, columns: dict[str, str] | None = None, **given: Any) -> Settings:
+def settings_for(encoder: EvalEncoder, columns: dict[str, str] | None = None, **options: Any) -> Settings:
     """`Settings` with what our own runs bring along: their data, its columns, and the seed of their split.
 
     ``columns``: ``image`` and ``label`` column of Parquet and CSV files, where they are named.
@@ -304,23 +304,23 @@ def settings_for(encoder: EvalEncoder, columns: dict[str, str] | None = None, **
     Raises:
         ConfigError: no data given, the encoder has none of its own, and a task works on it.
     """
-    asked = given.get("tasks")
+    asked = options.get("tasks")
     if asked and all(name in TASKS and not TASKS[name].data for name in asked):
-        given["data"] = ""
+        options["data"] = ""
     else:
         if encoder.config is not None:
             data = encoder.config.data
-            given["data"] = given.get("data") or ",".join(p for p in (data.path, data.val_path) if p)
-        if not given.get("data"):
+            options["data"] = options.get("data") or ",".join(p for p in (data.path, data.val_path) if p)
+        if not options.get("data"):
             raise ConfigError(
                 "--data TRAIN[,TEST]: say where the labelled images are (a folder, Parquet, builtin:digits)"
             )
     if encoder.config is not None:
-        given.setdefault("split_seed", encoder.config.seed)
+        options.setdefault("split_seed", encoder.config.seed)
         own = encoder.config.data
-        if given["data"] != ",".join(p for p in (own.path, own.val_path) if p):
+        if options["data"] != ",".join(p for p in (own.path, own.val_path) if p):
             own = dataclasses.replace(own, image="", label="")  # the columns of other files
-        given.setdefault("data_config", own)
+        options.setdefault("data_config", own)
     if columns:
-        given["data_config"] = dataclasses.replace(given.get("data_config") or DataConfig(), **columns)
-    return Settings(**given)
+        options["data_config"] = dataclasses.replace(options.get("data_config") or DataConfig(), **columns)
+    return Settings(**options)

@@ -59,8 +59,8 @@ def open_encoder(
         raise ConfigError(f"--size: must be at least 8 pixels, got {size}")
     if name.startswith(TIMM):
         return _timm(name, size, weights, pretrained, trust, seed)
-    for option, given in (("--weights", weights is not None), ("--pretrained", pretrained)):
-        if given:
+    for option, asked in (("--weights", weights is not None), ("--pretrained", pretrained)):
+        if asked:
             raise ConfigError(f"{option} is for timm:NAME; {name} brings its own weights")
     with damage_is_said(source):
         file, passed_over = newest_of(Path(source))
@@ -87,14 +87,14 @@ def _checkpoint(loaded: Any, tensors: Mapping[str, Tensor], side: str, where: st
     """With head and prototypes where the file has them and they were understood, else the backbone alone."""
     notes: list[str] = []
     try:
-        found = find_prototypes(tensors, where)
+        sets = find_prototypes(tensors, where)
     except InputError:
-        found = []  # a backbone alone: nothing to diagnose, but everything to evaluate
+        sets = []  # a backbone alone: nothing to diagnose, but everything to evaluate
         notes.append("no prototypes in the file: only the backbone is evaluated")
-    own = any(OWN.match(s.key) for s in found)
+    own = any(OWN.match(s.key) for s in sets)
     if side == "student" and not own and not any(side_of(clean(path)) == "student" for path in tensors):
         raise InputError(f"{where}: it holds no student to evaluate, only one network; leave out --side")
-    for s in _of_side(found, side):
+    for s in _of_side(sets, side):
         try:
             with damage_is_said(where):
                 rebuilt = rebuild(loaded, tensors, s, where)
@@ -104,7 +104,7 @@ def _checkpoint(loaded: Any, tensors: Mapping[str, Tensor], side: str, where: st
             notes.append(f"evaluated without projections: {str(error).removeprefix(f'{where}: ')}")
             continue
         return _encoder(rebuilt, own_directions(loaded, s, tensors), side, where, notes)
-    if found and not notes:
+    if sets and not notes:
         notes.append("its prototypes divide up patches, not images: only the backbone is evaluated")
     found_backbone = _backbone(tensors, side, where)
     stated = any(side_of(clean(path)) == side for path in tensors)
@@ -121,9 +121,9 @@ def _checkpoint(loaded: Any, tensors: Mapping[str, Tensor], side: str, where: st
     )
 
 
-def _of_side(found: list[PrototypeSet], side: str) -> list[PrototypeSet]:
+def _of_side(sets: list[PrototypeSet], side: str) -> list[PrototypeSet]:
     """Sets whose prototypes divide up images, of the side or of no side, the side's own first."""
-    fitting = [s for s in found if s.name not in ("patch", "region", "clusters")]
+    fitting = [s for s in sets if s.name not in ("patch", "region", "clusters")]
     exact = [s for s in fitting if s.side == side]
     # Prototypes that both sides share go with the encoder of the side that was asked for.
     shared = [replace(s, side=side) for s in fitting if s.side in ("shared", "unstated")]  # type: ignore[arg-type]
@@ -213,9 +213,9 @@ def _backbone(tensors: Mapping[str, Tensor], side: str, where: str) -> Backbone:
     asked = PrototypeSet("", "", side, "", torch.empty(1, 1))  # type: ignore[arg-type]
     weights = backbone_part(one_side(tensors, asked))
     if not weights:
-        some = ", ".join(list(tensors)[:3]) or "no tensor at all"
+        first = ", ".join(list(tensors)[:3]) or "no tensor at all"
         raise InputError(
-            f"{where}: no encoder in it was understood (it begins with {some}); a timm model's weights are evaluated "
+            f"{where}: no encoder in it was understood (it begins with {first}); a timm model's weights are evaluated "
             "by `timm:NAME --weights FILE`"
         )
     return backbone_of(weights, where)
@@ -267,11 +267,11 @@ def _create(source: str, name: str, pretrained: bool, size: int | None, seed: in
     # Transformers fix their position embedding to a size; those that cannot be told another one say so.
     tries = [options] if size is None else [{**options, "img_size": size}, options]
     reason = ""
-    for given in tries:
+    for arguments in tries:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                return timm.create_model(name, pretrained=pretrained, **given)
+                return timm.create_model(name, pretrained=pretrained, **arguments)
         except TypeError as error:
             reason = str(error)
         except Exception as error:  # offline, no weights for this model, a proxy: each has its own class
@@ -296,9 +296,9 @@ def _load(module: nn.Module, file: Path, trust: bool, source: str) -> None:
     part = backbone_part(one_side(tensors, PrototypeSet("", "", "teacher", "", torch.empty(1, 1))))
     tried = [weights, part, renamed(weights), renamed(part)]
     best: tuple[int, str] = (len(wanted) + 1, "")
-    for given in [w for w in tried if w]:
+    for candidate in [w for w in tried if w]:
         try:
-            ready = convert(dict(given), module) if convert is not None else given
+            ready = convert(dict(candidate), module) if convert is not None else candidate
             result = module.load_state_dict({n: t.float() for n, t in ready.items() if n in wanted}, strict=False)
         except Exception as error:  # a conversion meant for other files can fail in any way
             best = min(best, (len(wanted), " ".join(str(error).split())[:160]))

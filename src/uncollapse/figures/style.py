@@ -90,12 +90,12 @@ def styles(arms: Iterable[str]) -> dict[str, Style]:
     and marker which of them.
     """
     names = list(dict.fromkeys(arms))
-    known = {arm: found for arm in names if (found := _NAME.match(arm))}
-    families = list(dict.fromkeys((found["method"], found["set"]) for found in known.values()))
+    known = {arm: match for arm in names if (match := _NAME.match(arm))}
+    families = list(dict.fromkeys((match["method"], match["set"]) for match in known.values()))
     out: dict[str, Style] = {}
-    for arm, found in known.items():
-        number = families.index((found["method"], found["set"]))
-        own = _MODES[found["mode"]]
+    for arm, match in known.items():
+        number = families.index((match["method"], match["set"]))
+        own = _MODES[match["mode"]]
         if len(families) > 1:
             at = number % len(_LINES)
             own = Style(_shade(own.colour, number), _LINES[at], _MARKERS[at])

@@ -216,16 +216,16 @@ class _Nearest:
         # cos - |b|²/2 falls with the distance, for rows whose length is 1 only as far as float32 goes.
         half = right.square().sum(1).div_(-2)
         half.masked_fill_(half == 0, -0.5)  # a zero row has cosine 0 with everything; it is not half as far away
-        for some in which.split(_LOOK):
-            left = self._left[: len(some)].copy_(self.unit[some])
-            score = self._product[: len(some) * len(rows)].view(len(some), len(rows))
+        for part in which.split(_LOOK):
+            left = self._left[: len(part)].copy_(self.unit[part])
+            score = self._product[: len(part) * len(rows)].view(len(part), len(rows))
             torch.addmm(half, left, right.T, out=score)
             if itself:
-                score.masked_fill_((some - start).unsqueeze(1) == self.here[: len(rows)], -torch.inf)
+                score.masked_fill_((part - start).unsqueeze(1) == self.here[: len(rows)], -torch.inf)
             top = score.amax(1)
             at = (score >= top.unsqueeze(1) - _TIE).byte().argmax(1)  # the first of those that tie
-            self._open.append((some, top, at + start))
-            self._count += len(some)
+            self._open.append((part, top, at + start))
+            self._count += len(part)
         if self._count > 4 * len(self.unit):
             self.settle()
 

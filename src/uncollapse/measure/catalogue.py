@@ -33,10 +33,10 @@ def at_epsilon(counts: Any, eps: float) -> float | None:
     """The value at ``eps`` of a mapping whose keys are ε as text, as JSON has them."""
     for key, value in (counts or {}).items():
         try:
-            found = math.isclose(float(key), eps)
+            same = math.isclose(float(key), eps)
         except ValueError:
             continue
-        if found:
+        if same:
             return number(value)
     return None
 
@@ -57,7 +57,7 @@ def entry(name: str, factor: float = 1.0) -> Read:
 
 
 def _inside(name: str, key: str) -> Read:
-    return lambda row: number(found.get(key)) if isinstance(found := row.get(name), dict) else None
+    return lambda row: number(entries.get(key)) if isinstance(entries := row.get(name), dict) else None
 
 
 def _half_width(name: str) -> Read:

@@ -108,12 +108,12 @@ class Rows:
     def _closer(self, left: Tensor, right: Tensor, eps: float) -> Tensor:
         # On the CPU whatever the device, because the order of a sum is part of a float64 result.
         step = max(1, ELEMENTS // 8 // self.w.shape[1])
-        found = torch.empty(len(left), dtype=torch.bool)
+        closer = torch.empty(len(left), dtype=torch.bool)
         for s in range(0, len(left), step):
             x = _normalised(self.w[left[s : s + step].to(self.w.device)].cpu())
             y = _normalised(self.w[right[s : s + step].to(self.w.device)].cpu())
-            found[s : s + step] = 1 - (x * y).sum(1) < eps
-        return found
+            closer[s : s + step] = 1 - (x * y).sum(1) < eps
+        return closer
 
     def prefix(self, eps: float) -> Tensor | None:
         """(K, m + 1) rows whose products bound the cosines from above, or None where that would not pay.

@@ -143,13 +143,13 @@ def _score(z: Tensor, b: Tensor, w: Tensor, p: Tensor, log_f: Tensor) -> Tensor:
     out = torch.empty(n, dtype=torch.float64, device=z.device)
     for part in _blocks(n, views * len(w)):
         cells = _cells(z[:, part], w)
-        mine = b[:, part, None]
-        at_own = cells.gather(2, mine)
-        normaliser = f[1][cells] @ mass + ((f[0] - f[1])[at_own] * mass[mine])[..., 0]
+        own_prototype = b[:, part, None]
+        at_own = cells.gather(2, own_prototype)
+        normaliser = f[1][cells] @ mass + ((f[0] - f[1])[at_own] * mass[own_prototype])[..., 0]
         # [v, i, u]: the cell of view v's projection and view u's prototype
         theirs = b[:, part].T.expand(views, -1, -1)
         pair = cells.gather(2, theirs)
-        value = torch.where(theirs == mine, log_f[0][pair], log_f[1][pair]).double()
+        value = torch.where(theirs == own_prototype, log_f[0][pair], log_f[1][pair]).double()
         pairs = (value.sum((0, 2)) - value.diagonal(dim1=0, dim2=2).sum(1)) / (views * (views - 1))
         out[part] = pairs - normaliser.double().log().mean(0) - top
     return out
@@ -159,19 +159,19 @@ def _critic(z: Tensor, b: Tensor, w: Tensor, p: Tensor) -> Tensor:
     """The tables of log f ``(2, cells)``, at a projection's own argmax and elsewhere, that are best on these images."""
     views, m, _ = z.shape
     images = min(m, max(1, _FIT_ROWS // views))
-    some = torch.randperm(m, generator=torch.Generator().manual_seed(0))[:images].to(z.device)
-    z, b = z[:, some], b[:, some]
+    chosen_images = torch.randperm(m, generator=torch.Generator().manual_seed(0))[:images].to(z.device)
+    z, b = z[:, chosen_images], b[:, chosen_images]
     mass = torch.zeros(views, images, _CELLS, device=z.device)  # of p in each cell, but for the own argmax
     own_cell = torch.empty_like(b)
     pairs = torch.zeros(2, _CELLS, dtype=torch.float64, device=z.device)
     share = p.float()
     for part in _blocks(images, views * len(w)):
-        cells, mine = _cells(z[:, part], w), b[:, part, None]
-        weight = share.expand(cells.shape).scatter(2, mine, 0.0)
+        cells, own_prototype = _cells(z[:, part], w), b[:, part, None]
+        weight = share.expand(cells.shape).scatter(2, own_prototype, 0.0)
         mass[:, part] = torch.zeros_like(mass[:, part]).scatter_add_(2, cells, weight)
-        own_cell[:, part] = cells.gather(2, mine)[..., 0]
+        own_cell[:, part] = cells.gather(2, own_prototype)[..., 0]
         theirs = b[:, part].T.expand(views, -1, -1)
-        pair, same = cells.gather(2, theirs), theirs == mine
+        pair, same = cells.gather(2, theirs), theirs == own_prototype
         other_view = ~torch.eye(views, dtype=torch.bool, device=z.device)[:, None].expand_as(same)
         for row, chosen in enumerate((same & other_view, ~same & other_view)):
             pairs[row] += torch.bincount(pair[chosen], minlength=_CELLS)

@@ -77,7 +77,7 @@ class PrototypeMonitor(nn.Module):
     def observe_projections(self, z: Tensor, vectors: Tensor) -> None:
         """As :meth:`observe`, from projections ``(n, D)`` and prototypes ``(K, D)``, in blocks of rows."""
         rows = rows_at_once(len(vectors))
-        self.observe_argmax(torch.cat([_argmax(some @ vectors.T) for some in z.detach().split(rows)]))
+        self.observe_argmax(torch.cat([_argmax(part @ vectors.T) for part in z.detach().split(rows)]))
 
     @torch.no_grad()
     def observe_argmax(self, argmax: Tensor) -> None:

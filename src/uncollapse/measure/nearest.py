@@ -28,13 +28,17 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     similar = torch.empty(step, part, device=bank.device, dtype=bank.dtype)  # once: a fresh one costs as much again
     values, indices = [], []
     for s in range(0, len(queries), step):
-        some = queries[s : s + step]
-        top = bank.new_empty(len(some), 0)
-        index = torch.empty(len(some), 0, dtype=torch.long, device=bank.device)
+        part_of_queries = queries[s : s + step]
+        top = bank.new_empty(len(part_of_queries), 0)
+        index = torch.empty(len(part_of_queries), 0, dtype=torch.long, device=bank.device)
         for b in range(0, len(bank), part):
             rows = bank[b : b + part]
-            out = similar[: len(some)] if len(rows) == part else similar.new_empty(len(some), len(rows))
-            more, where = _largest(torch.mm(some, rows.T, out=out), min(k, len(rows)))
+            out = (
+                similar[: len(part_of_queries)]
+                if len(rows) == part
+                else similar.new_empty(len(part_of_queries), len(rows))
+            )
+            more, where = _largest(torch.mm(part_of_queries, rows.T, out=out), min(k, len(rows)))
             top, index = torch.cat([top, more], 1), torch.cat([index, where + b], 1)
             if b:
                 top, chosen = top.topk(min(k, top.shape[1]), 1)
@@ -78,10 +82,10 @@ def vote(similarity: Tensor, labels: Tensor, temperature: float) -> Tensor:
     winners = []
     step = max(1, _ELEMENTS // len(classes))
     for s in range(0, len(labels), step):
-        some = similarity[s : s + step]
+        part = similarity[s : s + step]
         # Relative to the nearest one, which changes no decision and cannot overflow.
-        weight = torch.exp((some - some.amax(1, keepdim=True)) / temperature)
-        votes = torch.zeros(len(some), len(classes), device=some.device, dtype=weight.dtype)
+        weight = torch.exp((part - part.amax(1, keepdim=True)) / temperature)
+        votes = torch.zeros(len(part), len(classes), device=part.device, dtype=weight.dtype)
         votes.scatter_add_(1, codes[s : s + step], weight)
         winners.append(classes[(votes >= votes.amax(1, keepdim=True)).byte().argmax(1)])
     return torch.cat(winners)

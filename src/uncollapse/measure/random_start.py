@@ -54,25 +54,25 @@ def random_likeness(w: Tensor, eps: float) -> RandomLikeness:
     n, dim = min(len(w), _SAMPLE), w.shape[1]
     chosen = w[torch.linspace(0, len(w) - 1, n).long().to(w.device)].double()
     chosen = chosen / chosen.abs().amax(1, keepdim=True)
-    found = _shape_of(chosen)
+    shape = _shape_of(chosen)
     generator = torch.Generator().manual_seed(0)
     draws = [
         _shape_of(torch.randn(n, dim, generator=generator, dtype=torch.float64).to(w.device))
         for _ in range(_DRAWS if n > 1 else 0)
     ]
     if not draws:
-        return RandomLikeness(n, *found, found[2], 1.0, False, None)
+        return RandomLikeness(n, *shape, shape[2], 1.0, False, None)
     expected = sum(d[2] for d in draws) / len(draws)
     noise = math.sqrt(sum((d[2] - expected) ** 2 for d in draws) / (len(draws) - 1))
     alike = None
     if n >= 32 and dim >= 4:  # with fewer, chance is too wide to be told from training
         alike = (
-            found[0] < 1.5 + 6 * math.sqrt(2 / dim)
-            and abs(found[1] - 1) < 0.1 + 6 * math.sqrt(4 / (n * (n - 1)))
-            and abs(found[2] - expected) < 0.02 + 6 * noise
+            shape[0] < 1.5 + 6 * math.sqrt(2 / dim)
+            and abs(shape[1] - 1) < 0.1 + 6 * math.sqrt(4 / (n * (n - 1)))
+            and abs(shape[2] - expected) < 0.02 + 6 * noise
         )
     orthogonal = n >= 8 and dim >= 4 and _is_orthogonal(w, chosen)
-    return RandomLikeness(n, *found, expected, random_share(len(w), dim, eps), orthogonal, orthogonal or alike)
+    return RandomLikeness(n, *shape, expected, random_share(len(w), dim, eps), orthogonal, orthogonal or alike)
 
 
 def _is_orthogonal(w: Tensor, chosen: Tensor) -> bool:

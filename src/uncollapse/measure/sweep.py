@@ -79,10 +79,10 @@ def spanning_tree(w: Tensor, progress: Callable[[float], None] = lambda share: N
     width, waiting = _FIRST_PANEL, 0
     while not done.all():
         panel = order[~done[order]][:width]
-        found = _improving(rows, order, gaps, done, panel, nearest)
+        edges = _improving(rows, order, gaps, done, panel, nearest)
         done[panel] = True
-        pending += found
-        waiting += sum(f.shape[1] for f in found)
+        pending += edges
+        waiting += sum(f.shape[1] for f in edges)
         # Early panels teach the tree most, and the sharper it is the fewer pairs have to be kept.
         if waiting > min(_BUFFER, 4 * len(rows)) or width < _PANEL:
             tree = _merge_tree(tree, pending, len(rows))
@@ -135,7 +135,7 @@ def complete_sweep(
         kept = len(greedy_cover(w[torch.from_numpy(crowd).to(w.device)], eps)) if len(crowd) else 0
         unique[eps] = len(w) - len(crowd) + kept
         stars = linked[eps] if linked[eps] == unique[eps] else -1
-    return Sweep(*({eps: found[eps] for eps in epsilons} for found in (unique, linked, alone)))
+    return Sweep(*({eps: counts[eps] for eps in epsilons} for counts in (unique, linked, alone)))
 
 
 def _components(w: Tensor, tree: SpanningTree, eps: float) -> int:
@@ -149,16 +149,16 @@ def _components(w: Tensor, tree: SpanningTree, eps: float) -> int:
 def _rough_tree(rows: Rows) -> np.ndarray:
     """(3, K - 1) of row, row, cosine: every row tied to its nearest of some pivots, and a tree of the pivots."""
     pivots = torch.linspace(0, len(rows) - 1, min(_PIVOTS, len(rows))).long().unique()
-    mine = rows.unit[pivots.to(rows.unit.device)]
+    unit = rows.unit[pivots.to(rows.unit.device)]
     index, cosine = [], []
     for part in rows.unit.split(8192):
-        top, at = (part @ mine.T).max(1)
+        top, at = (part @ unit.T).max(1)
         index.append(at.cpu())
         cosine.append(top.cpu())
     own = pivots.numpy()
     ties = np.stack([np.arange(len(rows)), own[torch.cat(index).numpy()], torch.cat(cosine).numpy()])
     ties = ties[:, ~np.isin(np.arange(len(rows)), own)]
-    cos = (mine @ mine.T).cpu().numpy()
+    cos = (unit @ unit.T).cpu().numpy()
     a, b = np.triu_indices(len(own), 1)
     return _merge_tree(ties, [np.stack([own[a], own[b], cos[a, b]])], len(rows))
 
@@ -174,8 +174,8 @@ def _merge_tree(tree: np.ndarray, more: list[np.ndarray], count: int) -> np.ndar
     first = np.ones(len(low), bool)
     first[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
     graph = coo_array((3 - cos[first], (low[first], high[first])), shape=(count, count))
-    found = minimum_spanning_tree(graph.tocsr()).tocoo()
-    return np.stack([found.row, found.col, 3 - found.data])
+    merged = minimum_spanning_tree(graph.tocsr()).tocoo()
+    return np.stack([merged.row, merged.col, 3 - merged.data])
 
 
 def _leaf_order(tree: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -222,15 +222,15 @@ def _improving(
     right = right[~done[right]]
     of_column = from_left[position[right] - split]
     device = rows.unit.device
-    mine = rows.unit[torch.from_numpy(panel).to(device)]
+    unit = rows.unit[torch.from_numpy(panel).to(device)]
     # Inside the panel the bottleneck does not split, but the panel is small enough to write it out.
-    inside = rows.product(mine, mine).fill_diagonal_(-2).cpu().numpy()
+    inside = rows.product(unit, unit).fill_diagonal_(-2).cpu().numpy()
     nearest[panel] = np.maximum(nearest[panel], inside.max(1))
     at, to = _places(np.triu(inside > _between(gaps, position[panel]) + rows.slack, 1))
-    found = [np.stack([panel[at], panel[to], inside[at, to]])]
+    edges = [np.stack([panel[at], panel[to], inside[at, to]])]
     for start in range(0, len(right), _TILE):
         columns = right[start : start + _TILE]
-        cos = rows.product(mine, rows.unit[torch.from_numpy(columns).to(device)])
+        cos = rows.product(unit, rows.unit[torch.from_numpy(columns).to(device)])
         by_row, by_column = cos.amax(1).cpu().numpy(), cos.amax(0).cpu().numpy()
         nearest[panel] = np.maximum(nearest[panel], by_row)
         nearest[columns] = np.maximum(nearest[columns], by_column)
@@ -243,11 +243,11 @@ def _improving(
         values = cos.cpu().numpy()
         if len(i):
             at, to = _places(values[i] > row_limit[i][:, None])
-            found.append(np.stack([panel[i[at]], columns[to], values[i[at], to]]))
+            edges.append(np.stack([panel[i[at]], columns[to], values[i[at], to]]))
         if len(j):
             at, to = _places(values[:, j] > column_limit[j])
-            found.append(np.stack([panel[at], columns[j[to]], values[at, j[to]]]))
-    return found
+            edges.append(np.stack([panel[at], columns[j[to]], values[at, j[to]]]))
+    return edges
 
 
 def _places(flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

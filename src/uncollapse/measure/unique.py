@@ -133,10 +133,10 @@ def row_has_neighbour(w: Tensor, which: Tensor, eps: float) -> np.ndarray:
     has = np.zeros(len(which), bool)
     step = max(1, ELEMENTS // 4 // len(rows))
     for start in range(0, len(which), step):
-        mine = which[start : start + step].to(everything.device)
-        cos = rows.product(rows.unit[mine], rows.unit)
-        cos[torch.arange(len(mine), device=cos.device), mine] = -2
-        has[start : start + step] = rows.near(cos.cpu().numpy(), mine, everything, eps).any(1)
+        part = which[start : start + step].to(everything.device)
+        cos = rows.product(rows.unit[part], rows.unit)
+        cos[torch.arange(len(part), device=cos.device), part] = -2
+        has[start : start + step] = rows.near(cos.cpu().numpy(), part, everything, eps).any(1)
     return has
 
 
@@ -160,7 +160,7 @@ def cosine_argmax(z: Tensor, w: Tensor, block: int | None = None) -> Tensor:
     if z.shape[1] != w.shape[1]:
         raise ValueError(f"z has {z.shape[1]} columns and w has {w.shape[1]}; both must live in the same space")
     block = _checked_block(block) or max(1, ELEMENTS // 4 // len(keys))
-    found = torch.empty(len(queries), dtype=torch.long, device=queries.unit.device)
+    nearest = torch.empty(len(queries), dtype=torch.long, device=queries.unit.device)
     for start in range(0, len(queries), block):
         cos = queries.product(queries.unit[start : start + block], keys.unit)
         top, index = cos.max(1)
@@ -169,8 +169,8 @@ def cosine_argmax(z: Tensor, w: Tensor, block: int | None = None) -> Tensor:
         close = torch.nonzero(second >= top - 2 * queries.slack)[:, 0]
         for group in close.split(max(1, ELEMENTS // 2 // len(keys))) if len(close) else ():
             index[group] = _argmax64(queries.double(group + start), keys)
-        found[start : start + block] = index
-    return found.to(z.device)
+        nearest[start : start + block] = index
+    return nearest.to(z.device)
 
 
 def _argmax64(z: Tensor, keys: "Rows") -> Tensor:
@@ -208,12 +208,12 @@ def _cover(rows: Rows, eps: float, block: int | None, progress: Callable[[float]
     for start in range(0, len(rows), block):
         stop = min(start + block, len(rows))
         ids = torch.arange(start, stop, device=device)
-        mine = None if prefix is None else prefix[start:stop]
+        own_bound = None if prefix is None else prefix[start:stop]
         for t in range(0, count, TILE):
             tile = slice(t, min(t + TILE, count))
             suspects = ids
-            if prefix is not None and mine is not None and bound is not None:
-                bounds = rows.product(mine, bound[tile])
+            if prefix is not None and own_bound is not None and bound is not None:
+                bounds = rows.product(own_bound, bound[tile])
                 which = torch.nonzero(bounds.amax(1) >= low)[:, 0]
                 if not len(which):
                     continue
@@ -221,14 +221,14 @@ def _cover(rows: Rows, eps: float, block: int | None, progress: Callable[[float]
                 pairs = torch.nonzero(bounds[which] >= low) if len(which) <= _FEW_ROWS else None
                 if pairs is not None and len(pairs) <= _FEW_EACH * len(which):
                     near = rows.pairs_near(suspects[pairs[:, 0]], kept[tile][pairs[:, 1]], eps)
-                    found = suspects[pairs[near, 0]]
+                    removed = suspects[pairs[near, 0]]
                 else:
-                    found = _near_any(rows, suspects, unit[tile], kept[tile], eps)
+                    removed = _near_any(rows, suspects, unit[tile], kept[tile], eps)
             else:
-                found = _near_any(rows, suspects, unit[tile], kept[tile], eps)
-            if len(found):
-                ids = ids[~torch.isin(ids, found)]
-                mine = None if prefix is None else prefix[ids]
+                removed = _near_any(rows, suspects, unit[tile], kept[tile], eps)
+            if len(removed):
+                ids = ids[~torch.isin(ids, removed)]
+                own_bound = None if prefix is None else prefix[ids]
             if not len(ids):
                 break
         if len(ids):
@@ -272,8 +272,8 @@ def _kept_inside(rows: Rows, prefix: Tensor | None, ids: Tensor, eps: float) -> 
         bound = rows.product(prefix[ids], prefix[ids]).fill_diagonal_(-2)
         linked = torch.nonzero(bound.amax(1) >= band(eps, rows.slack)[0])[:, 0]
     if len(linked):
-        some = ids[linked]
-        inside = _resolve(rows.near(rows.cosines(some, some), some, some, eps))
+        doubtful = ids[linked]
+        inside = _resolve(rows.near(rows.cosines(doubtful, doubtful), doubtful, doubtful, eps))
         keep[linked] = torch.from_numpy(inside).to(ids.device)
     return keep
 

@@ -58,14 +58,14 @@ def group(runs: Sequence[RunRecord]) -> Grouping:
             f"{run.folder or run.name} is {'the same run as' if same else 'of the same arm and seed as'} "
             f"{twin.folder or twin.name}, and counted once"
         )
-    groups = sorted(by_arm.values(), key=lambda found: _place(found[0][1]))
-    names, said = _names([[run for _, run in found] for found in groups], [found[0][0] for found in groups])
+    groups = sorted(by_arm.values(), key=lambda pairs: _place(pairs[0][1]))
+    names, said = _names([[run for _, run in pairs] for pairs in groups], [pairs[0][0] for pairs in groups])
     notes += said
     arms: Arms = {}
     data: dict[str, int] = {}
-    for name, found in zip(names, groups, strict=True):
-        members = [run for _, run in found]
-        arms[name], data[name] = members, found[0][0]
+    for name, pairs in zip(names, groups, strict=True):
+        members = [run for _, run in pairs]
+        arms[name], data[name] = members, pairs[0][0]
         for part in dict.fromkeys(part for run in members for part in run.summary.get("sets") or {}):
             having = [run for run in members if part in (run.summary.get("sets") or {})]
             arms[set_name(name, part)] = [of_set(run, part) for run in having]
@@ -100,10 +100,10 @@ def set_name(arm: str, part: str) -> str:
 def rival(arm: str, grouping: Grouping, mode: str) -> str | None:
     """The arm of that mode, of the same method, set and images, that is configured most like ``arm``; None without."""
     arms = grouping.arms
-    found = [
+    rivals = [
         other for other in of_mode(arm, grouping, mode) if other != arm and grouping.data[other] == grouping.data[arm]
     ]
-    return min(found, key=lambda other: len(_differing([arms[arm][0], arms[other][0]])), default=None)
+    return min(rivals, key=lambda other: len(_differing([arms[arm][0], arms[other][0]])), default=None)
 
 
 def of_mode(arm: str, grouping: Grouping, mode: str) -> list[str]:
@@ -122,16 +122,16 @@ def without_control(arms: Arms) -> list[str]:
 
 def _settings(run: RunRecord) -> Row:
     """What decides the numbers of a run, its seed aside; of a folder without config.yaml what the summary tells."""
-    found = {k: v for k, v in run.config.items() if k not in _PLACES and not k.startswith("log.")}
-    names = ("steps",) if found else ("prototypes", "dim", "steps", "encoder")
-    return found | {name: value for name in names if (value := run.summary.get(name)) is not None}
+    settings = {k: v for k, v in run.config.items() if k not in _PLACES and not k.startswith("log.")}
+    names = ("steps",) if settings else ("prototypes", "dim", "steps", "encoder")
+    return settings | {name: value for name in names if (value := run.summary.get(name)) is not None}
 
 
 def _differing(runs: Sequence[RunRecord]) -> list[str]:
     """Keys with different values; one that a run does not record says nothing."""
     settings = [_settings(run) for run in runs]
-    keys = dict.fromkeys(key for found in settings for key in found)
-    return [k for k in keys if k not in _SAID and len({repr(found[k]) for found in settings if k in found}) > 1]
+    keys = dict.fromkeys(key for row in settings for key in row)
+    return [k for k in keys if k not in _SAID and len({repr(row[k]) for row in settings if k in row}) > 1]
 
 
 def _names(groups: Sequence[Sequence[RunRecord]], sets: Sequence[int]) -> tuple[list[str], list[str]]:
@@ -139,7 +139,7 @@ def _names(groups: Sequence[Sequence[RunRecord]], sets: Sequence[int]) -> tuple[
 
     What differs only between methods is theirs, and is left to a note.
     """
-    firsts = [found[0] for found in groups]
+    firsts = [group[0] for group in groups]
     methods = dict.fromkeys(run.method for run in firsts)
     inside = {key for method in methods for key in _differing([run for run in firsts if run.method == method])}
     everywhere = [key for key in _differing(firsts) if key in inside]

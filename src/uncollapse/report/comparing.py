@@ -101,7 +101,7 @@ def _paired(measure: Measure, ours: Sequence[RunRecord], theirs: Sequence[RunRec
     if not measure.per_image:
         return []
     factor = 100.0 if measure.unit == "%" else 1.0
-    found = []
+    differences = []
     for run in ours:
         digest = run.summary.get("held_out_digest")
         for other in theirs:
@@ -109,5 +109,5 @@ def _paired(measure: Measure, ours: Sequence[RunRecord], theirs: Sequence[RunRec
                 continue
             a, b = run.arrays.get(measure.per_image), other.arrays.get(measure.per_image)
             if a is not None and b is not None and len(a) == len(b) > 1:
-                found.append(factor * (a.astype(np.float64) - b.astype(np.float64)))
-    return found
+                differences.append(factor * (a.astype(np.float64) - b.astype(np.float64)))
+    return differences

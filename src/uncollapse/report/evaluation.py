@@ -27,9 +27,9 @@ def metrics_of(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def evaluations(arms: Arms, look: Mapping[str, Style]) -> list[Row]:
     """For each data set that any run was evaluated on, what the template shows; empty without evaluations."""
-    named = [(arm, run) for arm, found in arms.items() for run in found]
+    named = [(arm, run) for arm, runs in arms.items() for run in runs]
     keys = dict.fromkeys(key for _, run in named for key in run.evaluation)
-    several = {arm: len(found) > 1 for arm, found in arms.items()}
+    several = {arm: len(runs) > 1 for arm, runs in arms.items()}
     return [_one(key, [(arm, run) for arm, run in named if key in run.evaluation], several, look) for key in keys]
 
 
@@ -39,11 +39,11 @@ def probed_by_evaluate(run: RunRecord) -> Row:
     One page then has one number for each. Empty where it was not evaluated on those, or the run went on since.
     """
     paths = [run.config.get(name) for name in ("data.path", "data.val_path")]
-    found = run.evaluation.get(",".join(str(p) for p in paths if p), {})
-    encoders = found.get("encoders", {})
+    evaluation = run.evaluation.get(",".join(str(p) for p in paths if p), {})
+    encoders = evaluation.get("encoders", {})
     encoder: Row = next((encoders[label] for label in LOOKED_AT if label in encoders), {})
     summary = run.summary
-    if found.get("n_test") != summary.get("n_held_out") or encoder.get("step") != summary.get("steps"):
+    if evaluation.get("n_test") != summary.get("n_held_out") or encoder.get("step") != summary.get("steps"):
         return {}
     out: Row = {}
     for task, name in (("knn", "top1"), ("linear", "top1")):
@@ -92,17 +92,17 @@ def _owned(classes: Any) -> Any:
     names = ("train_images", "prototypes", "distinct")
     lists = [classes.get(name) for name in names] if isinstance(classes, dict) else [None]
     arrays = []
-    for found in lists:
-        if not isinstance(found, list) or not all(isinstance(n, int) and 0 <= n < 2**53 for n in found):
+    for numbers in lists:
+        if not isinstance(numbers, list) or not all(isinstance(n, int) and 0 <= n < 2**53 for n in numbers):
             return None
-        arrays.append(np.array(found, dtype=np.int64))
-    alike = len({len(found) for found in arrays}) == 1
+        arrays.append(np.array(numbers, dtype=np.int64))
+    alike = len({len(numbers) for numbers in arrays}) == 1
     return tuple(arrays) if alike and arrays[0].any() else None
 
 
 def _pictures(runs: list[tuple[str, RunRecord]], key: str) -> list[Row]:
     """What tasks drew, and which class owns how many prototypes where the task ``prototypes`` was done."""
-    found: list[Row] = []
+    pictures_of: list[Row] = []
     for arm, run in runs:
         for label, encoder in run.evaluation[key].get("encoders", {}).items():
             name = arm if label in LOOKED_AT else f"{arm}, {label}"
@@ -111,10 +111,10 @@ def _pictures(runs: list[tuple[str, RunRecord]], key: str) -> list[Row]:
                 from uncollapse.figures.owners import draw_owners
 
                 src, alt = draw_owners(*counts)
-                found.append({"src": src, "alt": alt, "caption": f"{name}: {OWNERS}"})
+                pictures_of.append({"src": src, "alt": alt, "caption": f"{name}: {OWNERS}"})
             drawn = [p for pictures in encoder.get("pictures", {}).values() for p in pictures if "src" in p]
-            found += [{"src": p["src"], "alt": p["alt"], "caption": f"{name}: {p['caption']}"} for p in drawn]
-    return found
+            pictures_of += [{"src": p["src"], "alt": p["alt"], "caption": f"{name}: {p['caption']}"} for p in drawn]
+    return pictures_of
 
 
 def _row(arm: str, colour: str, label: str, task: str, content: Row) -> Row:

@@ -35,9 +35,9 @@ def _values(arm: str, grouping: Grouping) -> dict[str, str]:
     runs = grouping.arms[arm]
     row = {"arm": arm, "seeds": str(len(runs))}
     for measure in SHOWN:
-        found = stat(measure, runs)
-        spread = "" if found is None or found.sd is None else f" ± {measure.text(found.sd)}"
-        row[_heading(measure)] = "–" if found is None else measure.text(found.mean) + spread
+        average = stat(measure, runs)
+        spread = "" if average is None or average.sd is None else f" ± {measure.text(average.sd)}"
+        row[_heading(measure)] = "–" if average is None else measure.text(average.mean) + spread
     minutes = [s * n / 60 for run in runs if (s := _number(run, "seconds_per_step")) and (n := _number(run, "steps"))]
     row["minutes a run"] = f"{fmean(minutes):.1f}" if minutes else "–"
     return row
@@ -51,18 +51,18 @@ def _against(arm: str, mode: str, grouping: Grouping) -> dict[str, str]:
     other = rival(arm, grouping, mode)
     if other is None:
         return {}
-    found = {m: difference(m, grouping.arms[arm], grouping.arms[other]) for m in COMPARED}
-    if not any(found.values()):  # of further sets of prototypes, which describe
+    gaps = {m: difference(m, grouping.arms[arm], grouping.arms[other]) for m in COMPARED}
+    if not any(gaps.values()):  # of further sets of prototypes, which describe
         return {}
-    return {"arm": arm, "minus": other} | {_heading(m): _text(m, gap) for m, gap in found.items()}
+    return {"arm": arm, "minus": other} | {_heading(m): _text(m, gap) for m, gap in gaps.items()}
 
 
-def _text(measure: Measure, found: Difference | None) -> str:
-    if found is None:
+def _text(measure: Measure, gap: Difference | None) -> str:
+    if gap is None:
         return "–"
-    sign = "+" if found.mean > 0 else "−" if found.mean < 0 else ""
-    error = "" if found.error is None else f" ± {measure.text(found.error)}"
-    return f"{sign}{measure.text(abs(found.mean))}{error}{'*' if found.sign else ''}"
+    sign = "+" if gap.mean > 0 else "−" if gap.mean < 0 else ""
+    error = "" if gap.error is None else f" ± {measure.text(gap.error)}"
+    return f"{sign}{measure.text(abs(gap.mean))}{error}{'*' if gap.sign else ''}"
 
 
 def _heading(measure: Measure) -> str:

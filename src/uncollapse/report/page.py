@@ -61,7 +61,7 @@ def write_report(runs: list[RunRecord], path: Path, title: str = "", notes: Sequ
     grouping = group(runs)
     arms = grouping.arms
     look = figures.styles(arms)
-    rows = [run.summary for found in arms.values() for run in found]
+    rows = [run.summary for members in arms.values() for run in members]
     measures = measured(rows)
     page = _template().render(
         title=title or _title(runs),
@@ -71,19 +71,19 @@ def write_report(runs: list[RunRecord], path: Path, title: str = "", notes: Sequ
         verdicts=[verdict(arm, grouping) for arm in arms],
         colours={arm: style.colour for arm, style in look.items()},
         measures=measures,
-        columns=[{"arm": arm, "seeds": len(found)} for arm, found in arms.items()],
-        table=[(measure, [_cell(measure, found) for found in arms.values()]) for measure in measures],
+        columns=[{"arm": arm, "seeds": len(members)} for arm, members in arms.items()],
+        table=[(measure, [_cell(measure, members) for members in arms.values()]) for measure in measures],
         untrained=_untrained(arms),
         held_out=common(runs, "n_held_out"),
         fitted_on=_fitted_on(rows),
-        many_seeds=any(len(found) > 1 for found in arms.values()),
+        many_seeds=any(len(members) > 1 for members in arms.values()),
         figures=_figures(arms, look),
         diagnosis_share=_diagnosis_share(arms),
         evaluations=evaluations(arms, look),
         probes_replaced=replaced,
-        examples=[_examples(arm, found, look[arm].colour) for arm, found in arms.items() if not found[0].set],
-        has_control=any(found[0].name == CONTROL for found in arms.values()),
-        has_sets=any(found[0].set for found in arms.values()),
+        examples=[_examples(arm, members, look[arm].colour) for arm, members in arms.items() if not members[0].set],
+        has_control=any(members[0].name == CONTROL for members in arms.values()),
+        has_sets=any(members[0].set for members in arms.values()),
         uncontrolled=without_control(arms),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,16 +122,16 @@ def _cell(measure: Measure, runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _fitted_on(rows: Sequence[Row]) -> str:
-    found = [r["view_information"].get("fitted_on") for r in rows if isinstance(r.get("view_information"), dict)]
-    return " / ".join(dict.fromkeys(text for text in found if text))
+    texts = [r["view_information"].get("fitted_on") for r in rows if isinstance(r.get("view_information"), dict)]
+    return " / ".join(dict.fromkeys(text for text in texts if text))
 
 
 def _figures(arms: Arms, look: Mapping[str, Style]) -> dict[str, Panels]:
     """The panels of every figure; a figure that nothing was recorded for has none."""
     step, share = "training step", "unique prototypes (%)"
 
-    def panels(*given: tuple[str, str] | None) -> Panels:
-        return [panel for panel in given if panel is not None]
+    def panels(*drawn: tuple[str, str] | None) -> Panels:
+        return [panel for panel in drawn if panel is not None]
 
     def lines(
         read: Callable[[RunRecord], Curve], title: str, x_label: str, y_label: str, **options: Any
@@ -184,12 +184,12 @@ def _lines(
 ) -> tuple[str, str] | None:
     """A panel of one curve per run, with the last values as alternative text; None without any curve."""
     curves = {arm: [c for run in runs if len((c := read(run))[0])] for arm, runs in arms.items()}
-    curves = {arm: found for arm, found in curves.items() if found}
+    curves = {arm: drawn for arm, drawn in curves.items() if drawn}
     if not curves:
         return None
     totals = {k for runs in arms.values() for run in runs if (k := number(run.summary.get("prototypes")))}
     reference = (math.log(totals.pop()), "ln K") if ln_k and len(totals) == 1 else None
-    ends = "; ".join(f"{arm} {np.mean([y[-1] for _, y in found]):.3g}" for arm, found in curves.items())
+    ends = "; ".join(f"{arm} {np.mean([y[-1] for _, y in drawn]):.3g}" for arm, drawn in curves.items())
     image = figures.line_panel(curves, title, x_label, y_label, y_range, reference, marker, look)
     return image, f"{title}: {y_label} against {x_label}. At the right end: {ends}."
 
@@ -225,13 +225,13 @@ def _epsilons(run: RunRecord) -> Curve:
 
 
 def _effective_curve(run: RunRecord) -> Curve:
-    given = run.summary.get("effective") or {}
-    return _curve({eps: n for eps in EPSILONS if (n := at_epsilon(given, eps)) is not None})
+    effective = run.summary.get("effective") or {}
+    return _curve({eps: n for eps in EPSILONS if (n := at_epsilon(effective, eps)) is not None})
 
 
 def _circles(arms: Arms, look: Mapping[str, Style]) -> Panels:
-    given = {arm: [run for run in runs if len(run.arrays.get("circle", ()))] for arm, runs in arms.items()}
-    first = {arm: runs[0] for arm, runs in given.items() if runs}
+    having = {arm: [run for run in runs if len(run.arrays.get("circle", ()))] for arm, runs in arms.items()}
+    first = {arm: runs[0] for arm, runs in having.items() if runs}
     points = {arm: run.arrays["circle"] for arm, run in first.items()}
     top = max([4.0, *(float(figures.circle_density(p).max()) for p in points.values())])
     panels = []
@@ -245,8 +245,8 @@ def _circles(arms: Arms, look: Mapping[str, Style]) -> Panels:
 
 
 def _usage(arms: Arms, look: Mapping[str, Style]) -> Panels:
-    given = {arm: [r.arrays["usage"] for r in runs if "usage" in r.arrays] for arm, runs in arms.items()}
-    counts = {arm: found for arm, found in given.items() if found}
+    by_arm = {arm: [r.arrays["usage"] for r in runs if "usage" in r.arrays] for arm, runs in arms.items()}
+    counts = {arm: per_run for arm, per_run in by_arm.items() if per_run}
     if not counts:
         return []
     labels = {}
@@ -261,22 +261,23 @@ def _usage(arms: Arms, look: Mapping[str, Style]) -> Panels:
 def _cost(arms: Arms, look: Mapping[str, Style]) -> Panels:
     parts: dict[str, dict[str, float]] = {}
     for arm, runs in arms.items():
-        given = [found for run in runs if (found := run.summary.get("step_parts"))]
-        if given:
-            names = dict.fromkeys(name for found in given for name in found)
-            parts[arm] = {name: float(np.mean([found.get(name) or 0.0 for found in given])) for name in names}
+        measured = [seconds for run in runs if (seconds := run.summary.get("step_parts"))]
+        if measured:
+            names = dict.fromkeys(name for seconds in measured for name in seconds)
+            parts[arm] = {name: float(np.mean([seconds.get(name) or 0.0 for seconds in measured])) for name in names}
     if not parts:
         return []
     alt = "; ".join(
-        f"{arm}: " + ", ".join(f"{part} {1e3 * s:.3g} ms" for part, s in found.items()) for arm, found in parts.items()
+        f"{arm}: " + ", ".join(f"{part} {1e3 * s:.3g} ms" for part, s in seconds.items())
+        for arm, seconds in parts.items()
     )
     return [(figures.step_parts(parts, look), alt)]
 
 
 def _diagnosis_share(arms: Arms) -> str:
     share = Measure("", "", entry("diagnosis_share", 100))
-    found = {arm: s.mean for arm, runs in arms.items() if (s := stat(share, runs)) is not None}
-    return ", ".join(f"{arm} {percent:.1f} %" for arm, percent in found.items())
+    shares = {arm: s.mean for arm, runs in arms.items() if (s := stat(share, runs)) is not None}
+    return ", ".join(f"{arm} {percent:.1f} %" for arm, percent in shares.items())
 
 
 def _examples(arm: str, runs: Sequence[RunRecord], colour: str) -> Row:
@@ -305,8 +306,8 @@ def _examples(arm: str, runs: Sequence[RunRecord], colour: str) -> Row:
 
 def _untrained(arms: Arms) -> list[str]:
     """kNN of each arm's encoder at its random start; empty where no run has it."""
-    found = [stat(Measure("", "", entry("knn_untrained", 100)), runs) for runs in arms.values()]
-    return ["–" if s is None else f"{s.mean:.1f}" for s in found] if any(found) else []
+    averages = [stat(Measure("", "", entry("knn_untrained", 100)), runs) for runs in arms.values()]
+    return ["–" if s is None else f"{s.mean:.1f}" for s in averages] if any(averages) else []
 
 
 def _tight(text: str) -> str:

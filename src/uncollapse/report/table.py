@@ -33,7 +33,7 @@ def print_table(summaries: list[Row], console: Console | None = None) -> None:
     several = len({_method(s) for s in summaries}) > 1
     for summary in summaries:
         arms.setdefault(arm_name(_method(summary), shown(summary["name"]), several), []).append(summary)
-    every = {name: found for arm, rows in arms.items() for name, found in _with_sets(arm, rows).items()}
+    every = {name: of_arm for arm, rows in arms.items() for name, of_arm in _with_sets(arm, rows).items()}
     first = summaries[0]
     seeds = len({s["seed"] for s in summaries})
     title = f"{first['prototypes']} prototypes, {first['steps']} steps, n = {first['n_held_out']} held-out images"
@@ -68,13 +68,13 @@ def _method(summary: Row) -> str:
 
 def verdict_lines(arm: str, rows: Sequence[Row]) -> list[str]:
     """The verdict on each arm and what to do next; a line for each label where seeds disagree."""
-    found = [v for row in rows if (v := judge_row(row, row["name"])) is not None]
-    labels = [v.label for v in found]
+    verdicts = [v for row in rows if (v := judge_row(row, row["name"])) is not None]
+    labels = [v.label for v in verdicts]
     lines = []
-    for label, v in {v.label: v for v in found}.items():
-        some = "" if len(set(labels)) == 1 else f" ({labels.count(label)} of {len(labels)} seeds)"
+    for label, v in {v.label: v for v in verdicts}.items():
+        count = "" if len(set(labels)) == 1 else f" ({labels.count(label)} of {len(labels)} seeds)"
         control = " (the control)" if rows[0]["name"] == CONTROL else ""
-        lines.append(f"{arm}{control}: {label}{some}. Next: {v.advice}")
+        lines.append(f"{arm}{control}: {label}{count}. Next: {v.advice}")
     return lines
 
 

@@ -102,7 +102,7 @@ def verdict(arm: str, grouping: Grouping) -> ArmVerdict:
         for other in others
         if other and other != arm and grouping.data[other] == grouping.data[arm]
     ]
-    judged = [found for run in runs if (found := judge_row(run.summary, mode)) is not None]
+    judged = [one for run in runs if (one := judge_row(run.summary, mode)) is not None]
     labels = _labels(judged)
     if mode == CONTROL:
         labels.insert(0, ("plain", "control"))
@@ -125,11 +125,11 @@ def verdict(arm: str, grouping: Grouping) -> ArmVerdict:
 
 def _labels(judged: Sequence[Verdict]) -> list[tuple[str, str]]:
     """The label of each checkpoint; where seeds disagree, how many have which."""
-    found = [(f.tone, f.label) for f in judged]
-    distinct = dict.fromkeys(found)
+    pairs = [(f.tone, f.label) for f in judged]
+    distinct = dict.fromkeys(pairs)
     if len(distinct) == 1:
         return list(distinct)
-    return [(tone, f"{label} ({found.count((tone, label))} of {len(found)} seeds)") for tone, label in distinct]
+    return [(tone, f"{label} ({pairs.count((tone, label))} of {len(pairs)} seeds)") for tone, label in distinct]
 
 
 def _warnings(runs: Sequence[RunRecord]) -> list[str]:
@@ -244,7 +244,7 @@ def takeaways(grouping: Grouping) -> list[str]:
         if (control := rival(arm, grouping, CONTROL)) and (worse := compare(arm, control, grouping).worse):
             lines.append(f"Worse than the control (random prototypes): {arm}, in {'; '.join(worse)}.")
     labels = {arm: [f.label for run in arms[arm] if (f := judge_row(run.summary)) is not None] for arm in learned}
-    collapsed = [arm for arm, found in labels.items() if any("collapse" in label for label in found)]
+    collapsed = [arm for arm, per_run in labels.items() if any("collapse" in label for label in per_run)]
     if collapsed:
         named = [f"{arm} ({s.mean:.1f} % distinct)" for arm in collapsed if (s := stat(UNIQUE[0.025], arms[arm]))]
         lines.append(f"Collapsed at ε = 0.025: {', '.join(named)}.")
@@ -254,23 +254,23 @@ def takeaways(grouping: Grouping) -> list[str]:
 
 
 def _against(measure: Measure, base: str, rivals: Sequence[str], grouping: Grouping) -> str | None:
-    found = {
+    gaps = {
         arm: gap
         for arm in rivals
         if (gap := difference(measure, grouping.arms[arm], grouping.arms[base])) and gap.sign is not None
     }
     theirs = stat(measure, grouping.arms[base])
-    if theirs is None or not found:
+    if theirs is None or not gaps:
         return None
     unit = f" {measure.unit}" if measure.unit else ""
     parts = []
     for sign, word in ((1, "better"), (-1, "worse"), (0, "no clear difference")):
         named = [
             f"{arm} ({measure.text(s.mean)})"
-            for arm, gap in found.items()
+            for arm, gap in gaps.items()
             if gap.sign == sign and (s := stat(measure, grouping.arms[arm])) is not None
         ]
         if named:
             parts.append(f"{word}: {', '.join(named)}")
-    unpaired = "" if all(gap.paired for gap in found.values()) else " Not over the same images one by one."
+    unpaired = "" if all(gap.paired for gap in gaps.values()) else " Not over the same images one by one."
     return f"{measure.name}: {base} {measure.text(theirs.mean)}{unit}; {'; '.join(parts)}.{unpaired}"

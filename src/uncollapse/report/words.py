@@ -62,6 +62,6 @@ _MEANINGS = [
 def meaning(metric: str) -> str:
     """A line on what a metric is; empty for one that no task of ours gives."""
     for pattern, text in _MEANINGS:
-        if found := re.fullmatch(pattern, metric):
-            return text.format(**{k: _OF.get(v, v) for k, v in found.groupdict().items()})
+        if match := re.fullmatch(pattern, metric):
+            return text.format(**{k: _OF.get(v, v) for k, v in match.groupdict().items()})
     return ""

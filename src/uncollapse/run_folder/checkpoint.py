@@ -69,8 +69,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
 
 def _steps(folder: Path) -> list[int]:
     """Newest first; files of other names, such as ``step-00000040 (1).json``, are no checkpoints."""
-    found = (re.fullmatch(r"step-(\d{8,18})\.json", p.name) for p in folder.glob("step-*.json"))
-    return sorted((int(name[1]) for name in found if name), reverse=True)
+    matches = (re.fullmatch(r"step-(\d{8,18})\.json", p.name) for p in folder.glob("step-*.json"))
+    return sorted((int(name[1]) for name in matches if name), reverse=True)
 
 
 def newest_step(folder: Path) -> int | None:

@@ -107,7 +107,7 @@ def embed_pictures(folder: Path, data: dict[str, Any]) -> None:
     ours = (folder / "evaluation").resolve()
     for of_set in data.values():
         for encoder in of_set.get("encoders", {}).values():
-            for picture in (p for found in encoder.get("pictures", {}).values() for p in found):
+            for picture in (p for pictures in encoder.get("pictures", {}).values() for p in pictures):
                 picture.pop("src", None)
                 if kind := _picture_kind(ours, folder / picture["file"]):
                     content = base64.b64encode((folder / picture["file"]).read_bytes()).decode()

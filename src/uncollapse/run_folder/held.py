@@ -116,7 +116,7 @@ def _holder(text: str) -> str:
 def identity(out: Path) -> tuple[int, int] | None:
     """What a folder is whatever its name: equal as long as it was not moved away or replaced; None: not there."""
     try:
-        found = out.stat()
+        status = out.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino

@@ -154,19 +154,19 @@ _SHAPES = {
 def _arrays(path: Path, record: RunRecord) -> None:
     with zipfile.ZipFile(path) as archive:
         sizes = {i.filename.removesuffix(".npy"): i.file_size for i in archive.infolist()}
-        found, bad = {}, []
+        arrays, bad = {}, []
         for name in _SHAPES:
             if name not in sizes:
                 continue
             try:
-                found[name] = _array(archive, name, sizes[name])
+                arrays[name] = _array(archive, name, sizes[name])
             except Exception as error:  # of one array; the others may still be whole
                 bad.append(f"{name} ({shown(' '.join(str(error).split()))[:80] or type(error).__name__})")
     for one, other in (("circle", "usage"), ("movement", "usage"), ("sweep_eps", "sweep_unique")):
-        if one in found and other in found and len(found[one]) != len(found[other]):
+        if one in arrays and other in arrays and len(arrays[one]) != len(arrays[other]):
             bad.append(f"{one} (its length is not that of {other})")
-            del found[one]
-    record.arrays = found
+            del arrays[one]
+    record.arrays = arrays
     if bad:
         record.problems.append(f"{shown(path)}: arrays damaged and left out: {', '.join(bad)}")
 
@@ -208,5 +208,5 @@ def _evaluation(path: Path, record: RunRecord) -> None:
 
 def common(runs: Sequence[RunRecord], name: str) -> str:
     """The values of a summary's entry over the runs, without repeats; empty where there is none."""
-    found = dict.fromkeys(v for run in runs if (v := run.summary.get(name)) is not None)
-    return " / ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in found)
+    values = dict.fromkeys(v for run in runs if (v := run.summary.get(name)) is not None)
+    return " / ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in values)

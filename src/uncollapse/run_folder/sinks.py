@@ -24,13 +24,13 @@ class Sink(Protocol):
 
 def scalars_of(kind: str, values: dict[str, Any]) -> dict[str, float]:
     """The numbers of a row by ``kind/name``, or ``kind/name/key`` where the value is a mapping."""
-    found = {}
+    scalars = {}
     for name, value in values.items():
         inner = value.items() if isinstance(value, dict) else [("", value)]
         for key, scalar in inner:
             if isinstance(scalar, int | float):
-                found[f"{kind}/{name}/{key}" if key else f"{kind}/{name}"] = scalar
-    return found
+                scalars[f"{kind}/{name}/{key}" if key else f"{kind}/{name}"] = scalar
+    return scalars
 
 
 class TensorBoard:

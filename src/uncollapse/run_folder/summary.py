@@ -127,11 +127,11 @@ def read_summary(content: Row) -> tuple[Row, list[str]]:
     """
     good, wrong = _checked(Summary, content, "")
     sets: Any = content.get("sets") or {}
-    if not isinstance(sets, dict) or not all(isinstance(found, dict) for found in sets.values()):
+    if not isinstance(sets, dict) or not all(isinstance(of_set, dict) for of_set in sets.values()):
         return good, [*wrong, "sets"]
-    for name, found in sets.items():
+    for name, of_set in sets.items():
         text = shown(name)[:LONGEST]
-        measures, bad = _checked(SetSummary, found, f"sets.{text}.")
+        measures, bad = _checked(SetSummary, of_set, f"sets.{text}.")
         good.setdefault("sets", {})[text] = measures
         wrong += bad
     return good, wrong

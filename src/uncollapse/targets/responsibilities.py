@@ -185,12 +185,12 @@ def log_masses(
         starved = (log_mass < max_over_ranks(highest, group) + least).nonzero().squeeze(-1)
         step = max(1, (1 << 22) // max(1, len(posterior.features)))
         for start in range(0, len(starved), step):
-            some = starved[start : start + step]
-            eta = posterior.components.parameters(some)
-            eta[:, -1] += posterior.offset[some]
+            part = starved[start : start + step]
+            eta = posterior.components.parameters(part)
+            eta[:, -1] += posterior.offset[part]
             scores = eta @ posterior.features.T - torch.cat(normalisers)
             scores = scores if row_weight is None else scores + row_weight.log()
-            log_mass[some] = logsumexp_over_ranks(scores.logsumexp(1), group)
+            log_mass[part] = logsumexp_over_ranks(scores.logsumexp(1), group)
     return log_mass
 
 

@@ -224,11 +224,11 @@ class Loop:
 
     def _sweep(self, done: int) -> None:
         if self.log is not None:
-            found = {
+            counts = {
                 of_set("unique", name): monitor.sweep(self.state.prototypes(name).vectors("teacher"))
                 for name, monitor in self.state.monitors.items()
             }
-            self.log.row("sweep", done, epoch=round(self.job.epoch(done), 4), **found)
+            self.log.row("sweep", done, epoch=round(self.job.epoch(done), 4), **counts)
 
     def _warn(self, message: str | None, done: int) -> None:
         if message and self.fabric.is_global_zero:

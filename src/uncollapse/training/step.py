@@ -118,8 +118,8 @@ class Stepper:
         seen: list[Seen] = []
         with torch.no_grad(), self.fabric.autocast():
             for part in parts:
-                some = batch if len(parts) == 1 else self._on_device(batch.part(part).only("global"))
-                seen.append(method.see_teacher(config, net, some, student))
+                images = batch if len(parts) == 1 else self._on_device(batch.part(part).only("global"))
+                seen.append(method.see_teacher(config, net, images, student))
         return seen[0] if len(seen) == 1 else _joined(seen, parts)
 
     def _on_device(self, batch: Batch) -> Batch:

@@ -110,7 +110,7 @@ def _of_set(
     """The entries of a `SetSummary`; those that need projections come from ``report``, of so many of a ``unit``."""
     prototypes, monitor = state.prototypes(name), state.monitors[name]
     vectors = prototypes.vectors("teacher").cpu()
-    found: dict[str, Any] = {
+    entries: dict[str, Any] = {
         "prototypes": len(vectors),
         "dim": vectors.shape[1],
         "unique": _by_epsilon(epsilon_sweep(vectors, EPSILONS) if report is None else report.unique),
@@ -121,9 +121,9 @@ def _of_set(
         found |= {"alive": monitor.alive(), "alive_window": min(monitor.window, monitor.calls)}
         found["movement"] = float(moved.mean().clamp_min(0))
     if report is not None:
-        found |= {"used": report.used, "n": report.n, "unit": unit}
-        found |= {"unique_used": _by_epsilon(report.unique_used), "effective": _by_epsilon(report.effective)}
-    return found
+        entries |= {"used": report.used, "n": report.n, "unit": unit}
+        entries |= {"unique_used": _by_epsilon(report.unique_used), "effective": _by_epsilon(report.effective)}
+    return entries
 
 
 def _of_other_set(job: Job, state: TrainState, name: str, notes: list[str]) -> dict[str, Any]:
@@ -141,31 +141,38 @@ def _of_other_set(job: Job, state: TrainState, name: str, notes: list[str]) -> d
     return _of_set(job, state, name, _movement(job, state, name), report, "patches")
 
 
-def _in_short(found: ViewInformation) -> Information:
-    return Information(found.bits, found.standard_error, found.fitted_on, found.n_fit, found.n, found.views)
+def _in_short(information: ViewInformation) -> Information:
+    return Information(
+        information.bits,
+        information.standard_error,
+        information.fitted_on,
+        information.n_fit,
+        information.n,
+        information.views,
+    )
 
 
-def _by_epsilon(found: Mapping[float, T]) -> dict[str, T]:
+def _by_epsilon(by_epsilon: Mapping[float, T]) -> dict[str, T]:
     """ε as text keys, as JSON has no numbers there."""
-    return {f"{eps:g}": number for eps, number in found.items()}
+    return {f"{eps:g}": number for eps, number in by_epsilon.items()}
 
 
 def _information(job: Job, state: TrainState, vectors: Tensor) -> tuple[ViewInformation | None, list[str]]:
     """View information of the held-out images, fitted on training images; or None, and why."""
     config, device = job.config, job.device
-    fitting = _some_of_training(job, min(MOST_FIT, max(FEWEST_FIT, 8 * len(vectors))))
+    fitting = _training_subset(job, min(MOST_FIT, max(FEWEST_FIT, 8 * len(vectors))))
     try:
         z_views = project_views(state.evaluated, job.held_out, config.views, config.seed, config.data.workers, device)
         z_fit = project_views(
             state.evaluated, fitting, config.views, config.seed, config.data.workers, device, FIT_VIEWS
         )
-        found = view_information(z_views, vectors, z_fit)
+        information = view_information(z_views, vectors, z_fit)
     except Exception as error:  # the training is done, and no measure may cost it
         return None, [f"no view information: {in_words(error)}"]
-    return dataclasses.replace(found, fitted_on="training images"), []
+    return dataclasses.replace(information, fitted_on="training images"), []
 
 
-def _some_of_training(job: Job, most: int) -> ImageSet:
+def _training_subset(job: Job, most: int) -> ImageSet:
     """At most so many training images, chosen by the seed alone; fewer are among more."""
     chosen = np.random.default_rng([job.config.seed, 2]).permutation(len(job.images))
     return subset(job.images, np.sort(chosen[:most]))
@@ -196,22 +203,22 @@ def _probes(
     and ``notes`` says why: the training is done, and no probe may cost it.
     """
     config, held_out, device = job.config, job.held_out, job.device
-    found: dict[str, Any] = dict.fromkeys(
+    probes: dict[str, Any] = dict.fromkeys(
         ("knn", "knn_ci95", "knn_balanced", "linear", "linear_ci95", "linear_balanced", "knn_untrained")
     )
-    found["notes"] = []
+    probes["notes"] = []
     correct: dict[str, np.ndarray] = {}
     if labels is None or job.images.labels is None:
-        return found, correct
-    bank = _some_of_training(job, config.log.evaluate_train)
+        return probes, correct
+    bank = _training_subset(job, config.log.evaluate_train)
     try:
         bank_features, _, bank_labels = embed(state.evaluated, bank, config.views, config.data.workers, device)
     except Exception as error:
-        found["notes"].append(f"no probes: {in_words(error)}")
-        return found, correct
+        probes["notes"].append(f"no probes: {in_words(error)}")
+        return probes, correct
     assert bank_labels is not None
     k, n = min(K_NEIGHBOURS, len(bank_features)), len(labels)
-    found.update(knn_k=k, n_bank=len(bank_features))
+    probes.update(knn_k=k, n_bank=len(bank_features))
 
     counts = torch.bincount(labels)
     weight = (n / ((counts > 0).sum() * counts[labels])).double().numpy()  # classes count alike
@@ -220,12 +227,12 @@ def _probes(
         try:
             right = (predict().cpu() == labels).numpy()
         except Exception as error:
-            found["notes"].append(f"no {what}: {in_words(error)}")
+            probes["notes"].append(f"no {what}: {in_words(error)}")
             return
-        found[name] = float(right.mean())
-        found[f"{name}_ci95"] = list(confidence95(found[name], n))
+        probes[name] = float(right.mean())
+        probes[f"{name}_ci95"] = list(confidence95(probes[name], n))
         balanced = right * weight
-        found[f"{name}_balanced"] = float(balanced.mean())
+        probes[f"{name}_balanced"] = float(balanced.mean())
         correct.update({f"{name}_correct": right, f"{name}_balanced_of_image": balanced.astype(np.float32)})
 
     def linear() -> Tensor:
@@ -240,7 +247,7 @@ def _probes(
     measure("knn", lambda: knn_predictions(bank_features, bank_labels, features, [k])[k], "kNN accuracy")
     measure("linear", linear, "linear probe")
     measure("knn_untrained", untrained, "kNN accuracy of the untrained encoder")
-    return found, correct
+    return probes, correct
 
 
 def _arrays(vectors: Tensor, z: Tensor, held_out: ImageSet) -> dict[str, np.ndarray]:

@@ -94,19 +94,19 @@ def torchvision_parts(spec: str) -> tuple[Part, Part | None]:
             f"{spec}: torchvision's {name} looks for {looked}, which is not there; nothing is downloaded "
             f"here, torchvision.datasets.{name}(root, download=True) may"
         )
-    pieces = [_torchvision(spec, name, root, given) for given in one.train]
+    pieces = [_torchvision(spec, name, root, options) for options in one.train]
     return _joined(pieces), None if one.test is None else _torchvision(spec, name, root, one.test)
 
 
-def _torchvision(spec: str, name: str, root: str, given: dict[str, Any]) -> Part:
+def _torchvision(spec: str, name: str, root: str, options: dict[str, Any]) -> Part:
     import torchvision.datasets  # type: ignore[import-untyped]
 
     size = {"size": "full"} if name == "Imagenette" else {}
     try:
-        dataset = getattr(torchvision.datasets, name)(str(Path(root).expanduser()), **size, **given)
+        dataset = getattr(torchvision.datasets, name)(str(Path(root).expanduser()), **size, **options)
     except Exception as error:  # each class has its own way of finding nothing, or half of it
         reason = " ".join(str(error).replace("You can use download=True to download it", "").split())
-        what = ", ".join(f"{k}={v!r}" for k, v in given.items()) or "only"
+        what = ", ".join(f"{k}={v!r}" for k, v in options.items()) or "only"
         raise DataError(
             f"{spec}: torchvision cannot open its {what} part below {root}, where it looks for "
             f"{SETS[name].looks_for} ({reason or type(error).__name__})"
@@ -133,21 +133,21 @@ def _opened(dataset: Any) -> Part:
     if hasattr(dataset, "all_categories"):
         classes = list(dataset.all_categories)
         paths = [os.path.join(dataset.root, classes[c], file) for c, file in dataset.index]
-        given = [c for c, _ in dataset.index]
+        codes = [c for c, _ in dataset.index]
     elif hasattr(dataset, "categories"):
-        given = list(dataset.y)
-        paths = [_caltech(dataset, c, i) for c, i in zip(given, dataset.index, strict=True)]
+        codes = list(dataset.y)
+        paths = [_caltech(dataset, c, i) for c, i in zip(codes, dataset.index, strict=True)]
     elif hasattr(dataset, "_labels"):
-        given = list(dataset._labels)
+        codes = list(dataset._labels)
         paths = [str(p) for p in (dataset._image_files if hasattr(dataset, "_image_files") else dataset._images)]
     else:
         samples = dataset.samples if hasattr(dataset, "samples") else dataset._samples
-        paths, given = [str(p) for p, _ in samples], [c for _, c in samples]
-    if len(paths) != len(given):
-        raise ValueError(f"{len(paths)} paths and {len(given)} labels")
+        paths, codes = [str(p) for p, _ in samples], [c for _, c in samples]
+    if len(paths) != len(codes):
+        raise ValueError(f"{len(paths)} paths and {len(codes)} labels")
     # Some sets list a folder in whatever order the disk gives.
-    order = sorted(range(len(paths)), key=lambda i: (int(given[i]), paths[i]))
-    labels = np.array([int(given[i]) for i in order], dtype=np.int64)
+    order = sorted(range(len(paths)), key=lambda i: (int(codes[i]), paths[i]))
+    labels = np.array([int(codes[i]) for i in order], dtype=np.int64)
     return Items(Files("", [paths[i] for i in order]), labels, classes)
 
 
@@ -190,8 +190,8 @@ def _joined(pieces: Sequence[Part]) -> Part:
 
 def inat_file(path: Path) -> Path | None:
     """The training JSON of an iNaturalist folder (``train2018.json``; the newest of several); None without."""
-    found = sorted(path.glob("train20[0-9][0-9].json")) if path.is_dir() else []
-    return found[-1] if found else None
+    lists = sorted(path.glob("train20[0-9][0-9].json")) if path.is_dir() else []
+    return lists[-1] if lists else None
 
 
 def inat_parts(path: Path) -> tuple[Part, Part | None]:
@@ -251,10 +251,10 @@ def list_parts(spec: str) -> tuple[Part, Part | None]:
 
     Raises `DataError` for other lines, or where the first image is not there.
     """
-    found = file_and_root(spec.removeprefix(LIST))
-    if found is None:
+    parts = file_and_root(spec.removeprefix(LIST))
+    if parts is None:
         raise DataError(f"{spec}: no such file or folder; a list of images is given as {LIST}FILE@FOLDER")
-    file, root = found
+    file, root = parts
     train = _list(file, root)
     for other in ("test", "val"):
         beside = file.with_name(other.join(file.name.rsplit("train", 1))) if "train" in file.name else file

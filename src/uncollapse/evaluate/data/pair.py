@@ -170,9 +170,9 @@ def _parts(
     first: str, second: str | None, seed: int, config: DataConfig, notes: list[str]
 ) -> tuple[Part, Part, np.ndarray, np.ndarray]:
     """Training part, test part, and which of their images are chosen."""
-    train, test = _found(first, seed, config, notes)
+    train, test = _parts_of(first, seed, config, notes)
     if second is not None:
-        whole, held = _found(second, seed, config, notes)
+        whole, held = _parts_of(second, seed, config, notes)
         test = held or whole
     n = _count(train)
     if test is not None:
@@ -183,7 +183,7 @@ def _parts(
     return train, train, *split_items(n, _labels(train), config.held_out, config.held_out_max, rng)
 
 
-def _found(spec: str, seed: int, config: DataConfig, notes: list[str]) -> tuple[Part, Part | None]:
+def _parts_of(spec: str, seed: int, config: DataConfig, notes: list[str]) -> tuple[Part, Part | None]:
     if spec.startswith(BUILTIN):
         digits = load_images(spec, config, seed)
         assert isinstance(digits[0], MemoryImages)
@@ -196,11 +196,11 @@ def _found(spec: str, seed: int, config: DataConfig, notes: list[str]) -> tuple[
         return inat_parts(path)
     if spec.startswith(LIST) or (path.suffix.lower() == ".txt" and path.is_file()):
         return list_parts(spec)
-    found = find_items(path, config.image, config.label)
-    for part in found if path.is_dir() else ():
+    items = find_items(path, config.image, config.label)
+    for part in items if path.is_dir() else ():
         if part is not None and part.classes and isinstance(part.source, Files):
             notes += folder_notes(Path(part.source.root), part.classes)
-    return found
+    return items
 
 
 def _count(part: Part) -> int:
@@ -215,35 +215,35 @@ def _labels(part: Part) -> np.ndarray | None:
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:
-    some = ", ".join(repr(n) for n in names[:most])
-    return some + (f" and {len(names) - most} more" if len(names) > most else "")
+    first = ", ".join(repr(n) for n in names[:most])
+    return first + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _aligned(train: Part, test: Part, notes: list[str]) -> tuple[list[str], np.ndarray | None]:
     """Names of all classes, the training part's first, and the test labels numbered by them."""
-    labels, mine, theirs = _labels(test), list(train.classes), list(test.classes)
-    if labels is None or train.labels is None or mine == theirs:
-        return mine, labels
-    if not mine or not theirs:
-        classes = mine or theirs
+    labels, ours, theirs = _labels(test), list(train.classes), list(test.classes)
+    if labels is None or train.labels is None or ours == theirs:
+        return ours, labels
+    if not ours or not theirs:
+        classes = ours or theirs
         highest = int(labels.max(initial=-1))
-        if mine and highest >= len(mine):
-            classes = mine + [str(i) for i in range(len(mine), highest + 1)]
-            notes.append(f"test labels {len(mine)} to {highest} are not among the {len(mine)} training classes: kept")
+        if ours and highest >= len(ours):
+            classes = ours + [str(i) for i in range(len(ours), highest + 1)]
+            notes.append(f"test labels {len(ours)} to {highest} are not among the {len(ours)} training classes: kept")
         return classes, labels
-    extra = [c for c in theirs if c not in set(mine)]
+    extra = [c for c in theirs if c not in set(ours)]
     if len(extra) == len(theirs):
         raise DataError(
-            f"training and test images share no class: training has {_listed(mine)}, test has {_listed(theirs)}"
+            f"training and test images share no class: training has {_listed(ours)}, test has {_listed(theirs)}"
         )
     if extra:
-        alike = {_folded(c) for c in extra} & {_folded(c) for c in mine}
+        alike = {_folded(c) for c in extra} & {_folded(c) for c in ours}
         hint = "; some differ from training classes only in case or spaces" if alike else ""
         notes.append(
             f"{len(extra)} test class(es) are not among the training classes and are kept as classes of "
             f"their own: {_listed(extra)}{hint}"
         )
-    classes = mine + extra
+    classes = ours + extra
     number = {c: i for i, c in enumerate(classes)}
     return classes, np.array([number[c] for c in theirs], dtype=np.int64)[labels]
 
@@ -309,11 +309,11 @@ def _same_pixels(train: ImageSet, test: ImageSet) -> int:
     """Test images whose pixels are those of a training image; 0 where they are not in memory."""
 
     def digests(images: MemoryImages) -> list[bytes]:
-        canvas, found = images.canvas.numpy(), []
+        canvas, hashes = images.canvas.numpy(), []
         for one, (height, width) in zip(canvas, images.sizes.tolist(), strict=True):
             shape = height.to_bytes(4, "big") + width.to_bytes(4, "big")
-            found.append(hashlib.blake2b(shape + one[:, :height, :width].tobytes(), digest_size=16).digest())
-        return found
+            hashes.append(hashlib.blake2b(shape + one[:, :height, :width].tobytes(), digest_size=16).digest())
+        return hashes
 
     if not isinstance(train, MemoryImages) or not isinstance(test, MemoryImages):
         return 0

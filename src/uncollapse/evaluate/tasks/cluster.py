@@ -62,14 +62,14 @@ def cluster(train: Features, test: Features, vectors: Tensor | None = None, seed
         notes["left_out"] = "prototypes: the encoder has no head that leads into their space"
     clusters["kmeans"], how = kmeans(train.last, test.last, k, seed)
     metrics: dict[str, float] = {}
-    for name, found in clusters.items():
-        metrics |= {f"{name}_{metric}": value for metric, value in agreement(found, truth).items()}
-    metrics |= {f"n_{name}_used": float(len(np.unique(found))) for name, found in clusters.items()}
+    for name, assigned in clusters.items():
+        metrics |= {f"{name}_{metric}": value for metric, value in agreement(assigned, truth).items()}
+    metrics |= {f"n_{name}_used": float(len(np.unique(assigned))) for name, assigned in clusters.items()}
     headline = next(iter(clusters))
     intervals = {
         f"{name}_{metric}": ends
-        for name, found in clusters.items()
-        for metric, ends in agreement_intervals(found, truth, seed=seed).items()
+        for name, assigned in clusters.items()
+        for metric, ends in agreement_intervals(assigned, truth, seed=seed).items()
     }
     several = len(np.unique(clusters[headline])) > notes["classes"]
     notes["rules"] = [
@@ -115,9 +115,9 @@ def kmeans(train: Tensor, test: Tensor, k: int, seed: int = 0) -> tuple[Ints, st
     with warnings.catch_warnings():
         # Features that coincide fill fewer clusters; how many hold test images is among the metrics.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = model.fit(x).predict(y)
+        assigned = model.fit(x).predict(y)
     kind = "k-means" if whole else "mini-batch k-means"
-    return found.astype(np.int64), f"{kind}, k = {k}, {RESTARTS} starts, on normalised training features"
+    return assigned.astype(np.int64), f"{kind}, k = {k}, {RESTARTS} starts, on normalised training features"
 
 
 # ------------------------------------------------------------------------------------------------- agreement
@@ -250,11 +250,11 @@ def agreement_intervals(
         return dict.fromkeys(whole, (math.nan, math.nan))
     rng = np.random.default_rng(seed)
     halves = [agreement(clusters[half], truth[half]) for half in (rng.permutation(n)[: n // 2] for _ in range(draws))]
-    found = {}
+    intervals = {}
     for name, middle in whole.items():
         half = 1.96 * float(np.std([one[name] for one in halves]))
-        found[name] = middle - half if name in ("ami", "ari") else max(0.0, middle - half), min(1.0, middle + half)
-    return found
+        intervals[name] = middle - half if name in ("ami", "ari") else max(0.0, middle - half), min(1.0, middle + half)
+    return intervals
 
 
 def _entropy(counts: Ints) -> float:

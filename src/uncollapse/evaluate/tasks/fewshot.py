@@ -45,7 +45,7 @@ def fewshot(
     if len(classes) < 2:
         raise ValueError("the training images are all of one class; a classifier needs at least two")
     x, queries = _prepared(train.last), _prepared(test.last)
-    found: dict[int, list[float]] = {s: [] for s in shots}
+    accuracies: dict[int, list[float]] = {s: [] for s in shots}
     stopped = 0
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
@@ -54,26 +54,26 @@ def fewshot(
             rows = np.concatenate([order[c][:s] for c in classes])
             model = _fit(x[rows], y[rows])
             stopped += int(model.n_iter_.max() >= ITERATIONS)
-            found[s].append(float((model.predict(queries) == truth).mean()))
+            accuracies[s].append(float((model.predict(queries) == truth).mean()))
     metrics: dict[str, float] = {}
-    for s, values in found.items():
+    for s, values in accuracies.items():
         metrics[f"top1_{s}shot"] = float(np.mean(values))
         metrics[f"std_{s}shot"] = float(np.std(values, ddof=1))
     details: dict[str, object] = {
         "draws": draws,
-        "values": {f"{s}shot": v for s, v in found.items()},
+        "values": {f"{s}shot": v for s, v in accuracies.items()},
         "classes": len(classes),
     }
     short = {f"{s}shot": int((counts < s).sum()) for s in shots if (counts < s).any()}
     if stopped:
-        details["unconverged"] = f"{stopped} of {draws * len(found)} fits stopped at {ITERATIONS} iterations"
+        details["unconverged"] = f"{stopped} of {draws * len(accuracies)} fits stopped at {ITERATIONS} iterations"
     if short:
         details["classes_with_fewer_images"] = short
     if unseen := int((~np.isin(truth, classes)).sum()):
         details["unseen"] = f"{unseen} test images of classes that are not in train count as wrong"
     protocol = f"logistic regression, λ = {PENALTY:g}/n, {draws} draws"
-    intervals = {f"top1_{s}shot": spread95(v) for s, v in found.items()}
-    return Result("fewshot", metrics, spread95(found[shots[0]]), len(test), protocol, SOURCE, details, intervals)
+    intervals = {f"top1_{s}shot": spread95(v) for s, v in accuracies.items()}
+    return Result("fewshot", metrics, spread95(accuracies[shots[0]]), len(test), protocol, SOURCE, details, intervals)
 
 
 def _prepared(x: Tensor) -> np.ndarray:

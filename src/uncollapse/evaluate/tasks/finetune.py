@@ -88,7 +88,7 @@ def finetune(
     kept, held = split_items(len(train), train.labels.numpy(), config.held_out, len(train), np.random.default_rng(seed))
     if len(kept) < 4 or not len(held):
         raise DataError(f"finetune: {len(train)} training images are too few to hold some out")
-    some, chosen_on = subset(train, kept), subset(train, held)
+    searched_on, chosen_on = subset(train, kept), subset(train, held)
     state = _State(None if out is None else out / "finetune" / _key(encoder, train, config, max_steps, seed))
     saved = state.load()
     scores: dict[str, float] = saved.get("scores", {})
@@ -97,7 +97,7 @@ def finetune(
         for k, lr in enumerate(config.lrs):
             if len(config.lrs) > 1 and f"{lr:g}" not in scores:
                 try:
-                    model = _train(work, some, k, lr, config.search_share, saved, tell)
+                    model = _train(work, searched_on, k, lr, config.search_share, saved, tell)
                     scores[f"{lr:g}"] = float(_scores(model, chosen_on, work)[0].mean())
                 except Diverged:
                     scores[f"{lr:g}"] = math.nan
@@ -249,10 +249,10 @@ def _train(
     name = "fine-tuning" if share == 1 else f"lr {lr:g}"
     loss = torch.tensor(math.nan)
     model.train()
-    given = augmented_batches(
+    remaining = augmented_batches(
         images, work.encoder, config, (work.seed, stage), batch, range(start, steps), work.workers, device
     )
-    for step, (x, y) in enumerate(given, start):
+    for step, (x, y) in enumerate(remaining, start):
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, steps, top, low, warmup) * group["scale"]
         devices = [device] if device.type == "cuda" else []

@@ -95,7 +95,7 @@ def group_maps(
     size = torch.bincount(group, minlength=len(w))
     busy = torch.bincount(of_image, minlength=len(w))
     mean = _baseline(encoder, images, features.indices)
-    found = []
+    pictures = []
     for which in (size > 1, size == 1):
         ranked = torch.where(which, busy, torch.zeros_like(busy)).argsort(descending=True, stable=True)[:groups]
         for leader in ranked[busy[ranked].bool() & which[ranked]].tolist():
@@ -106,8 +106,8 @@ def group_maps(
             toward = _toward(w, leader)
             picture = _picture(encoder, images, features.indices[rows[near]], toward, mean, members, len(rows), label)
             if picture is not None:
-                found.append(picture)
-    return found
+                pictures.append(picture)
+    return pictures
 
 
 def _toward(w: Tensor, k: int) -> Tensor:
@@ -228,9 +228,9 @@ def _baseline(encoder: EvalEncoder, images: ImageSet, indices: Tensor) -> Tensor
     """(c,): mean activation of each channel of the last map over images spread evenly over the set."""
     if encoder.tokens or not len(indices):
         return None
-    some = indices[torch.linspace(0, len(indices) - 1, min(BASELINE, len(indices))).round().long()]
+    spread = indices[torch.linspace(0, len(indices) - 1, min(BASELINE, len(indices))).round().long()]
     device = next(encoder.module.parameters()).device
-    parts = [_last_map(encoder, x)[0] for _, x in batches(subset(images, some), encoder, len(some), 0, device)]
+    parts = [_last_map(encoder, x)[0] for _, x in batches(subset(images, spread), encoder, len(spread), 0, device)]
     means = [_channels_first(encoder, p.float()).mean((2, 3)) for p in parts if p is not None]
     return torch.cat(means).mean(0) if means else None
 

@@ -82,20 +82,20 @@ def ownership(train: Features, test: Features, vectors: torch.Tensor, eps: float
     w = vectors.detach().float().cpu()
     k = len(w)
     group = nearest_kept(w, greedy_cover(w, eps)).numpy()
-    mine = prototype_argmax(train.projections, w).numpy()
+    nearest = prototype_argmax(train.projections, w).numpy()
     theirs = prototype_argmax(test.projections, w).numpy()
     _, largest, entropy = _majority(theirs, truth, k, classes)
     counts = np.bincount(theirs, minlength=k)
     with np.errstate(invalid="ignore"):
         purity = largest / counts
     return Ownership(
-        _majority(mine, labels, k, classes)[0],
+        _majority(nearest, labels, k, classes)[0],
         group,
-        np.bincount(mine, minlength=k),
+        np.bincount(nearest, minlength=k),
         counts,
         purity,
         entropy,
-        _majority(group[mine], labels, k, classes)[0][group],
+        _majority(group[nearest], labels, k, classes)[0][group],
         theirs,
         np.bincount(labels, minlength=classes),
     )
@@ -107,12 +107,12 @@ def _majority(cluster: Ints, labels: Ints, k: int, classes: int) -> tuple[Ints, 
     cells, counts = np.unique(cluster * classes + labels, return_counts=True)
     where, what = cells // classes, cells % classes
     order = np.lexsort((what, -counts, where))
-    found, first = np.unique(where[order], return_index=True)
+    filled, first = np.unique(where[order], return_index=True)
     owner, largest = np.full(k, -1), np.zeros(k, np.int64)
-    owner[found], largest[found] = what[order][first], counts[order][first]
+    owner[filled], largest[filled] = what[order][first], counts[order][first]
     share = counts / np.bincount(cluster, minlength=k)[where]
     entropy = np.full(k, math.nan)
-    entropy[found] = np.bincount(where, weights=-share * np.log2(share), minlength=k)[found] + 0.0
+    entropy[filled] = np.bincount(where, weights=-share * np.log2(share), minlength=k)[filled] + 0.0
     return owner, largest, entropy
 
 
@@ -185,14 +185,14 @@ def prototype_owners(
             "duplicates_usage": bootstrap95_mean(on_copy),
             "top1_commonest": bootstrap95_mean(truth == o.class_train.argmax()),
             **{
-                name: bootstrap95_mean(right[some])
-                for name, some in (("duplicates_top1", on_copy), ("distinct_top1", ~on_copy))
-                if some.any()
+                name: bootstrap95_mean(right[chosen])
+                for name, chosen in (("duplicates_top1", on_copy), ("distinct_top1", ~on_copy))
+                if chosen.any()
             },
             **{
-                f"{name}_top1": bootstrap95_class_means(right[some], truth[some])
+                f"{name}_top1": bootstrap95_class_means(right[chosen], truth[chosen])
                 for name, of_class in zip(SPLITS, splits(o.class_train), strict=True)
-                if (some := of_class[truth]).any()
+                if (chosen := of_class[truth]).any()
             },
         },
     )
@@ -256,14 +256,14 @@ def _by_split(o: Ownership, truth: Ints, right: NDArray[np.bool_], owned: Ints, 
     total = np.bincount(truth, minlength=len(owned))
     with np.errstate(invalid="ignore"):
         accuracy = np.bincount(truth[right], minlength=len(owned)) / total
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, of_class in zip(SPLITS, splits(o.class_train), strict=True):
         if of_class.any():
-            found[f"{name}_coverage"] = float((owned[of_class] > 0).mean())
-            found[f"{name}_prototypes_per_class"] = float(owned[of_class].mean())
-            found[f"{name}_distinct_per_class"] = float(distinct[of_class].mean())
-            found[f"{name}_top1"] = _mean(accuracy[of_class & (total > 0)])
-    return found
+            metrics[f"{name}_coverage"] = float((owned[of_class] > 0).mean())
+            metrics[f"{name}_prototypes_per_class"] = float(owned[of_class].mean())
+            metrics[f"{name}_distinct_per_class"] = float(distinct[of_class].mean())
+            metrics[f"{name}_top1"] = _mean(accuracy[of_class & (total > 0)])
+    return metrics
 
 
 def _random_purity(cluster: Ints, truth: Ints, seed: int) -> float:

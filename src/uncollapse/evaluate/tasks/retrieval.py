@@ -52,15 +52,15 @@ def retrieval(train: Features, test: Features, top: int = 100, device: torch.dev
     asked = relevant[labels] > 0
     if not asked.any():
         raise ValueError("no test image has a training image of its class, so there is nothing to retrieve")
-    found = average_precisions(train.last, bank_labels, test.last, labels, top, device)
-    found = {name: values[asked] for name, values in found.items()}
+    per_query = average_precisions(train.last, bank_labels, test.last, labels, top, device)
+    per_query = {name: values[asked] for name, values in per_query.items()}
     classes, codes = np.unique(labels[asked], return_inverse=True)
-    per_class = np.bincount(codes, weights=found["ap"]) / np.bincount(codes)
+    per_class = np.bincount(codes, weights=per_query["ap"]) / np.bincount(codes)
     metrics = {
-        "map": float(found["ap"].mean()),
-        f"map_at_{top}": float(found["ap_top"].mean()),
-        "recall_at_1": float(found["recall_1"].mean()),
-        "recall_at_10": float(found["recall_10"].mean()),
+        "map": float(per_query["ap"].mean()),
+        f"map_at_{top}": float(per_query["ap_top"].mean()),
+        "recall_at_1": float(per_query["recall_1"].mean()),
+        "recall_at_10": float(per_query["recall_10"].mean()),
         "map_per_class": float(per_class.mean()),
         "map_chance": float(np.mean(chance(relevant, len(train))[labels[asked]])),
     }
@@ -73,16 +73,16 @@ def retrieval(train: Features, test: Features, top: int = 100, device: torch.dev
     return Result(
         "retrieval",
         metrics,
-        bootstrap95_mean(found["ap"]),
+        bootstrap95_mean(per_query["ap"]),
         int(asked.sum()),
         f"cosine ranking of {len(train)} training images, full-depth average precision",
         "average precision over the full ranking, as in TREC and scikit-learn",
         details,
         {
-            f"map_at_{top}": bootstrap95_mean(found["ap_top"]),
-            "recall_at_1": bootstrap95_mean(found["recall_1"]),
-            "recall_at_10": bootstrap95_mean(found["recall_10"]),
-            "map_per_class": bootstrap95_class_means(found["ap"], codes),
+            f"map_at_{top}": bootstrap95_mean(per_query["ap_top"]),
+            "recall_at_1": bootstrap95_mean(per_query["recall_1"]),
+            "recall_at_10": bootstrap95_mean(per_query["recall_10"]),
+            "map_per_class": bootstrap95_class_means(per_query["ap"], codes),
         },
     )
 
@@ -111,13 +111,13 @@ def average_precisions(
     chunk = max(1, _ELEMENTS // len(keys))
     scratch = torch.empty(min(chunk, len(queries)), len(keys), device=keys.device)
     for which in (asked[i : i + chunk] for i in range(0, len(asked), chunk)):
-        some = F.normalize(queries[torch.from_numpy(which)].float(), dim=1, eps=0.0).to(device)
-        cosines = torch.mm(some, keys.T, out=scratch[: len(some)])
+        block = F.normalize(queries[torch.from_numpy(which)].float(), dim=1, eps=0.0).to(device)
+        cosines = torch.mm(block, keys.T, out=scratch[: len(block)])
         classes, first = np.unique(labels[which], return_index=True)
         rows = [slice(a, b) for a, b in itertools.pairwise([*first.tolist(), len(which)])]
-        mine = [_sort(cosines[r, start[c] : start[c + 1]].clone()) for c, r in zip(classes, rows, strict=True)]
+        own_class = [_sort(cosines[r, start[c] : start[c + 1]].clone()) for c, r in zip(classes, rows, strict=True)]
         cosines = _sort(cosines)
-        for r, relevant in zip(rows, mine, strict=True):
+        for r, relevant in zip(rows, own_class, strict=True):
             if relevant.shape[1]:
                 out[which[r]] = _of_ranks(relevant, cosines[r], top).cpu().numpy()
     ap, ap_top, *best = out.T
@@ -132,30 +132,30 @@ def _sort(x: Tensor) -> Tensor:
     return x
 
 
-def _of_ranks(mine: Tensor, every: Tensor, top: int) -> Tensor:
+def _of_ranks(own_class: Tensor, every: Tensor, top: int) -> Tensor:
     """Of each query, from its ascending cosines with the r relevant images (q, r) and with all (q, N), float64 (q, 5):
 
     average precision, the same of the first ``top`` ranks, and for the best relevant image how many images lie
     above it, how many are tied with it, and how many of those are relevant.
     """
-    relevant, total = mine.shape[1], every.shape[1]
+    relevant, total = own_class.shape[1], every.shape[1]
     # As many as there are with a cosine at least as large: the last rank of each group of ties.
-    rank = (total - torch.searchsorted(every, mine)).double()
-    hits = (relevant - torch.searchsorted(mine, mine)).double()
+    rank = (total - torch.searchsorted(every, own_class)).double()
+    hits = (relevant - torch.searchsorted(own_class, own_class)).double()
     precision = hits / rank
     cut = (precision * (rank <= top)).sum(1) / min(relevant, top)
-    above = (total - torch.searchsorted(every, mine[:, -1:].contiguous(), right=True)).squeeze(1).double()
+    above = (total - torch.searchsorted(every, own_class[:, -1:].contiguous(), right=True)).squeeze(1).double()
     return torch.stack([precision.mean(1), cut, above, rank[:, -1] - above, hits[:, -1]], 1)
 
 
-def _hit(places: int, above: Floats, tied: Floats, mine: Floats) -> Floats:
+def _hit(places: int, above: Floats, tied: Floats, tied_relevant: Floats) -> Floats:
     """Chance that one of ``mine`` among ``tied`` images, in random order behind ``above`` others, is in the first
 
     ``places``; all (n,).
     """
     missed = np.where(np.isnan(above), math.nan, 1.0)
     for i in range(places):
-        one_more = np.clip(tied - mine - i, 0, None) / np.clip(tied - i, 1, None)
+        one_more = np.clip(tied - tied_relevant - i, 0, None) / np.clip(tied - i, 1, None)
         missed = np.where(places - above > i, missed * one_more, missed)
     return 1 - missed
 

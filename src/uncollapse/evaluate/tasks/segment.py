@@ -106,10 +106,10 @@ def find_masks(root: Path, seed: int = 0) -> tuple[Masks, Masks]:
     ade = (root / "annotations").is_dir()
     for train, test in ((a, b) for a in TRAIN for b in TEST):
         for pattern in ("{part}/{kind}", "{kind}/{part}"):
-            found = [_folders(root, pattern, part) for part in (train, test)]
-            if found[0] is not None and found[1] is not None:
+            folders = [_folders(root, pattern, part) for part in (train, test)]
+            if folders[0] is not None and folders[1] is not None:
                 ade_like = ade and train == "training"
-                return _paired(*found[0], ade_like), _paired(*found[1], ade_like)
+                return _paired(*folders[0], ade_like), _paired(*folders[1], ade_like)
     whole = _folders(root, "{kind}", "")
     if whole is None:
         there = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
@@ -142,8 +142,8 @@ def _paired(images: Path, masks: Path, reduce_zero: bool) -> Masks:
             if missing
             else f"{images}: no images"
         )
-    found = Masks([images / n for n in names], [by_stem[str(Path(n).with_suffix(""))] for n in names], reduce_zero)
-    for image, mask in zip(found.images, found.masks, strict=True):
+    pairs = Masks([images / n for n in names], [by_stem[str(Path(n).with_suffix(""))] for n in names], reduce_zero)
+    for image, mask in zip(pairs.images, pairs.masks, strict=True):
         try:
             with open_image(image) as a, open_image(mask) as b:
                 sizes = upright_size(a), upright_size(b)
@@ -153,7 +153,7 @@ def _paired(images: Path, masks: Path, reduce_zero: bool) -> Masks:
             raise DataError(
                 f"{mask}: its size {sizes[1][0]}×{sizes[1][1]} is not its image's, {sizes[0][0]}×{sizes[0][1]}"
             )
-    return found
+    return pairs
 
 
 # --- tokens -------------------------------------------------------------------------------------------------
@@ -170,10 +170,10 @@ def _tokens(encoder: EvalEncoder, data: Masks, rows: Sequence[int], device: torc
         x = T.to_dtype(T.pil_to_tensor(image), torch.float32, scale=True)
         views.append(T.normalize(x, list(encoder.mean), list(encoder.std)))
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-        found = encoder.patches(torch.stack(views).to(device))
-    if found is None:
+        tokens = encoder.patches(torch.stack(views).to(device))
+    if tokens is None:
         raise DataError(f"{encoder.name or 'this encoder'}: no map of patches, which segmentation needs")
-    return found.float()
+    return tokens.float()
 
 
 class _Source:
@@ -336,9 +336,9 @@ def _counts(head: _Head, encoder: EvalEncoder, data: Masks, device: torch.device
     out = np.zeros((len(data), 3, IGNORE))
     for i in range(len(data)):
         logits, mask = head(_tokens(encoder, data, [i], device)), data.mask(i).to(device)
-        found = F.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)[0].argmax(0)
+        predicted = F.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)[0].argmax(0)
         counted = mask != IGNORE
-        p, t = found[counted], mask[counted]
+        p, t = predicted[counted], mask[counted]
         for k, part in enumerate((t[p == t], p, t)):
             out[i, k] = torch.bincount(part, minlength=IGNORE).cpu().numpy()
     return out
@@ -357,5 +357,5 @@ def _right(counts: np.ndarray) -> float:
 
 def miou(counts: np.ndarray) -> float:
     """Mean of `per_class` over the classes that are predicted or true anywhere; NaN without any."""
-    found = per_class(counts)
-    return float(np.nanmean(found)) if not np.isnan(found).all() else math.nan
+    ious = per_class(counts)
+    return float(np.nanmean(ious)) if not np.isnan(ious).all() else math.nan

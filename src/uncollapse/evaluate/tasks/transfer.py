@@ -47,20 +47,20 @@ def transfer(extract: Extract, sets: Sequence[str], seed: int = 0, device: torch
     wanted = list(dict.fromkeys(sets))
     if not wanted:
         raise DataError("transfer: no data set given; name them with --sets")
-    found: dict[str, dict[str, Result]] = {}
+    by_set: dict[str, dict[str, Result]] = {}
     failed: dict[str, str] = {}
     names = dict(zip(wanted, short_names(wanted), strict=True))
     for spec in wanted:
         try:
             train, test = extract(spec)
             # Both or none: a mean over other sets than its neighbour's would be compared with it.
-            found[names[spec]] = {
+            by_set[names[spec]] = {
                 "knn": knn(train, test, device=device),
                 "linear": linear(train, test, seed=seed, device=device),
             }
         except Exception as error:  # one set must not take the others' numbers with it
             failed[names[spec]] = in_words(error)
-    if not found:
+    if not by_set:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise DataError(f"transfer: none of the {len(wanted)} sets could be used: {reasons}")
     for name, reason in failed.items():
@@ -68,21 +68,21 @@ def transfer(extract: Extract, sets: Sequence[str], seed: int = 0, device: torch
     means: dict[str, float] = {}
     per_set: dict[str, float] = {}
     for task in ("knn", "linear"):
-        values = [_headline(results[task]) for results in found.values()]
+        values = [_headline(results[task]) for results in by_set.values()]
         means[f"{task}_mean"] = math.fsum(values) / len(values)
-        per_set |= {f"{task} {name}": _headline(results[task]) for name, results in found.items()}
-    interval = mean_interval([_headline(r["knn"]) for r in found.values()], [r["knn"].ci95 for r in found.values()])
+        per_set |= {f"{task} {name}": _headline(results[task]) for name, results in by_set.items()}
+    interval = mean_interval([_headline(r["knn"]) for r in by_set.values()], [r["knn"].ci95 for r in by_set.values()])
     left_out = f"; left out because they failed: {', '.join(failed)}" if failed else ""
-    first = next(iter(found.values()))
+    first = next(iter(by_set.values()))
     return Result(
         "transfer",
         means | per_set,
         interval,
-        sum(results["knn"].n for results in found.values()),
-        f"mean over {len(found)} of {len(wanted)} sets ({', '.join(found)}){left_out}; {first['knn'].protocol}; "
+        sum(results["knn"].n for results in by_set.values()),
+        f"mean over {len(by_set)} of {len(wanted)} sets ({', '.join(by_set)}){left_out}; {first['knn'].protocol}; "
         f"{first['linear'].protocol}",
         SOURCE,
-        _details(found, failed, names),
+        _details(by_set, failed, names),
     )
 
 
@@ -90,10 +90,10 @@ def _headline(result: Result) -> float:
     return next(iter(result.metrics.values()))
 
 
-def _details(found: dict[str, dict[str, Result]], failed: dict[str, str], names: dict[str, str]) -> dict[str, Any]:
-    linear = [results["linear"] for results in found.values()]
+def _details(by_set: dict[str, dict[str, Result]], failed: dict[str, str], names: dict[str, str]) -> dict[str, Any]:
+    linear = [results["linear"] for results in by_set.values()]
     return {
-        "sets": {name: {task: r.to_json() for task, r in results.items()} for name, results in found.items()},
+        "sets": {name: {task: r.to_json() for task, r in results.items()} for name, results in by_set.items()},
         "failed": failed,
         "specs": {name: spec for spec, name in names.items()},
         "linear_mean_ci95": list(mean_interval([_headline(r) for r in linear], [r.ci95 for r in linear])),
@@ -117,5 +117,5 @@ def short_names(sets: Sequence[str]) -> list[str]:
             return rest.partition("@")[0]
         return Path(spec.split(",")[0].rstrip("/")).name or spec
 
-    found = [short(spec) for spec in sets]
-    return [name if found.count(name) == 1 else spec for name, spec in zip(found, sets, strict=True)]
+    names = [short(spec) for spec in sets]
+    return [name if names.count(name) == 1 else spec for name, spec in zip(names, sets, strict=True)]
