@@ -118,8 +118,8 @@ def _of_set(
         "random_start": random_likeness(vectors, EPSILONS[0]),
     }
     if moved is not None:
-        found |= {"alive": monitor.alive(), "alive_window": min(monitor.window, monitor.calls)}
-        found["movement"] = float(moved.mean().clamp_min(0))
+        entries |= {"alive": monitor.alive(), "alive_window": min(monitor.window, monitor.calls)}
+        entries["movement"] = float(moved.mean().clamp_min(0))
     if report is not None:
         entries |= {"used": report.used, "n": report.n, "unit": unit}
         entries |= {"unique_used": _by_epsilon(report.unique_used), "effective": _by_epsilon(report.effective)}
