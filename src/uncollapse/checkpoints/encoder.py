@@ -237,8 +237,8 @@ ours) and of EsViT's."""
 
 def center_of(tensors: Mapping[str, Tensor], s: PrototypeSet) -> Tensor | None:
     """The centre (K,) that training subtracted from the teacher's logits for this set, where the file has it."""
-    name = _CENTERS.get(s.name, "center")
-    for path, tensor in tensors.items():
-        if re.search(rf"(_loss|^objective|^memory)/{name}$", path) and tensor.numel() == len(s.weight):
-            return tensor.reshape(-1).float()
+    for name in (f"center_{s.name}", _CENTERS.get(s.name, "center")):  # our own name for it first
+        for path, tensor in tensors.items():
+            if re.search(rf"(_loss|^objective|^memory)/{name}$", path) and tensor.numel() == len(s.weight):
+                return tensor.reshape(-1).float()
     return None

@@ -71,6 +71,16 @@ def embed(
 
 
 @torch.no_grad()
+def projected(head: nn.Module, features: Tensor, device: torch.device) -> Tensor:
+    """Projections ``(n, D)`` of features ``(n, d)``, in evaluation mode, on the CPU."""
+    was = head.training
+    head.eval()
+    rows = [head(part.to(device)).float().cpu() for part in features.split(4096)]
+    head.train(was)
+    return torch.cat(rows)
+
+
+@torch.no_grad()
 def project_views(
     encoder: Encoder,
     images: ImageSet,

@@ -126,7 +126,9 @@ def _legend(summaries: list[Row]) -> str:
         "dead and random ones are unique too."
     )
     if any(s.get("sets") for s in summaries):
-        lines.append("ARM · SET: a further set of prototypes of the same runs, counted on patches of held-out images.")
+        lines.append(
+            "ARM · SET: a further set of prototypes of the same runs, counted on held-out images or patches of them."
+        )
     if first.get("knn") is not None:
         low, high = first["knn_ci95"]
         text = f"kNN: k = {first['knn_k']}, 95 % interval of one run ± {50 * (high - low):.1f}"

@@ -22,8 +22,8 @@ from uncollapse.measure.random_start import random_likeness
 from uncollapse.measure.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
 from uncollapse.measure.usage import PrototypeReport, prototype_report, usage_counts
 from uncollapse.methods.contract import At, Seen, method_of
-from uncollapse.models.embed import SomePatches, embed, nearest_images, project_views
-from uncollapse.models.network import Encoder, build_encoder
+from uncollapse.models.embed import SomePatches, embed, nearest_images, project_views, projected
+from uncollapse.models.network import OF_TOKENS, Encoder, build_encoder
 from uncollapse.models.tokens import PatchTokens, plain
 from uncollapse.prototypes.build import initial_prototypes
 from uncollapse.run_folder.files import write_atomically
@@ -74,7 +74,7 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
         uniformity=report.uniformity,
         view_information=None if information is None else _in_short(information),
         **_used_by_target(job, state, z, vectors),
-        sets={name: SetSummary(**_of_other_set(job, state, name, notes)) for name in others},
+        sets={name: SetSummary(**_of_other_set(job, state, name, features, notes)) for name in others},
         loss=loss,
         seconds_per_step=total / max(1, steps),
         step_parts={part: value / max(1, steps) for part, value in seconds.items()},
@@ -126,19 +126,23 @@ def _of_set(
     return entries
 
 
-def _of_other_set(job: Job, state: TrainState, name: str, notes: list[str]) -> dict[str, Any]:
-    """The same of a set beside the first; what uses a set of patches is seen on some patches of held-out images."""
-    report = None
-    if state.parts.levels(name) == ["patch"]:
-        config = job.config
-        tokens = PatchTokens(plain(state.evaluated.backbone))
-        encoder = Encoder(SomePatches(tokens), {"cls": state.evaluated.head_of("patch")})
-        try:
+def _of_other_set(job: Job, state: TrainState, name: str, features: Tensor, notes: list[str]) -> dict[str, Any]:
+    """The same of a set beside the first, whose use is seen on the features ``(n, d)`` of held-out images; of a set of
+
+    patches or regions on some of these.
+    """
+    config, report = job.config, None
+    head, of_tokens = state.evaluated.head_of(name), state.parts.levels(name)[0] in OF_TOKENS
+    try:
+        if of_tokens:
+            encoder = Encoder(SomePatches(PatchTokens(plain(state.evaluated.backbone))), {"cls": head})
             z = embed(encoder, job.held_out, config.views, config.data.workers, job.device)[1]
-            report = prototype_report(state.prototypes(name).vectors("teacher").cpu(), z)
-        except Exception as error:  # the training is done, and no measure may cost it
-            notes.append(f"no use of the prototypes of {name!r}: {in_words(error)}")
-    return _of_set(job, state, name, _movement(job, state, name), report, "patches")
+        else:
+            z = projected(head, features, job.device)
+        report = prototype_report(state.prototypes(name).vectors("teacher").cpu(), z)
+    except Exception as error:  # the training is done, and no measure may cost it
+        notes.append(f"no use of the prototypes of {name!r}: {in_words(error)}")
+    return _of_set(job, state, name, _movement(job, state, name), report, "patches" if of_tokens else "images")
 
 
 def _in_short(information: ViewInformation) -> Information:
