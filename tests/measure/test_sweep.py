@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from layouts import EPS, planted
-from uncollapse.measure import sweep as spanning
-from uncollapse.measure.sweep import complete_sweep, spanning_tree
+from uncollapse.measure.sweep import complete_sweep
 from uncollapse.measure.unique import components, no_neighbour, unique_prototypes
+from uncollapse.neighbours import spanning_tree as spanning
+from uncollapse.neighbours.spanning_tree import spanning_tree
 
 EPSILONS = (0.001, 0.0125, 0.025, 0.1, 0.25, 0.5, 0.9, 1.5)
 

@@ -8,9 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse.measure import close_pairs as rows
 from uncollapse.measure import unique
-from uncollapse.measure.close_pairs import Rows
 from uncollapse.measure.unique import (
     EPSILONS,
     components,
@@ -21,6 +19,8 @@ from uncollapse.measure.unique import (
     no_neighbour,
     unique_prototypes,
 )
+from uncollapse.neighbours import close_pairs as rows
+from uncollapse.neighbours.close_pairs import Rows
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

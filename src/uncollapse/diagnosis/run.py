@@ -20,11 +20,12 @@ from uncollapse.checkpoints.prototypes import PrototypeSet, checked, find_protot
 from uncollapse.checkpoints.read import flatten, newest_of, read_tensors
 from uncollapse.diagnosis.result import Diagnosis, Source
 from uncollapse.errors import InputError
-from uncollapse.measure.close_pairs import product_seconds, tensor_of
 from uncollapse.measure.random_start import random_likeness
-from uncollapse.measure.sweep import Sweep, complete_sweep, spanning_tree, wide_of
+from uncollapse.measure.sweep import Sweep, complete_sweep, wide_of
 from uncollapse.measure.unique import EPSILONS, greedy_cover, nearest_kept
 from uncollapse.measure.verdict import FAILING, judge
+from uncollapse.neighbours.close_pairs import product_seconds, tensor_of
+from uncollapse.neighbours.spanning_tree import spanning_tree
 from uncollapse.shown import shown
 
 """Told what is being done (``reading``, ``counting``, ``images``) and the share of it that is."""

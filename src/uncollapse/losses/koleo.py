@@ -17,14 +17,11 @@ from torch import Tensor
 
 from uncollapse.checks import above_zero
 from uncollapse.losses.autograd import with_gradient
+from uncollapse.losses.unit_rows import CHUNK, through_normalisation, unit_rows, widest
 from uncollapse.numerics import rounding
 
 _TIE = 4e-15
 """Scores this close in float64 count as equal, and the lowest index wins: exact duplicates are found as one."""
-_SMALLEST = 1e-12
-"""Rows shorter than this are zero rows to every normalisation in torch, and here."""
-_CHUNK = 1 << 17
-"""Elements of most temporaries: 512 KiB of float32, to stay in cache."""
 _LOOK = 256
 """Rows looked at together in float64."""
 _SMALL = 1536
@@ -82,42 +79,17 @@ def nearest_neighbours(w: Tensor, block: int | None = None) -> Tensor:
         ValueError: fewer than two rows, or a row that is infinite or too long for its float type.
     """
     with torch.autocast(w.device.type, enabled=False):
-        return _search(_unit(w)[0], block)
+        return _search(unit_rows(w)[0], block)
 
 
 def _value(
     eps: float, block: int | None, tensors: Sequence[Any], needs: Sequence[bool]
 ) -> tuple[tuple[Tensor], list[Tensor | None]]:
     w, neighbours = tensors
-    unit, length = _unit(w)
+    unit, length = unit_rows(w)
     value, grad = _pairs(unit, _search(unit, block) if neighbours is None else neighbours, eps, needs[0])
     # Not in half precision: the factor that a gradient scaler comes with need not fit. Autograd narrows it afterwards.
-    return (value,), [None if grad is None else _through_normalisation(grad, unit, length)]
-
-
-def _wide(w: Tensor) -> Tensor:
-    return w if w.dtype == torch.float64 else w.float()
-
-
-def _widest(w: Tensor) -> torch.dtype:
-    return torch.float32 if w.device.type == "mps" else torch.float64  # mps has no float64
-
-
-def _unit(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalised rows, and their lengths ``(K, 1)``."""
-    if w.ndim != 2 or not w.is_floating_point():
-        raise ValueError(f"prototypes must be a floating (K, D) matrix, got {w.dtype} of shape {tuple(w.shape)}")
-    if len(w) < 2:
-        raise ValueError(f"koleo_proto needs K ≥ 2 rows, got shape {tuple(w.shape)}")
-    wide = _wide(w.detach())
-    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-    if endless := length[:, 0].isinf().nonzero()[:, 0].tolist():
-        raise ValueError(
-            f"row {endless[0]} of w ({len(endless)} in all) is infinite or too long to be normalised in "
-            f"{length.dtype}; prototypes that grow like this have diverged: lower their learning rate, or normalise "
-            "them after each step"
-        )
-    return wide / length.clamp_min(_SMALLEST), length
+    return (value,), [None if grad is None else through_normalisation(grad, unit, length)]
 
 
 # --------------------------------------------------------------------------------------------------- the search
@@ -144,7 +116,7 @@ def _search(unit: Tensor, block: int | None) -> Tensor:
         return nearest.index
     tops = _tops(single, tile, size)
     threshold = (tops.amax(0) - slack).masked_fill_(nowhere, torch.inf)
-    step = max(1, 32 * _CHUNK // k)
+    step = max(1, 32 * CHUNK // k)
     for first in range(0, len(tops), step):
         group, which = torch.nonzero(tops[first : first + step] >= threshold).unbind(1)
         groups = min(step, len(tops) - first)
@@ -199,7 +171,7 @@ class _Nearest:
         self.unit = unit
         self.here = torch.arange(len(unit), device=unit.device)
         self.index = (self.here + 1) % len(unit)
-        wide = _widest(unit)
+        wide = widest(unit)
         self.score = unit.new_full((len(unit),), -torch.inf, dtype=wide)
         self._left = unit.new_empty(_LOOK, unit.shape[1], dtype=wide)
         self._right = unit.new_empty(size, unit.shape[1], dtype=wide)
@@ -245,8 +217,8 @@ def _pairs(unit: Tensor, neighbours: Tensor, eps: float, with_grad: bool) -> tup
     """The value, and its gradient at the unit rows."""
     k, dim = unit.shape
     grad = torch.zeros_like(unit) if with_grad else None
-    total = unit.new_zeros((), dtype=_widest(unit))
-    step = max(1, _CHUNK // dim)
+    total = unit.new_zeros((), dtype=widest(unit))
+    step = max(1, CHUNK // dim)
     for start in range(0, k, step):
         rows = slice(start, start + step)
         other = neighbours[rows]
@@ -258,14 +230,3 @@ def _pairs(unit: Tensor, neighbours: Tensor, eps: float, with_grad: bool) -> tup
             grad[rows].add_(apart)
             grad.index_add_(0, other, apart, alpha=-1)
     return (total / k).to(unit.dtype), grad
-
-
-def _through_normalisation(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:
-    """Turns, in place, the gradient at the unit rows into the gradient at rows of that length."""
-    step = max(1, _CHUNK // unit.shape[1])
-    for s in range(0, len(grad), step):
-        g, u, r = grad[s : s + step], unit[s : s + step], length[s : s + step]
-        # A zero row has no direction; it takes no part.
-        scale = torch.where(r < _SMALLEST, 0, r.reciprocal())
-        g.addcmul_(u, torch.linalg.vecdot(g, u).unsqueeze(1), value=-1).mul_(scale)
-    return grad

@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from uncollapse.measure.close_pairs import ELEMENTS, TILE, Rows, band
+from uncollapse.neighbours.close_pairs import ELEMENTS, TILE, Rows, band
 
 EPSILONS = (0.025, 0.1, 0.25, 0.5)
 

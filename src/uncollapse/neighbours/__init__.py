@@ -1,0 +1,1 @@
+"""Which rows of a matrix are close to one another, found without a K × K array."""
