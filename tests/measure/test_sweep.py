@@ -93,9 +93,9 @@ def test_block_sizes_change_nothing(panel, monkeypatch):
 def test_a_bfloat16_product_changes_nothing(monkeypatch):
     w = cloud(700, 32, 60, 0.05, 2)
     expected = complete_sweep(w, EPSILONS)
-    product = "uncollapse.measure.close_pairs.Rows.product"
+    product = "uncollapse.neighbours.close_pairs.Rows.product"
     monkeypatch.setattr(product, lambda self, a, b: a.bfloat16().float() @ b.bfloat16().float().T)
-    monkeypatch.setattr("uncollapse.measure.close_pairs.rounding", lambda dim: 2.0**-6)
+    monkeypatch.setattr("uncollapse.neighbours.close_pairs.rounding", lambda dim: 2.0**-6)
     assert complete_sweep(w, EPSILONS) == expected
 
 

@@ -26,9 +26,7 @@ def unit_rows(w: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: fewer than two rows, or one that is infinite or too long for its float type.
     """
     if w.ndim != 2 or not w.is_floating_point():
-        raise ValueError(
-            f"vectors must be a floating (K, D) matrix, got {w.dtype} of shape {tuple(w.shape)}"
-        )
+        raise ValueError(f"vectors must be a floating (K, D) matrix, got {w.dtype} of shape {tuple(w.shape)}")
     if len(w) < 2:
         raise ValueError(f"vectors are kept apart from one another: it takes K ≥ 2 rows, got shape {tuple(w.shape)}")
     wide = _wide(w.detach())
