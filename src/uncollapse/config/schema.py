@@ -261,6 +261,19 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ChangeConfig:
+    """A change in mid-run, which tells cause from correlation; `uncollapse compare` makes them, no recipe has one."""
+
+    freeze: Annotated[str, Field(pattern=r"^((encoder|prototypes)@\d{1,18})?$")] = ""
+    """``encoder@STEP`` or ``prototypes@STEP``: what is learned no more from that step on. Both sides stay as they
+    are, the teacher's too; statistics of batch norms go on."""
+    branch: str = ""
+    """Folder of a run that this one leaves; ``train --branch`` sets it."""
+    branch_step: Count = 0
+    """Its step at which."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. See the recipes for complete examples."""
 
@@ -275,6 +288,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    change: ChangeConfig = field(default_factory=ChangeConfig)
 
 
 for _cls in (
@@ -289,6 +303,7 @@ for _cls in (
     OptimConfig,
     RunConfig,
     LogConfig,
+    ChangeConfig,
     Config,
 ):
     _cls.__pydantic_config__ = _strict  # type: ignore[union-attr]
@@ -340,6 +355,12 @@ def teacher_follows_prototypes(config: Config) -> bool:
 def views_assigned(config: Config) -> int:
     """Of how many views of each image targets are made: of the global ones, and in MSN of the first alone."""
     return 1 if config.method.name == "msn" else config.views.global_count
+
+
+def frozen(config: Config, step: int) -> str:
+    """What is learned no more at a step: ``encoder``, ``prototypes``, or nothing."""
+    part, _, start = config.change.freeze.partition("@")
+    return part if part and step >= int(start) else ""
 
 
 def centres_probabilities(config: Config) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import Parameter
 
 from uncollapse.config.schema import (
     Config,
@@ -53,6 +54,19 @@ def build_prototypes(
     if config.kind == "fixed":
         return FixedPrototypes(config.count, dim, generator)
     return mixture_set(mixture_defaults(config.kind, config.mixture), config.count, dim, rows, generator, unit)
+
+
+def carry_over(old: Prototypes, new: Prototypes) -> list[tuple[Parameter, Parameter]]:
+    """Puts a set that has learned nothing yet where an old one is; pairs of parameters that go on as what they were.
+
+    A set of the same kind takes all that the old one has; another one starts from its vectors.
+    """
+    have, take = old.state_dict(), new.state_dict()
+    if type(old) is type(new) and all(name in take and take[name].shape == t.shape for name, t in have.items()):
+        new.load_state_dict(have, strict=False)
+        return list(zip(old.parameters(), new.parameters(), strict=True))
+    new.begin_at(old.vectors("teacher"))
+    return []
 
 
 def initial_prototypes(config: Config, number: int = 0, levels: int = 1, name: str = "cls") -> Prototypes:

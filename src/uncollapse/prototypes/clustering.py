@@ -65,6 +65,12 @@ class ClusteredPrototypes(Prototypes):
             self.student_g = nn.Parameter(torch.ones(count, 1), requires_grad=learn_norm)
         self._learned: tuple[list[Tensor], float] | None = None
 
+    @torch.no_grad()
+    def begin_at(self, vectors: Tensor) -> None:
+        self.weight.copy_(vectors * self.weight.norm(dim=-1, keepdim=True))
+        if self.own_student:
+            self.student_v.copy_(vectors)
+
     def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
         if side == "student" and self.own_student:
             return F.normalize(self.student_v, dim=-1) * self.student_g, None

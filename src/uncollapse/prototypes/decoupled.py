@@ -40,6 +40,9 @@ class MixturePrototypes(Prototypes):
     def observe(self, z: Tensor, progress: float, weight: Tensor | None = None) -> None:
         self.mixture.observe(self._unit(z), weight, self.beta(progress))
 
+    def begin_at(self, vectors: Tensor) -> None:
+        self.mixture.mean.copy_(vectors)
+
     def posterior(self, z: Tensor, temperature: float) -> SoftmaxTargets:
         """The mixture's own responsibilities, as sharp as its variances or its own temperature make them.
 

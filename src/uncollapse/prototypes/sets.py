@@ -64,6 +64,10 @@ class Prototypes(nn.Module):
         """The set's own target for teacher projections ``(..., D)``; only a mixture has one."""
         raise NotImplementedError(f"{type(self).__name__} has no posterior")
 
+    def begin_at(self, vectors: Tensor) -> None:
+        """Puts a set that has learned nothing yet where another one is: at its unit vectors ``(K, D)``."""
+        raise NotImplementedError
+
     def after_step(self) -> None:
         """Runs after the optimiser's step (re-normalisation, a clustering step of its own)."""
 
@@ -130,6 +134,12 @@ class JointPrototypes(Prototypes):
         neighbours = self.neighbours if self._keeps_neighbours else None
         return self.koleo_weight * koleo_proto(self.student_v, neighbours=neighbours)
 
+    @torch.no_grad()
+    def begin_at(self, vectors: Tensor) -> None:
+        self.student_v.copy_(vectors)
+        if self.followed:
+            self.teacher_v.copy_(vectors)
+
     def after_step(self) -> None:
         if self.on_sphere:
             with torch.no_grad():
@@ -153,6 +163,9 @@ class FixedPrototypes(Prototypes):
     def __init__(self, count: int, dim: int, generator: torch.Generator) -> None:
         super().__init__()
         self.register_buffer("weight", F.normalize(torch.randn(count, dim, generator=generator), dim=-1))
+
+    def begin_at(self, vectors: Tensor) -> None:
+        self.weight.copy_(vectors)
 
     def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
         return self.weight, None

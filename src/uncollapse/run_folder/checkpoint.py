@@ -78,17 +78,17 @@ def newest_step(folder: Path) -> int | None:
     return next(iter(_steps(folder)), None)
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint whose digest matches, on the CPU; None where there is none at all.
+def load_checkpoint(folder: Path, step: int | None = None) -> dict[str, Any] | None:
+    """The newest checkpoint whose digest matches, or that of one ``step``, on the CPU; None where there is none.
 
     Loaded with ``weights_only``, so a tampered file cannot run code.
 
     Raises:
         CheckpointError: there are checkpoints, but every one is damaged.
     """
-    steps = _steps(folder)
-    for step in steps:
-        path = folder / f"step-{step:08d}.pt"
+    steps = [number for number in _steps(folder) if step in (None, number)]
+    for number in steps:
+        path = folder / f"step-{number:08d}.pt"
         try:
             recorded = json.loads(path.with_suffix(".json").read_text())["sha256"]
             if _digest(path) != recorded:

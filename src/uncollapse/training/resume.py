@@ -10,7 +10,16 @@ from uncollapse.config.load import build_config
 from uncollapse.config.schema import Config
 from uncollapse.errors import CheckpointError, ConfigError
 
-FREE = ("log.", "data.path", "data.val_path", "data.memory_gb", "data.workers", "data.max_bad", "backbone.init")
+FREE = (
+    "log.",
+    "data.path",
+    "data.val_path",
+    "data.memory_gb",
+    "data.workers",
+    "data.max_bad",
+    "backbone.init",
+    "change.branch",
+)
 """Keys that do not change what is learned from here on; where the images lie is free, which ones they are is not."""
 
 
@@ -24,20 +33,24 @@ def refuse_foreign(saved: dict[str, Any], where: object) -> None:
             raise CheckpointError(f"{where}: its checkpoint has no usable {name!r}, so it is not one of a training run")
 
 
-def check_same_run(config: Config, digests: dict[str, str], saved: dict[str, Any]) -> list[str]:
+def check_same_run(
+    config: Config, digests: dict[str, str], saved: dict[str, Any], free: tuple[str, ...] = ()
+) -> list[str]:
     """Lines about differences that do no harm.
 
     Args:
         config: that of ``config.yaml``.
         digests: of the images, as :func:`uncollapse.data.fingerprint.image_digests` makes them.
         saved: the checkpoint.
+        free: beginnings of keys that may differ, and need not be said.
 
     Raises:
         ConfigError: something that changes what is learned is not as it was; names it.
     """
     then = build_config(saved["config"], "the checkpoint's configuration")
-    changed = [f"{key} {old!r} → {new!r}" for key, old, new in _differences(then, config)]
-    free = [line for line in changed if line.startswith(FREE)]
+    differences = [found for found in _differences(then, config) if not found[0].startswith(free)]
+    changed = [f"{key} {old!r} → {new!r}" for key, old, new in differences]
+    harmless = [line for line in changed if line.startswith(FREE)]
     bound = [line for line in changed if not line.startswith(FREE)]
     if bound:
         raise ConfigError(
@@ -51,8 +64,8 @@ def check_same_run(config: Config, digests: dict[str, str], saved: dict[str, Any
             "removed, renamed, or given other labels): put them back, or start a new run with another --out"
         )
     if known.get("held_out_digest", digests["held_out_digest"]) != digests["held_out_digest"]:
-        free.append("the held-out images, so its numbers cannot be compared with earlier ones")
-    return [f"changed     {line}" for line in free]
+        harmless.append("the held-out images, so its numbers cannot be compared with earlier ones")
+    return [f"changed     {line}" for line in harmless]
 
 
 def _differences(then: Config, now: Config) -> Iterator[tuple[str, Any, Any]]:

@@ -26,6 +26,7 @@ from uncollapse.run_folder.files import write_atomically
 from uncollapse.run_folder.log import RunLog
 from uncollapse.run_folder.sinks import refuse_missing_wandb
 from uncollapse.shown import shown
+from uncollapse.training.branch import branch_off
 from uncollapse.training.job import Job
 from uncollapse.training.loop import Loop, Progress
 from uncollapse.training.resume import check_same_run, refuse_foreign
@@ -108,7 +109,7 @@ def _train(
     notes = [] if saved is None else check_same_run(config, digests, saved)
     total = max(1, round(config.run.epochs * steps_per_epoch))
     job = Job(config, out, fabric, train_images, held_out, digests, steps_per_epoch, total)
-    start = 0 if saved is None else int(saved["step"])
+    start = config.change.branch_step if saved is None else int(saved["step"])
     stop = max(start, total if max_steps is None else min(total, max_steps))
     if start == stop and (finished := _finished(out, stop)) is not None:
         say(f"finished    at step {stop} already; its summary.json stands")
@@ -122,6 +123,8 @@ def _train(
             state.teacher.load_state_dict(state.student.state_dict())
     refuse_misfit(state, config)
     state.to(fabric.device)
+    if saved is None and config.change.branch:
+        notes += branch_off(state, config, digests)
     if saved is not None:
         load_state_dicts(state, saved)
     if main and not resume:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from uncollapse.config.schema import frozen
 from uncollapse.distributed import gather_ragged, gather_rows, sum_over_ranks, world
 from uncollapse.methods.contract import At, Batch, Seen, Targets, method_of, part_of
 from uncollapse.models.network import Encoder
@@ -70,8 +71,9 @@ class Stepper:
         watch.lap("teacher")
         for z in everyone.z.values():
             self.check_finite(z, "the teacher's projections", step)
-        sets = state.by_name
-        for name, prototypes in sets.items():
+        sets, still = state.by_name, frozen(config, step)
+        moving = {} if still == "prototypes" else sets
+        for name, prototypes in moving.items():
             prototypes.observe(*observed(everyone, state.parts.levels(name), prototypes, config, at))
         targets = method.assign(config, teacher, sets, state.memory, at)
         watch.lap("prototypes")
@@ -94,16 +96,17 @@ class Stepper:
         done = self._agree(terms, targets, asked, step)
         momentum = self._momentum(step)
         if state.parts.average == "before":
-            self._follow(momentum)
+            self._follow(momentum, still)
         self._finish_gradients(step)
         watch.lap("backward")
-        self.optimizer.step()
-        for prototypes in sets.values():
+        if self._gradients_left(still):
+            self.optimizer.step()
+        for prototypes in moving.values():
             prototypes.after_step()
         watch.lap("optimiser")
         method.remember(config, everyone, sets, state.memory, at)
         if state.parts.average == "after":
-            self._follow(momentum)
+            self._follow(momentum, still)
         watch.lap("ema")
         return done
 
@@ -178,12 +181,21 @@ class Stepper:
             for parameter in self.learned:
                 parameter.grad = None
 
-    def _follow(self, momentum: float) -> None:
+    def _gradients_left(self, still: str) -> bool:
+        """Drops the gradients of what is frozen; whether there are others."""
+        if still:
+            for parameter in self.learned if still == "prototypes" else self.state.student.parameters():
+                parameter.grad = None
+        return any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
+
+    def _follow(self, momentum: float, still: str) -> None:
         if self.state.teacher is None:
             return
-        update_teacher(self.state.teacher, self.state.student, momentum)
-        for prototypes in self.state.by_name.values():
-            prototypes.update_teacher(momentum)
+        if still != "encoder":
+            update_teacher(self.state.teacher, self.state.student, momentum)
+        if still != "prototypes":
+            for prototypes in self.state.by_name.values():
+                prototypes.update_teacher(momentum)
 
     def _momentum(self, step: int) -> float:
         teacher = self.config.teacher
