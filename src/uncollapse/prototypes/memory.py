@@ -54,6 +54,11 @@ class MemoryPrototypes(Prototypes):
         self.register_buffer("entered", torch.zeros((), dtype=torch.long))
         self._waiting: Tensor | None = None
 
+    def begin_at(self, vectors: Tensor) -> None:
+        self.weight = vectors.clone()
+        if self.draws:
+            self.queue[: len(vectors)] = vectors
+
     def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
         return self.weight, None
 
