@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from steps import Steps, small
 from uncollapse.config.load import load_config
 from uncollapse.methods import swav
+from uncollapse.methods.balance import balance_memory, balanced
 from uncollapse.methods.contract import At, Seen
 from uncollapse.prototypes.sets import JointPrototypes
 
@@ -26,7 +27,7 @@ def made(views, seed=0):
     return z.requires_grad_(), JointPrototypes(K, D, False, 0.0, generator, followed=False, on_sphere=True).double()
 
 
-def balanced(scores, iterations):
+def codes_of(scores, iterations):
     """Algorithm 1's ``sinkhorn``: rows of prototypes, columns of images, both made even in turn."""
     q = (scores / 0.05).exp().T
     q = q / q.sum()
@@ -43,7 +44,7 @@ def brute(z, prototypes, queue=None, iterations=3):
     total, codes = torch.zeros((), dtype=torch.float64), []
     for s in range(2):
         rows = z[s].detach() if queue is None else torch.cat([z[s].detach(), queue[s]])
-        q = balanced(rows @ prototypes.detach().T, iterations)[:N]
+        q = codes_of(rows @ prototypes.detach().T, iterations)[:N]
         codes.append(q)
         for v in range(len(z)):
             if v == s:
@@ -60,18 +61,19 @@ def brute(z, prototypes, queue=None, iterations=3):
 def test_codes_loss_and_gradients_are_the_papers(views, queued, iterations):
     c = config(**{"method.queue": 2 * N if queued else 0, "method.iterations": iterations})
     z, prototypes = made(views)
-    memory = {n: t.double() if t.is_floating_point() else t for n, t in swav.memory(c).items()}
-    if queued:
-        memory["queue"].copy_(F.normalize(torch.randn_like(memory["queue"]), dim=-1))
-        memory["filled"].fill_(2 * N)
+    memory = {n: t.double() if t.is_floating_point() else t for n, t in balance_memory(c, swav.parts(c)).items()}
+    for view in range(2 if queued else 0):
+        memory[f"queue_{view}"].copy_(F.normalize(torch.randn_like(memory[f"queue_{view}"]), dim=-1))
+        memory[f"filled_{view}"].fill_(2 * N)
     student = Seen({"cls": z})
     teacher = swav.see_teacher(c, None, None, student)
-    targets = swav.assign(c, teacher, {"cls": prototypes}, memory, EARLY)
+    targets = balanced(c, swav.assign(c, teacher, {"cls": prototypes}, memory, EARLY), memory, EARLY)
     found = swav.objective(c, student, targets, {"cls": prototypes}, EARLY)
     assert list(found) == ["cls"]
     gradients = torch.autograd.grad(found["cls"], [z, prototypes.student_v])
 
-    expected, codes = brute(z, prototypes.student_v, memory["queue"] if queued else None, iterations)
+    queue = [memory[f"queue_{view}"] for view in range(2)] if queued else None
+    expected, codes = brute(z, prototypes.student_v, queue, iterations)
     wanted = torch.autograd.grad(expected, [z, prototypes.student_v])
     torch.testing.assert_close(found["cls"], expected, rtol=0, atol=1e-7)
     for view, code in enumerate(codes):

@@ -8,6 +8,7 @@ from torch import nn
 from steps import Steps, small
 from uncollapse.config.load import load_config
 from uncollapse.methods import swav
+from uncollapse.methods.balance import balance_memory, balanced, remember_balance
 from uncollapse.methods.contract import At, Seen
 from uncollapse.prototypes.sets import JointPrototypes
 from uncollapse.targets.sinkhorn import sinkhorn
@@ -28,12 +29,13 @@ def codes_step_by_step(queue, queue_epoch, steps=14):
             20, 8, False, 0.0, torch.Generator().manual_seed(0), followed=False, on_sphere=True
         ).double()
     }
-    memory = {n: t.double() if t.is_floating_point() else t for n, t in swav.memory(c).items()}
+    memory = {n: t.double() if t.is_floating_point() else t for n, t in balance_memory(c, swav.parts(c)).items()}
     for step in range(steps):
         at = At(step, step / EPOCH, 0.0, 0, None)
         seen = swav.see_teacher(c, None, None, Seen({"cls": projections(step)}))
-        yield [t.dense()[0] for t in swav.assign(c, seen, sets, memory, at).values()], sets["cls"].student_v.detach()
-        swav.remember(c, seen, sets, memory, at)
+        targets = balanced(c, swav.assign(c, seen, sets, memory, at), memory, at)
+        yield [t.dense()[0] for t in targets.values()], sets["cls"].student_v.detach()
+        remember_balance(c, targets, seen, memory, at)
 
 
 @pytest.mark.parametrize("queue_epoch", [0.0, 1.0, 2.0])

@@ -81,6 +81,9 @@ def meaningless(config: Config) -> list[tuple[str, str]]:
     if protos.targets == "centred" and protos.kind == "memory":
         why = "a centre follows each prototype, and those of memory are others every step; take sinkhorn or softmax"
         problems.append(("prototypes.targets", why))
+    if protos.targets in ("floor", "power-law") and protos.kind == "memory":
+        why = "it gives each prototype a size of its own, and those of memory are others every step"
+        problems.append(("prototypes.targets", f"{why}; take sinkhorn or softmax"))
     if protos.vmf and not config.head.normalise:
         problems.append(("prototypes.vmf", "a vMF density is over unit vectors; head.normalise must be true"))
     return problems

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field
 
-from uncollapse.config.methods import DINO, OWN_TARGETS, WESSL, DINOv2, Method
+from uncollapse.config.methods import DINO, OWN_TARGETS, WESSL, DINOv2, Method, SwAV
 from uncollapse.errors import ConfigError
 
 PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "memory", "fixed", "capi"]
 KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "memory", "fixed", "capi")
-TargetKind = Literal["centred", "sinkhorn", "softmax", "posterior"]
+TargetKind = Literal["centred", "sinkhorn", "sinkhorn-queue", "power-law", "floor", "softmax", "posterior"]
 TARGETS: tuple[TargetKind, ...] = get_args(TargetKind)
 DEMO_ARMS = ("joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fixed")
 """The modes of the demonstration."""
@@ -153,8 +153,17 @@ class ClusteringConfig:
 class PrototypeConfig:
     kind: PrototypeKind = "joint"
     targets: TargetKind | None = None
-    """The teacher's target: DINO's centred softmax over the teacher's logits, the same balanced by Sinkhorn over the
-    batch, plain softmax, or the mixture's posterior. null: the posterior for ``decoupled``, else the method's own."""
+    """The teacher's target: DINO's centred softmax over the teacher's logits; balanced by Sinkhorn over the batch, over
+    the batch and a queue, or to shares of a power law; with a floor under the size of every cluster; plain softmax; or
+    the mixture's posterior. null: the posterior for ``decoupled``, else the method's own."""
+    queue: Positive = 3840
+    """Of ``sinkhorn-queue``: projections of earlier batches, of all ranks, balanced with the batch once it is full."""
+    power: Annotated[float, Field(ge=0, le=100)] = 0.25
+    """Of ``power-law``: prototype k gets a share that falls as ``k^-power``."""
+    floor: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Of ``floor``: the least size of a cluster, as a share of equal sizes; CoKe's 0.4."""
+    floor_rate: Above0 = 20.0
+    """How fast the duals of ``floor`` learn; CoKe's 20."""
     count: Annotated[int, Field(ge=2)] = 65536
     learn_norm: bool = True
     """Whether the length of each prototype is learned (DINO's ``norm_last_layer=False``)."""
@@ -319,6 +328,15 @@ def _own_targets(config: Config) -> TargetKind:
     if config.prototypes.kind == "memory" and own == "centred":
         return "softmax"  # a centre follows prototypes by number, and these change
     return "posterior" if config.prototypes.kind == "decoupled" else own
+
+
+def queue_of(config: Config) -> tuple[int, float]:
+    """Projections of earlier batches that targets are balanced with, and the epoch from which they are kept; SwAV has
+    its own."""
+    if targets_of(config) == "sinkhorn-queue":
+        return config.prototypes.queue, 0.0
+    own = config.method if targets_of(config) == "sinkhorn" else None
+    return (own.queue, own.queue_epoch) if isinstance(own, SwAV) else (0, 0.0)
 
 
 def has_teacher(config: Config) -> bool:

@@ -32,7 +32,7 @@ def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
         ),
         head=replace(head, hidden=min(64, head.hidden), bottleneck=min(32, head.bottleneck)),
         method=_tiny_method(config),
-        prototypes=replace(protos, count=min(64, protos.count)),
+        prototypes=replace(protos, count=min(64, protos.count), queue=min(64, protos.queue)),
         run=replace(run, batch=min(32, run.batch), epochs=min(2.0, run.epochs), accumulate=1),
         data=replace(config.data, workers=min(1, config.data.workers)),
         backbone=replace(_tiny_backbone(config.backbone), init=config.backbone.init),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from uncollapse.config.schema import Config, centres_probabilities, targets_of
+from uncollapse.config.schema import Config, centres_probabilities, queue_of, targets_of
 from uncollapse.distributed import Group
 from uncollapse.methods.contract import At
 from uncollapse.prototypes.sets import Prototypes
 from uncollapse.schedules import linear_epochs
+from uncollapse.targets.prior import power_law
 from uncollapse.targets.sinkhorn import sinkhorn_offsets
 from uncollapse.targets.softmax import SoftmaxTargets, log_marginal
 
@@ -33,7 +34,6 @@ def assigned(
     temperature: float,
     group: Group,
     center: Tensor | None = None,
-    beside: Tensor | None = None,
     iterations: int = 3,
     marginal: Tensor | None = None,
     of_probabilities: bool = False,
@@ -41,23 +41,24 @@ def assigned(
     """The target that ``c`` asks for, of projections ``z (..., D)``.
 
     ``centred``: ``softmax((logits - center) / τ)`` (Caron et al. 2021, Algorithm 1), or with a centre of probabilities
-    ``softmax(logits / τ - center)``. ``sinkhorn``: balanced over all rows and ranks together, as DINOv2 does it.
-    ``posterior``: the set's own. ``softmax``: none of these.
+    ``softmax(logits / τ - center)``. ``sinkhorn``: balanced over all rows and ranks together, as DINOv2 does it;
+    ``power-law`` is that with shares that fall as PMSN's prior does. ``posterior``: the set's own. Otherwise plain
+    softmax, which `balance` adds to.
 
     Args:
         center: ``(K,)``; a method without one is never asked for ``centred``.
-        beside: ``(m, D)`` of earlier batches, balanced together with these.
         iterations: of Sinkhorn.
         marginal: ``(K,)``, and ``of_probabilities``: as `sinkhorn_offsets` takes them.
     """
     kind = targets_of(c)
     if kind == "posterior":
         return prototypes.posterior(z, temperature)
-    if kind == "sinkhorn":
+    if kind == "power-law":
+        marginal = power_law(c.prototypes.count, c.prototypes.power, z)
+    if kind in ("sinkhorn", "power-law") and not queue_of(c)[0]:
         weight, bias = prototypes.affine("teacher", temperature)
-        rows = z.flatten(0, -2) if beside is None else torch.cat([z.flatten(0, -2), beside])
         offsets = sinkhorn_offsets(
-            rows,
+            z.flatten(0, -2),
             weight,
             temperature,
             iterations,

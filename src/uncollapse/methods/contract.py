@@ -94,6 +94,8 @@ class Parts:
 
     sets: dict[str, str] = field(default_factory=lambda: {"cls": "cls"})
     """Level → the set of prototypes it is compared with."""
+    targets: dict[str, str] = field(default_factory=dict)
+    """Target → the level whose projections it is of; empty: one for each level, named as it is."""
     average: str = "after"
     """When the teacher follows: ``after`` the student's step, or ``before`` it."""
     hide: tuple[float, tuple[float, float]] | None = None

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from uncollapse.config.methods import SwAV
 from uncollapse.config.schema import Config
-from uncollapse.distributed import Group, rank_and_size
 from uncollapse.losses.pairs import fused_dino_loss
 from uncollapse.methods.centre import assigned, temperature_at
 from uncollapse.methods.contract import At, Batch, Memory, Parts, Seen, Sets, Targets
@@ -24,18 +23,12 @@ from uncollapse.models.network import Encoder
 
 
 def parts(c: Config) -> Parts:
-    return Parts(uninformed={"cls": math.log(c.prototypes.count)})
+    codes = {str(view): "cls" for view in range(c.views.global_count)}
+    return Parts(targets=codes, uninformed={"cls": math.log(c.prototypes.count)})
 
 
 def memory(c: Config) -> Memory:
-    """The queue of each global view, newest first, and how many of its rows are filled."""
-    length = _own(c).queue
-    if not length:
-        return {}
-    return {
-        "queue": torch.zeros(c.views.global_count, length, c.head.bottleneck),
-        "filled": torch.zeros((), dtype=torch.long),
-    }
+    return {}  # the queue of each view is kept where any method's is
 
 
 def see_teacher(c: Config, net: Encoder, batch: Batch, student: Seen | None) -> Seen:
@@ -44,21 +37,12 @@ def see_teacher(c: Config, net: Encoder, batch: Batch, student: Seen | None) -> 
 
 
 def assign(c: Config, teacher: Seen, sets: Sets, memory: Memory, at: At) -> Targets:
-    """Codes of each global view, named by its number; the queue is balanced with them once it is full."""
-    tau, iterations, full = temperature_at(c, at), _own(c).iterations, False
-    if "queue" in memory:
-        full = int(memory["filled"]) >= memory["queue"].shape[1]
-    codes = {}
-    for v, z in enumerate(teacher.z["cls"]):
-        beside = _share(memory["queue"][v], at.group) if full else None
-        codes[str(v)] = assigned(c, z[None], sets["cls"], tau, at.group, beside=beside, iterations=iterations)
-    return codes
-
-
-def _share(queue: Tensor, group: Group) -> Tensor:
-    """Each rank balances its own rows of the queue, so that together they are one process's."""
-    rank, ranks = rank_and_size(group)
-    return queue.chunk(ranks)[rank]
+    """Codes of each global view, named by its number."""
+    tau, iterations = temperature_at(c, at), _own(c).iterations
+    return {
+        str(v): assigned(c, z[None], sets["cls"], tau, at.group, iterations=iterations)
+        for v, z in enumerate(teacher.z["cls"])
+    }
 
 
 def objective(c: Config, student: Seen, targets: Targets, sets: Sets, at: At) -> dict[str, Tensor]:
@@ -74,13 +58,7 @@ def objective(c: Config, student: Seen, targets: Targets, sets: Sets, at: At) ->
 
 
 def remember(c: Config, everyone: Seen, sets: Sets, memory: Memory, at: At) -> None:
-    """The newest projections push the oldest out of the queue, which fills from its epoch on and is used once full."""
-    if "queue" not in memory or at.epoch < _own(c).queue_epoch:
-        return
-    new = everyone.z["cls"]
-    length = memory["queue"].shape[1]
-    memory["queue"].copy_(torch.cat([new, memory["queue"]], dim=1)[:, :length])
-    memory["filled"].add_(new.shape[1]).clamp_(max=length)
+    pass
 
 
 def _own(c: Config) -> SwAV:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from uncollapse.config.schema import Config, has_teacher
 from uncollapse.errors import ConfigError
 from uncollapse.measure.monitor import PrototypeMonitor
+from uncollapse.methods.balance import balance_memory
 from uncollapse.methods.contract import Memory, Parts, method_of
 from uncollapse.models.network import Encoder, build_encoder
 from uncollapse.prototypes.build import initial_prototypes
@@ -83,7 +84,8 @@ def _built(config: Config) -> TrainState:
     optimizer = build_optimizer(config, student, sets)
     window = config.log.alive_window
     monitors = {name: PrototypeMonitor(config.prototypes.count, config.run.batch, window) for name in sets}
-    return TrainState(student, teacher, sets, method.memory(config), optimizer, parts, monitors)
+    memory = {**method.memory(config), **balance_memory(config, parts)}
+    return TrainState(student, teacher, sets, memory, optimizer, parts, monitors)
 
 
 @torch.no_grad()

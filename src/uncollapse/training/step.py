@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from uncollapse.config.schema import frozen
 from uncollapse.distributed import gather_ragged, gather_rows, sum_over_ranks, world
+from uncollapse.methods.balance import balanced, remember_balance
 from uncollapse.methods.contract import At, Batch, Seen, Targets, method_of, part_of
 from uncollapse.models.network import Encoder
 from uncollapse.models.sync_norm import convert
@@ -75,7 +76,7 @@ class Stepper:
         moving = {} if still == "prototypes" else sets
         for name, prototypes in moving.items():
             prototypes.observe(*observed(everyone, state.parts.levels(name), prototypes, config, at))
-        targets = method.assign(config, teacher, sets, state.memory, at)
+        targets = balanced(config, method.assign(config, teacher, sets, state.memory, at), state.memory, at)
         watch.lap("prototypes")
         for name, monitor in state.monitors.items():
             z = everyone.z[state.parts.levels(name)[0]]
@@ -105,6 +106,7 @@ class Stepper:
             prototypes.after_step()
         watch.lap("optimiser")
         method.remember(config, everyone, sets, state.memory, at)
+        remember_balance(config, targets, teacher, state.memory, at)
         if state.parts.average == "after":
             self._follow(momentum, still)
         watch.lap("ema")

@@ -21,6 +21,7 @@ from uncollapse.measure.probes import confidence95, knn_predictions
 from uncollapse.measure.random_start import random_likeness
 from uncollapse.measure.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
 from uncollapse.measure.usage import PrototypeReport, prototype_report, usage_counts
+from uncollapse.methods.balance import balanced
 from uncollapse.methods.contract import At, Seen, method_of
 from uncollapse.models.embed import SomePatches, embed, nearest_images, project_views, projected
 from uncollapse.models.network import OF_TOKENS, Encoder, build_encoder
@@ -186,7 +187,8 @@ def _used_by_target(job: Job, state: TrainState, z: Tensor, vectors: Tensor) -> 
     """The same count by the target of training, which centring, Sinkhorn or the mixture's posterior decides."""
     config = job.config
     seen, end = Seen({"cls": z[None].to(job.device)}), At(0, float(1 << 40), 1.0, config.seed, None)
-    targets = next(iter(method_of(config).assign(config, seen, state.by_name, state.memory, end).values()))
+    made = method_of(config).assign(config, seen, state.by_name, state.memory, end)
+    targets = next(iter(balanced(config, made, state.memory, end).values()))
     weight, bias = targets.weight.float(), targets.bias
     hardest = []
     for part in targets.z[0].float().split(max(64, (1 << 22) // len(weight))):
