@@ -16,7 +16,7 @@ from uncollapse.config.tiny import tiny
 from uncollapse.data.batched import multicrop
 from uncollapse.data.images import MemoryImages
 from uncollapse.data.load import load_images
-from uncollapse.data.masks import crop_masks, dropped_patches
+from uncollapse.data.masks import around_blocks, crop_masks, dropped_patches
 from uncollapse.data.views import view_specs
 from uncollapse.methods.contract import Batch
 from uncollapse.models.drop_path import row_keys
@@ -40,6 +40,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2-separate": ("dinov2-vitl16", {"method.shared": False, "method.patch_bottleneck": 24}),
     "esvit": ("esvit-swint7", {}),
     "wessl": ("wessl-vits16", {}),
+    "capi": ("capi-vitl14", {}),
 }
 """Name → recipe, and what differs from it."""
 
@@ -85,6 +86,10 @@ def batch_of(config: Config, state: TrainState, step: int) -> Batch:
         patches = patches_of(state.student.backbone, config.views.global_size)
         masks["global"] = dropped_patches(patches, state.parts.drop, config.seed, step)
         masks["global"] = masks["global"].expand(len(groups["global"]), len(positions), -1)
+    if state.parts.predict is not None:
+        patches = patches_of(state.student.backbone, config.views.global_size)
+        both = around_blocks(patches, len(groups["global"]), *state.parts.predict, config.seed, step, positions)
+        masks["global"], masks["predicted"] = both
     return Batch(groups, masks, row_keys(config.seed, step, torch.tensor(positions), len(views)))
 
 

@@ -18,10 +18,13 @@ class Facts(NamedTuple):
     memory: set[str]
     sets: tuple[str, ...] = ("cls",)
     heads: tuple[str, ...] = ("cls",)
+    """Those with weights."""
     one_side: bool = False
     """Whether student and teacher look at the same prototypes."""
     queue: frozenset[str] = frozenset()
     """Of its memory, what only targets balanced over a queue need."""
+    own_student: bool = False
+    """Whether the student learns weights of its own beside a clustering of the teacher's projections."""
 
 
 DINO, IBOT = Facts({"cls"}, {"center"}), Facts({"cls", "patch"}, {"center", "center_patch"})
@@ -39,6 +42,7 @@ FACTS = {
     "ibot-vmf": IBOT,
     "dinov2": DINOV2,
     "dinov2-separate": DINOV2._replace(sets=("cls", "patch"), heads=("cls", "patch")),
+    "capi": Facts({"patch"}, set(), ("patch",), heads=(), own_student=True),
     "esvit": Facts({"cls", "region"}, {"center", "center_region"}, ("cls", "region"), ("cls", "region")),
     "wessl": Facts(
         {"cls"}, {"center", "center_head2", "center_head3"}, ("cls", "head2", "head3"), ("cls", "head2", "head3")
@@ -74,17 +78,18 @@ def test_cell(method, kind):
     optimised = {p.data_ptr() for group in state.optimizer.param_groups for p in group["params"]}
     for name in names:
         prototypes, other = state.prototypes(name), start.prototypes(name)
-        moved = (prototypes.vectors("student") - other.vectors("student")).abs().amax(1)
+        moved = {s: (prototypes.vectors(s) - other.vectors(s)).abs().amax(1) for s in ("student", "teacher")}
         ours = {p.data_ptr() for p in prototypes.parameters() if p.requires_grad}
-        assert bool(ours) == learned
+        assert bool(ours) == (learned or (kind == "capi" and facts.own_student))
         assert ours <= optimised
         assert not optimised & {b.data_ptr() for b in prototypes.buffers()}
         if kind == "memory":  # of each step, a projection for each image and level
             assert prototypes.entered == 3 * c.run.batch * len(state.parts.levels(name))
-            assert (moved > 0).sum() == min(len(moved), prototypes.entered)
+            assert (moved["student"] > 0).sum() == min(len(moved["student"]), prototypes.entered)
         else:
-            assert (moved > 0).all() if kind != "fixed" else (moved == 0).all()
-        if learned:
+            for side in ("student",) if learned else ("student", "teacher"):
+                assert (moved[side] > 0).all() if kind != "fixed" else (moved[side] == 0).all()
+        if ours:
             assert (prototypes.student_v.grad.abs().amax(1) > 0).all()
 
     # The encoder learns, head by head.
@@ -123,9 +128,9 @@ def test_cell(method, kind):
 
 
 @pytest.mark.parametrize("method", ["dino-vmf", "ibot-vmf"])
-@pytest.mark.parametrize("kind", ["decoupled", "decoupled-paper", "fixed"])
-def test_vmf_changes_nothing_where_prototypes_have_one_length(method, kind):
-    """One length, one normaliser: the pairing is allowed, and is that without it to the bit."""
+@pytest.mark.parametrize("kind", ["decoupled", "decoupled-paper", "fixed", "capi"])
+def test_vmf_changes_nothing_but_joint_prototypes(method, kind):
+    """One length, one normaliser, or a bias in its place: the pairing is allowed, and is that without it to the bit."""
     with_it, without = (Steps(small(method, kind, **{"prototypes.vmf": vmf})) for vmf in (True, False))
     for _ in range(2):
         assert with_it.take().terms == without.take().terms

@@ -64,6 +64,11 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(("method.koleo_weight", "KoLeo compares images with one another; a part needs at least two"))
     if method.name == "msn" and method.drop and not config.backbone.name.startswith(("vit_", "deit")):
         problems.append(("method.drop", f"{config.backbone.name} has no patches to leave out; take a vit_*, or 0"))
+    if method.name == "capi" and not config.backbone.name.startswith(("vit_", "deit")):
+        why = f"CAPI hides patches, which {config.backbone.name} does not have; take a vit_*"
+        problems.append(("backbone.name", why))
+    if method.name == "capi" and views.local_count:
+        problems.append(("views.local_count", f"CAPI has no local views, got {views.local_count}; set it to 0"))
     return problems
 
 

@@ -128,8 +128,23 @@ class MSN:
     """Of the mean entropy of each prediction; 0: not computed. The released recipe has 0."""
 
 
-Method = Annotated[DINO | IBOT | DINOv2 | ESVIT | WESSL | SwAV | CARP | MSN, Field(discriminator="name")]
-METHODS: dict[str, type[DINO | IBOT | DINOv2 | ESVIT | WESSL | SwAV | CARP | MSN]] = {
+@dataclass(frozen=True)
+class CAPI:
+    """Darcet et al. 2025; the defaults are those of its released configuration."""
+
+    name: Literal["capi"] = "capi"
+    hidden: _Share = 0.65
+    """Share of a view's patches that the student does not see; it sees one block."""
+    predicted: _Share = 0.05
+    """Share of the hidden patches that it predicts; at least one."""
+    decoder_depth: Annotated[int, Field(ge=1)] = 12
+    """Blocks of the predictor, which is as wide as the encoder."""
+    iterations: Annotated[int, Field(ge=1)] = 3
+    """Of Sinkhorn."""
+
+
+Method = Annotated[DINO | IBOT | DINOv2 | ESVIT | WESSL | SwAV | CARP | MSN | CAPI, Field(discriminator="name")]
+METHODS: dict[str, type[DINO | IBOT | DINOv2 | ESVIT | WESSL | SwAV | CARP | MSN | CAPI]] = {
     "dino": DINO,
     "ibot": IBOT,
     "dinov2": DINOv2,
@@ -138,6 +153,7 @@ METHODS: dict[str, type[DINO | IBOT | DINOv2 | ESVIT | WESSL | SwAV | CARP | MSN
     "swav": SwAV,
     "carp": CARP,
     "msn": MSN,
+    "capi": CAPI,
 }
 OWN_TARGETS: dict[str, Targets] = {
     "dino": "centred",
@@ -148,6 +164,7 @@ OWN_TARGETS: dict[str, Targets] = {
     "swav": "sinkhorn",
     "carp": "softmax",
     "msn": "sinkhorn",
+    "capi": "sinkhorn",
 }
 CENTRED = frozenset({"dino", "ibot", "dinov2", "esvit", "wessl"})
 """Methods that have a centre to be asked for."""

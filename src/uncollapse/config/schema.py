@@ -103,7 +103,8 @@ class HeadConfig:
     """Projection head: an MLP to ``bottleneck`` dimensions, then the unit sphere."""
 
     hidden: Positive = 2048
-    layers: Positive = 3
+    layers: Count = 3
+    """0: no MLP, as in CAPI; ``bottleneck`` is the length of the encoder's features then."""
     bottleneck: Positive = 256
     batch_norm: bool = False
     activation: Literal["gelu", "relu"] = "gelu"

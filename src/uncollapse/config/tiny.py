@@ -8,8 +8,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from uncollapse.config.load import build_config, set_key
-from uncollapse.config.methods import CARP, WESSL, DINOv2, Method, SwAV
+from uncollapse.config.methods import CAPI, CARP, WESSL, DINOv2, Method, SwAV
 from uncollapse.config.schema import BackboneConfig, Config
+
+WIDTH = 48
+"""Of the small transformer."""
+_KEPT = ("class_token", "reg_tokens", "global_pool", "fc_norm")
+"""Options that say which tokens a transformer has, whatever its size."""
 
 
 def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
@@ -30,7 +35,7 @@ def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
             local_size=min(16, views.local_size),
             local_count=min(2, views.local_count),
         ),
-        head=replace(head, hidden=min(64, head.hidden), bottleneck=min(32, head.bottleneck)),
+        head=replace(head, hidden=min(64, head.hidden), bottleneck=min(32, head.bottleneck) if head.layers else WIDTH),
         method=_tiny_method(config),
         prototypes=replace(protos, count=min(64, protos.count), queue=min(64, protos.queue)),
         run=replace(run, batch=min(32, run.batch), epochs=min(2.0, run.epochs), accumulate=1),
@@ -60,6 +65,8 @@ def _tiny_method(config: Config) -> Method:
         return replace(method, patch_bottleneck=min(24, method.patch_bottleneck))
     if isinstance(method, CARP):
         return replace(method, block=min(16, method.block))
+    if isinstance(method, CAPI):
+        return replace(method, decoder_depth=min(2, method.decoder_depth))
     if isinstance(method, SwAV):
         return replace(method, queue=min(2 * min(32, config.run.batch), method.queue), queue_epoch=0.0)
     if isinstance(method, WESSL):
@@ -70,7 +77,8 @@ def _tiny_method(config: Config) -> Method:
 def _tiny_backbone(backbone: BackboneConfig) -> BackboneConfig:
     """The smallest member of the same family that still takes 16-pixel views."""
     if backbone.name.startswith("vit_"):
-        options = {"patch_size": 8, "img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2}
+        options = {"patch_size": 8, "img_size": 32, "embed_dim": WIDTH, "depth": 2, "num_heads": 2}
+        options |= {name: value for name, value in backbone.options.items() if name in _KEPT}
         return BackboneConfig("vit_tiny_patch16_224", backbone.drop_path, options)
     if backbone.name.startswith("swin_"):
         blocks = {"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 2]}

@@ -1,4 +1,4 @@
-"""Which patches are hidden from the student: block masks, every random number keyed by (seed, step, position, view)."""
+"""Which patches are hidden from the student, every random number keyed by (seed, step, position, view)."""
 
 from __future__ import annotations
 
@@ -93,3 +93,50 @@ def crop_masks(
                 hidden = low + (high - low) * (place + random.random()) / masked
                 masks[view, i] = block_mask(side, side, int(patches * hidden), random, least=4)
     return torch.from_numpy(masks.reshape(views, len(positions), patches))
+
+
+def visible_block(rows: int, columns: int, count: int, random: np.random.Generator) -> np.ndarray:
+    """``(rows, columns)`` bool with exactly ``count`` *visible* (False) patches, in one rectangle that may wrap around.
+
+    CAPI's inverse block mask (Darcet et al. 2025, Section 3.3), as its released code draws it: an aspect ratio
+    log-uniform in 0.5..2, within what fits, sides rounded up and the surplus of the last row hidden; the whole rolled
+    by any number of rows and columns.
+    """
+    mask = np.ones((rows, columns), dtype=bool)
+    if not count:
+        return mask
+    low = max(math.log(0.5), math.log(count / columns**2))
+    high = min(math.log(2), math.log(rows**2 / count))
+    aspect = math.exp(random.uniform(low, high))
+    height = min(rows, math.ceil(math.sqrt(count * aspect)))
+    width = min(columns, math.ceil(math.sqrt(count / aspect)))
+    top, side = int(random.integers(rows - height + 1)), int(random.integers(columns - width + 1))
+    mask[top : top + height, side : side + width] = False
+    mask.reshape(-1)[np.flatnonzero(~mask)[count:]] = True
+    return np.roll(mask, (int(random.integers(rows)), int(random.integers(columns))), (0, 1))
+
+
+def around_blocks(
+    patches: int, views: int, hidden: float, predicted: float, seed: int, step: int, positions: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Which patches are hidden around a `visible_block`, and which of these are to be predicted.
+
+    Args:
+        hidden: share of the patches, rounded down, and less than all of them.
+        predicted: share of the hidden ones, rounded down, and at least one of them.
+
+    Returns:
+        Twice ``(views, n, patches)`` bool, as many True in each view; of the crops at ``positions`` of the whole batch,
+        from (seed, step, position, view) alone.
+    """
+    side = math.isqrt(patches)
+    count = min(patches - 1, max(1, int(patches * hidden)))
+    some = max(1, int(count * predicted))
+    masks = np.zeros((2, views, len(positions), patches), dtype=bool)
+    for view in range(views):
+        for i, position in enumerate(positions):
+            random = np.random.default_rng([seed, step, position, view, _STREAM])
+            masks[0, view, i] = visible_block(side, side, patches - count, random).reshape(-1)
+            masks[1, view, i, random.permutation(np.flatnonzero(masks[0, view, i]))[:some]] = True
+    both = torch.from_numpy(masks)
+    return both[0], both[1]

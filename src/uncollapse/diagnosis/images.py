@@ -320,7 +320,7 @@ def _shared(
         pairs = [(a, b) for i, a in enumerate(lists) for b in lists[:i]]
         pictures = None
         if held is not None and len(out) < PICTURED:
-            pictures = nearest_images(torch.eye(len(members)), near.T.contiguous(), held, NEAREST)
+            pictures = nearest_images(torch.eye(len(members)), near.T.unsqueeze(1), held, NEAREST)
         out.append(
             SharedGroup(
                 int(size[leader]),

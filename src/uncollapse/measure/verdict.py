@@ -163,7 +163,7 @@ def judge_row(row: Mapping[str, Any], mode: str = "") -> Verdict | None:
         RandomLikeness(**start) if start else None,
         row.get("used"),
         effective.get(eps),
-        row.get("n_held_out", row.get("n")),
+        row.get("n", row.get("n_held_out")),
         row.get("unit") or "images",
         sweep.get(f"{WIDE:g}"),
         mode,

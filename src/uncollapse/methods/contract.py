@@ -36,7 +36,8 @@ class Batch(NamedTuple):
     views: Mapping[str, list[Tensor]]
     """Group → one ``(n, 3, S, S)`` for each view."""
     masks: Mapping[str, Tensor]
-    """Group → ``(V, n, P)`` bool, True where a patch is hidden from the student; groups without masks are missing."""
+    """Group → ``(V, n, P)`` bool, True where a patch is hidden from the student; groups without masks are missing.
+    "predicted": which of the hidden patches of the global views the student predicts, where that is not all."""
     keys: Tensor
     """``(V, n)`` int64, one for each image of each view, all groups in their order: what stochastic depth is drawn
     from, so that it depends on (seed, step, place in the whole batch, view) and on nothing else."""
@@ -73,6 +74,11 @@ class Seen:
     """Level → ``(V, n, ..., d)``: the encoder's own features, of this process's images, where the method needs them."""
     key: dict[str, Tensor] = field(default_factory=dict)
     """Level → ``(M,)`` int64 of `token_keys`: which token it is, whatever the number of ranks."""
+    place: dict[str, Tensor] = field(default_factory=dict)
+    """Level → ``(M,)`` int64: the position in its view that each token has."""
+    every: dict[str, Tensor] = field(default_factory=dict)
+    """Level → ``(P, n, D)``: the tokens at each of P positions, this rank's alone, where the method balances each
+    position on its own."""
 
 
 class At(NamedTuple):
@@ -104,6 +110,9 @@ class Parts:
     """Whether a batch has exactly that share of such views, with ratios spread evenly; else each view draws its own."""
     drop: float = 0.0
     """Which share of their patches global views are seen without by the student, the same for a whole batch."""
+    predict: tuple[float, float] | None = None
+    """Which share of each global view's patches is hidden around one visible block, and which share of these the
+    student predicts (masks "global" and "predicted"); None: no such masks."""
     uninformed: dict[str, float] = field(default_factory=dict)
     """Term → what it is when the student predicts all prototypes alike: where a loss that stays there is stuck."""
 

@@ -53,13 +53,13 @@ class KeyedDropPath(nn.Module):
         return x * keep.view(-1, *[1] * (x.ndim - 1))
 
 
-def keyed(module: nn.Module) -> list[KeyedDropPath]:
-    """Puts a `KeyedDropPath` in the place of every timm `DropPath` of ``module``; returns them in their order."""
+def keyed(module: nn.Module, first: int = 0) -> list[KeyedDropPath]:
+    """Puts a `KeyedDropPath` in the place of every timm `DropPath` of ``module``; returns them, numbered on."""
     made: list[KeyedDropPath] = []
     for parent in module.modules():
         for name, child in parent.named_children():
             if isinstance(child, DropPath):
-                new = KeyedDropPath(float(child.drop_prob or 0.0), len(made))
+                new = KeyedDropPath(float(child.drop_prob or 0.0), first + len(made))
                 setattr(parent, name, new)
                 made.append(new)
     return made

@@ -108,10 +108,13 @@ def project_views(
 
 
 def nearest_images(chosen: Tensor, z: Tensor, held_out: ImageSet, each: int = 8, size: int = 64) -> np.ndarray:
-    """uint8 ``(g, each, H, W, 3)``: the held-out images nearest to each chosen prototype."""
+    """uint8 ``(g, each, H, W, 3)``: the held-out images nearest to each chosen prototype.
+
+    ``z (n, p, D)``: an image is as near as the nearest of its p projections.
+    """
     from PIL import Image
 
-    nearest = (chosen @ z.T).topk(min(each, len(z)), dim=1).indices
+    nearest = (z @ chosen.T).amax(1).T.topk(min(each, len(z)), dim=1).indices
     rows = []
     for row in nearest.tolist():
         small = [held_out.image(i) for i in row]

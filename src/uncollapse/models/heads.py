@@ -14,7 +14,8 @@ class ProjectionHead(nn.Module):
 
     ``layers`` linear layers with ``activation`` (and batch norm where asked) between them; weights start from a
     normal distribution of standard deviation 0.02 truncated at ±2, biases at zero (Caron et al., *Emerging
-    Properties in Self-Supervised Vision Transformers*, 2021, and its released code).
+    Properties in Self-Supervised Vision Transformers*, 2021, and its released code). With no layers, features are
+    projections as they are (CAPI).
 
     Shapes: ``(n, features)`` → ``(n, bottleneck)``, float32, unit norm unless ``normalise`` is false (CARP).
     """
@@ -31,7 +32,7 @@ class ProjectionHead(nn.Module):
     ) -> None:
         super().__init__()
         self.normalise = normalise
-        widths = [features, *[hidden] * (layers - 1), bottleneck]
+        widths = [features, *[hidden] * (layers - 1), bottleneck] if layers else [features]
         modules: list[nn.Module] = []
         for i, (wide, narrow) in enumerate(itertools.pairwise(widths)):
             linear = nn.Linear(wide, narrow)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from uncollapse.config.methods import CAPI
 from uncollapse.config.schema import Config, bottleneck_of, head_names, hides_patches
 from uncollapse.errors import ConfigError
 from uncollapse.models.backbones import build_backbone
+from uncollapse.models.decoder import Predictor, edge
 from uncollapse.models.drop_path import keyed
 from uncollapse.models.heads import ProjectionHead
-from uncollapse.models.tokens import MaskedViT, has_regions, patches_of, regions, seen_without
+from uncollapse.models.tokens import MaskedViT, PatchTokens, has_regions, patches_of, regions, seen_without, tokens
 
 
 class Projected(NamedTuple):
@@ -150,6 +153,48 @@ class Encoder(nn.Module):
         return out
 
 
+class PredictingEncoder(Encoder):
+    """A vision transformer that sees only visible patches, with a `Predictor` of the hidden ones and a head.
+
+    Features are the transformer's own; the teacher's predictor only follows the student's.
+    """
+
+    def __init__(self, vit: Any, head: nn.Module, depth: int, drop_path: float) -> None:
+        super().__init__(vit, {"cls": head})
+        self.predictor = Predictor(vit.embed_dim, vit.blocks[0].attn.num_heads, depth, drop_path)
+        self.drops += keyed(self.predictor, len(self.drops))
+
+    def forward(  # type: ignore[override]
+        self, views: list[Tensor], keys: Tensor | None = None, hidden: Tensor | None = None, read: Tensor | None = None
+    ) -> Tensor:
+        """Projections ``(M, D)`` of what is predicted at the patches ``read``, view by view, image by image.
+
+        Args:
+            views: ``(n, 3, S, S)`` each, of one size.
+            keys: ``(V, n)`` of `row_keys`, where there is stochastic depth.
+            hidden: ``(V, n, P)`` bool, as many in each view. read: the same, among these. None for both: projections
+                ``(V n, P, D)`` of all patches, with nothing hidden.
+        """
+        x = torch.cat(views)
+        for drop in self.drops:
+            drop.keys = None if keys is None else keys.flatten()
+        if hidden is None or read is None:
+            everything: Tensor = self.head(PatchTokens(self.backbone)(x))
+            return everything
+        hidden, read = hidden.flatten(0, 1), read.flatten(0, 1)
+        seen = tokens(self.backbone, x, hidden)[0]
+        side = math.isqrt(hidden.shape[1])
+        line = torch.linspace(0, 1, side, device=x.device)
+        places = torch.cartesian_prod(line, line).expand(len(x), -1, -1)
+        visible, at = (places[mask].unflatten(0, (len(x), -1)) for mask in (~hidden, read))
+        # Whatever comes before the patches stands around what is visible.
+        low, high = visible.amin(1, keepdim=True), visible.amax(1, keepdim=True)
+        around = low + edge(seen.shape[1] - visible.shape[1]).to(x.device) * (high - low)
+        predicted = self.predictor(seen, torch.cat([around, visible], 1), at)
+        z: Tensor = self.head(predicted.flatten(0, 1))
+        return z
+
+
 def _names_of_before(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
     """Checkpoints of before had one head, named so."""
     for name in [name for name in state if name.startswith(f"{prefix}head.")]:
@@ -175,6 +220,10 @@ def build_encoder(config: Config, drop_path: bool) -> Encoder:
                 f"backbone.name: {config.backbone.name} gives no regions, which {config.method.name} needs; "
                 "take a swin_*, a resnet* or a vit_*"
             )
+        if isinstance(config.method, CAPI):
+            patches_of(backbone, config.views.global_size)
+            rate = config.backbone.drop_path if drop_path else 0.0
+            return PredictingEncoder(backbone, heads["cls"], config.method.decoder_depth, rate)
         if hides_patches(config):
             patches_of(backbone, config.views.global_size)  # refuses what has no patches to hide
             backbone = MaskedViT(backbone)  # type: ignore[arg-type]
@@ -185,6 +234,11 @@ def build_encoder(config: Config, drop_path: bool) -> Encoder:
 
 def _head(config: Config, features: int, level: str) -> ProjectionHead:
     c = config.head
+    if not c.layers and c.bottleneck != features:
+        raise ConfigError(
+            f"head.bottleneck: must be {features}, the length of the encoder's features, since head.layers is 0; "
+            f"got {c.bottleneck}"
+        )
     return ProjectionHead(
         features, c.hidden, bottleneck_of(config, level), c.layers, c.batch_norm, c.normalise, c.activation
     )

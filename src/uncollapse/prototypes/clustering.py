@@ -104,6 +104,10 @@ class ClusteredPrototypes(Prototypes):
                 gradients = list(torch.autograd.grad(loss, layer))
             self._learned = [sum_over_ranks(g, group) for g in gradients], self.rate(progress)
 
+    def observe_positions(self, z: Tensor, progress: float, group: Group) -> bool:
+        self.observe(z, progress, group=group)
+        return True
+
     def _assigned(self, z: Tensor, weight: Tensor | None, group: Group) -> SoftmaxTargets:
         """Sinkhorn's assignments of the rows of ``z``, flattened."""
         tau, iterations = self.config.target_temperature, self.config.iterations

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uncollapse.distributed import Group
 from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
 from uncollapse.prototypes.vmf import vmf_bias
 from uncollapse.targets.softmax import SoftmaxTargets
@@ -59,6 +60,13 @@ class Prototypes(nn.Module):
         ``progress`` is the share of training done; ``weight (n,)`` is how much each counts, so that a set which class
         and patch tokens share can balance two of the one against hundreds of the other.
         """
+
+    def observe_positions(self, z: Tensor, progress: float, group: Group) -> bool:
+        """The same from the projections ``(P, n, D)`` of this rank at each of P positions, added up over ``group``.
+
+        Returns whether the set learns so; `observe` is left out then.
+        """
+        return False
 
     def posterior(self, z: Tensor, temperature: float) -> SoftmaxTargets:
         """The set's own target for teacher projections ``(..., D)``; only a mixture has one."""

@@ -173,7 +173,7 @@ def _description(runs: Sequence[RunRecord]) -> list[str]:
     if total and parts:
         sentences.append(f"{total:,.0f} prototypes: " + " and ".join(", ".join(parts).rsplit(", ", 1)) + ".")
     if used := count(USED):
-        n, unit = common(runs, "n_held_out") or common(runs, "n"), common(runs, "unit") or "images"
+        n, unit = common(runs, "n") or common(runs, "n_held_out"), common(runs, "unit") or "images"
         text = f"{used} used on {n + ' ' if n else ''}held-out {unit}"
         if by_target := count(USED_BY_TARGET):
             text += f" ({by_target} by the training target)"

@@ -20,7 +20,7 @@ from uncollapse.config.load import dump_config
 from uncollapse.config.schema import mode_name
 from uncollapse.data.batched import multicrop
 from uncollapse.data.images import MemoryImages
-from uncollapse.data.masks import crop_masks, dropped_patches
+from uncollapse.data.masks import around_blocks, crop_masks, dropped_patches
 from uncollapse.data.views import ViewSpec, view_specs
 from uncollapse.data.workers import view_loader
 from uncollapse.errors import TrainingError
@@ -43,9 +43,9 @@ Progress = Callable[[int, int, float], None]
 """Called after every step with (steps done, steps to do, loss)."""
 
 
-def of_set(measure: str, name: str) -> str:
-    """What a log calls a measure of one of several sets, or of one of several targets; those of "cls" go without."""
-    return measure if name == "cls" else f"{measure}/{name}"
+def of_set(measure: str, name: str, first: str) -> str:
+    """What a log calls a measure of one of several sets, or of one of several targets; the first set's go without."""
+    return measure if name == first else f"{measure}/{name}"
 
 
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
@@ -61,7 +61,7 @@ class Loop:
         self.state, self.log, self.say = state, log, say
         self.specs: list[ViewSpec] = view_specs(self.config.views)
         self.places = np.arange(self.config.run.batch).reshape(self.fabric.world_size, -1)[self.fabric.global_rank]
-        if state.parts.hide is not None or state.parts.drop:
+        if state.parts.hide is not None or state.parts.predict is not None or state.parts.drop:
             self.patches = patches_of(state.student.backbone, self.config.views.global_size)
         self.watch = Stopwatch(job.device)
         self.watch_seconds: dict[str, float] = {}
@@ -113,6 +113,10 @@ class Loop:
         if drop := self.state.parts.drop:
             dropped = dropped_patches(self.patches, drop, seed, step)
             masks["global"] = dropped.expand(len(groups["global"]), len(positions), -1)
+        if (predict := self.state.parts.predict) is not None:
+            masks["global"], masks["predicted"] = around_blocks(
+                self.patches, len(groups["global"]), *predict, seed, step, positions.tolist()
+            )
         return Batch(groups, masks, row_keys(seed, step, torch.from_numpy(positions), len(views)))
 
     def _check_finite(self, tensor: Tensor, what: str, step: int) -> None:
@@ -202,6 +206,7 @@ class Loop:
         return f"the newest checkpoint is of step {newest}" if newest is not None else "there is no checkpoint"
 
     def _log(self, done: int, result: Done) -> None:
+        first = self.state.parts.names()[0]
         lasting = {name: m for name, m in self.state.monitors.items() if self.state.prototypes(name).lasting}
         alive = {name: monitor.alive() for name, monitor in lasting.items()}
         if self.log is not None:
@@ -211,12 +216,13 @@ class Loop:
             for name in self.state.monitors:
                 vectors = self.state.prototypes(name).vectors("teacher")
                 if name in alive:
-                    row[of_set("alive", name)] = alive[name]
-                row[of_set("nearest_cosine", name)] = nearest_cosine(vectors)
+                    row[of_set("alive", name, first)] = alive[name]
+                row[of_set("nearest_cosine", name, first)] = nearest_cosine(vectors)
             for name, targets in result.targets.items():
                 if not targets.z.numel():
                     continue  # no hidden patch on this rank
-                row[of_set("teacher_entropy", name)], row[of_set("marginal_entropy", name)] = entropies(targets)
+                of_teacher, of_marginal = (of_set(m, name, first) for m in ("teacher_entropy", "marginal_entropy"))
+                row[of_teacher], row[of_marginal] = entropies(targets)
             self.log.row("step", done, time=time.time(), **row)
         for name, monitor in lasting.items():
             if monitor.window_full:
@@ -224,8 +230,9 @@ class Loop:
 
     def _sweep(self, done: int) -> None:
         if self.log is not None:
+            first = self.state.parts.names()[0]
             counts = {
-                of_set("unique", name): monitor.sweep(self.state.prototypes(name).vectors("teacher"))
+                of_set("unique", name, first): monitor.sweep(self.state.prototypes(name).vectors("teacher"))
                 for name, monitor in self.state.monitors.items()
             }
             self.log.row("sweep", done, epoch=round(self.job.epoch(done), 4), **counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from uncollapse.config.schema import Config
+from uncollapse.config.schema import Config, views_assigned
 from uncollapse.methods.contract import At, Seen
 from uncollapse.prototypes.sets import Prototypes
 
@@ -15,14 +15,14 @@ def observed(
 ) -> tuple[Tensor, float, Tensor | None]:
     """Rows of all ``levels`` that share a set, the share of training done, and how much each row counts.
 
-    Levels count alike, and tokens together as much as the two global views of the batch: what the mixture's memory is
+    Levels count alike, and tokens together as much as the views that have targets: what the mixture's memory is
     counted in.
     """
     most = config.prototypes.patch_rows or (config.run.batch if prototypes.first_view else None)
     rows = [_rows(everyone, level, prototypes.first_view, most, at) for level in levels]
     if len(levels) == 1 and everyone.z[levels[0]].ndim == 3:
         return rows[0], at.progress, None
-    fair = 2 * config.run.batch
+    fair = views_assigned(config) * config.run.batch
     weights = [torch.full((len(r),), fair / max(1, len(r)), device=r.device) for r in rows]
     return torch.cat(rows), at.progress, torch.cat(weights)
 

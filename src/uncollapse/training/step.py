@@ -75,7 +75,10 @@ class Stepper:
         sets, still = state.by_name, frozen(config, step)
         moving = {} if still == "prototypes" else sets
         for name, prototypes in moving.items():
-            prototypes.observe(*observed(everyone, state.parts.levels(name), prototypes, config, at))
+            levels = state.parts.levels(name)
+            every = teacher.every.get(levels[0])
+            if every is None or not prototypes.observe_positions(every, at.progress, at.group):
+                prototypes.observe(*observed(everyone, levels, prototypes, config, at))
         targets = balanced(config, method.assign(config, teacher, sets, state.memory, at), state.memory, at)
         watch.lap("prototypes")
         for name, monitor in state.monitors.items():
@@ -247,7 +250,9 @@ def _joined(seen: list[Seen], parts: list[slice]) -> Seen:
     key = {n: torch.cat([s.key[n] for s in seen]) for n in seen[0].key}
     mean = {n: torch.stack([s.mean[n] for s in seen]).mean(0) for n in seen[0].mean}
     features = {n: torch.cat([s.features[n] for s in seen], dim=1) for n in seen[0].features}
-    return Seen({name: cat(name) for name in seen[0].z}, weight, image, mean, features, key)
+    place = {n: torch.cat([s.place[n] for s in seen]) for n in seen[0].place}
+    every = {n: torch.cat([s.every[n] for s in seen], dim=1) for n in seen[0].every}
+    return Seen({name: cat(name) for name in seen[0].z}, weight, image, mean, features, key, place, every)
 
 
 def _synchronise(encoder: nn.Module, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from uncollapse.config.schema import method_name, mode_name
 from uncollapse.data.images import ImageSet, subset
@@ -37,6 +37,7 @@ FIT_VIEWS, FEWEST_FIT, MOST_FIT = 2, 2000, 20_000
 """Views of each training image that view information is fitted on; 8 images for each prototype, within these bounds."""
 SWEEP = tuple(float(e) for e in np.round(np.linspace(0.0125, 0.5, 40), 4))
 K_NEIGHBOURS = 20
+NO_PAIRS = "no view information: these are prototypes of patches, and two crops of an image share no patch"
 T = TypeVar("T")
 
 
@@ -52,10 +53,14 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
     """
     config, device = job.config, job.device
     main, *others = state.parts.names()
+    of_patches = state.parts.levels(main) == ["patch"]
     vectors, moved = state.prototypes(main).vectors("teacher").cpu(), _movement(job, state, main)
     features, z, labels = embed(state.evaluated, job.held_out, config.views, config.data.workers, device)
+    each = 1
+    if of_patches:
+        z, each = _patches(job, state, state.evaluated.head_of("patch"))
     report = prototype_report(vectors, z)
-    information, notes = _information(job, state, vectors)
+    information, notes = (None, [NO_PAIRS]) if of_patches else _information(job, state, vectors)
     probes, correct = _probes(job, state, features, labels)
     notes += probes.pop("notes")
     if moved is None:
@@ -70,11 +75,11 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
         n_held_out=len(job.held_out),
         data_digest=job.digests["data_digest"],
         held_out_digest=job.digests["held_out_digest"],
-        **_of_set(job, state, main, moved, report),
+        **_of_set(job, state, main, moved, report, "patches" if of_patches else "images"),
         effective_rank=report.effective_rank,
         uniformity=report.uniformity,
         view_information=None if information is None else _in_short(information),
-        **_used_by_target(job, state, z, vectors),
+        **({} if of_patches else _used_by_target(job, state, z, vectors)),
         sets={name: SetSummary(**_of_other_set(job, state, name, features, notes)) for name in others},
         loss=loss,
         seconds_per_step=total / max(1, steps),
@@ -86,7 +91,7 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
         **probes,
         notes=notes,
     )
-    arrays: dict[str, Any] = _arrays(vectors, z, job.held_out) | correct
+    arrays: dict[str, Any] = _arrays(vectors, z, job.held_out, each) | correct
     if moved is not None:
         arrays["movement"] = moved.numpy()
     if information is not None:
@@ -132,18 +137,21 @@ def _of_other_set(job: Job, state: TrainState, name: str, features: Tensor, note
 
     patches or regions on some of these.
     """
-    config, report = job.config, None
+    report = None
     head, of_tokens = state.evaluated.head_of(name), state.parts.levels(name)[0] in OF_TOKENS
     try:
-        if of_tokens:
-            encoder = Encoder(SomePatches(PatchTokens(plain(state.evaluated.backbone))), {"cls": head})
-            z = embed(encoder, job.held_out, config.views, config.data.workers, job.device)[1]
-        else:
-            z = projected(head, features, job.device)
+        z = _patches(job, state, head)[0] if of_tokens else projected(head, features, job.device)
         report = prototype_report(state.prototypes(name).vectors("teacher").cpu(), z)
     except Exception as error:  # the training is done, and no measure may cost it
         notes.append(f"no use of the prototypes of {name!r}: {in_words(error)}")
     return _of_set(job, state, name, _movement(job, state, name), report, "patches" if of_tokens else "images")
+
+
+def _patches(job: Job, state: TrainState, head: nn.Module) -> tuple[Tensor, int]:
+    """Projections of some patches of the held-out images, image by image, and of how many of each."""
+    chosen, config = SomePatches(PatchTokens(plain(state.evaluated.backbone))), job.config
+    z = embed(Encoder(chosen, {"cls": head}), job.held_out, config.views, config.data.workers, job.device)[1]
+    return z, chosen.each
 
 
 def _in_short(information: ViewInformation) -> Information:
@@ -256,8 +264,8 @@ def _probes(
     return probes, correct
 
 
-def _arrays(vectors: Tensor, z: Tensor, held_out: ImageSet) -> dict[str, np.ndarray]:
-    """What the report draws."""
+def _arrays(vectors: Tensor, z: Tensor, held_out: ImageSet, each: int) -> dict[str, np.ndarray]:
+    """What the report draws; ``z`` has ``each`` rows of every image."""
     plane = torch.linalg.qr(torch.randn(vectors.shape[1], 2, generator=torch.Generator().manual_seed(0)))[0]
     argmax = cosine_argmax(z, vectors)
     counts = usage_counts(argmax, len(vectors))
@@ -272,7 +280,7 @@ def _arrays(vectors: Tensor, z: Tensor, held_out: ImageSet) -> dict[str, np.ndar
     for name, ids in (("duplicate", duplicated), ("unique", distinct)):
         if len(ids):
             arrays[f"{name}_ids"] = ids.numpy()
-            arrays[f"{name}_images"] = nearest_images(vectors[ids], z, held_out)
+            arrays[f"{name}_images"] = nearest_images(vectors[ids], z.unflatten(0, (-1, each)), held_out)
     return arrays
 
 
