@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from uncollapse.diagnosis.run import diagnose as diagnose
     from uncollapse.losses.carp import fused_carp_loss as fused_carp_loss
     from uncollapse.losses.carp import random_blocks as random_blocks
+    from uncollapse.losses.diversity import hyperspherical_energy as hyperspherical_energy
+    from uncollapse.losses.diversity import koleo_features as koleo_features
+    from uncollapse.losses.diversity import mst_length as mst_length
+    from uncollapse.losses.diversity import orthogonality as orthogonality
+    from uncollapse.losses.diversity import repulsion as repulsion
+    from uncollapse.losses.diversity import spanning_pairs as spanning_pairs
     from uncollapse.losses.koleo import koleo_proto as koleo_proto
     from uncollapse.losses.koleo import nearest_neighbours as nearest_neighbours
     from uncollapse.losses.logits import fused_dino_loss_on_logits as fused_dino_loss_on_logits
@@ -55,14 +61,20 @@ _HOMES = {
     "fused_dino_loss": "losses.pairs",
     "fused_dino_loss_on_logits": "losses.logits",
     "fused_patch_loss": "losses.pairs",
+    "hyperspherical_energy": "losses.diversity",
+    "koleo_features": "losses.diversity",
     "koleo_proto": "losses.koleo",
     "me_max": "losses.mean_entropy",
+    "mst_length": "losses.diversity",
     "nearest_neighbours": "losses.koleo",
+    "orthogonality": "losses.diversity",
     "patch_weights": "losses.pairs",
     "prototype_report": "measure.usage",
     "random_blocks": "losses.carp",
+    "repulsion": "losses.diversity",
     "sinkhorn": "targets.sinkhorn",
     "sinkhorn_offsets": "targets.sinkhorn",
+    "spanning_pairs": "losses.diversity",
     "unique_prototypes": "measure.unique",
     "view_information": "measure.information",
     "vmf_bias": "prototypes.vmf",

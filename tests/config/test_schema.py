@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from uncollapse.config.load import build_config, dump_config, load_config, recipe_names
 from uncollapse.config.plain_yaml import parse_value
-from uncollapse.config.schema import ARMS, KINDS, TARGETS, Config, arm_keys, method_name, mode_name, targets_of
+from uncollapse.config.schema import ARMS, KINDS, RIVALS, TARGETS, Config, arm_keys, method_name, mode_name, targets_of
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError
 
@@ -188,8 +188,9 @@ def test_any_valid_value_survives_the_file(lr, batch, flip, seed):
     assert dataclasses.replace(Config(), seed=seed).seed == config.seed
 
 
-PAIRS = {f"{kind}-{targets}" for kind in KINDS for targets in TARGETS}
+PAIRS = {f"{kind}-{targets}" for kind in (*KINDS, *RIVALS) for targets in TARGETS}
 REFUSED = {
+    *(f"{rival}-posterior" for rival in RIVALS),
     "joint-posterior",
     "koleo-posterior",
     "fixed-posterior",
@@ -199,7 +200,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("arm", [*ARMS, *sorted(PAIRS - REFUSED)])
+@pytest.mark.parametrize("arm", [*ARMS, *RIVALS, *sorted(PAIRS - REFUSED)])
 def test_an_arm_is_named_by_what_makes_it(arm):
     """Where the targets are the mode's own, by the way to learn alone."""
     config = load_config("demo", arm_keys(arm))
@@ -211,6 +212,19 @@ def test_an_arm_is_named_by_what_makes_it(arm):
 def test_a_pair_without_a_meaning_is_refused(arm):
     with pytest.raises(ConfigError, match=r"^demo: prototypes\.targets: [^\n]+$"):
         load_config("demo", arm_keys(arm))
+
+
+def test_a_rivals_arm_is_what_it_says_whatever_the_recipe_has():
+    for rival in ("koleo", *RIVALS):
+        config = load_config("demo", {"prototypes.diversity": "mst", **arm_keys(rival)})
+        assert (config.prototypes.kind, config.prototypes.diversity) == ("koleo", rival)
+
+
+def test_neighbours_are_kept_only_where_they_are_looked_for():
+    every = {"prototypes.koleo_every": 4}
+    assert load_config("demo", {**arm_keys("mst"), **every}).prototypes.koleo_every == 4
+    with pytest.raises(ConfigError, match=r"prototypes.koleo_every: energy looks for no neighbours"):
+        load_config("demo", {**arm_keys("energy"), **every})
 
 
 def test_a_method_with_von_mises_fisher_prototypes_has_a_name_of_its_own():

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steps import Steps, small
+from uncollapse.config.schema import RIVALS, arm_keys
 from uncollapse.losses import diversity
 from uncollapse.losses.diversity import (
     hyperspherical_energy,
@@ -16,7 +18,9 @@ from uncollapse.losses.diversity import (
     orthogonality,
     repulsion,
     spanning_pairs,
+    spread,
 )
+from uncollapse.prototypes.sets import JointPrototypes
 
 
 def rows(seed, *shape):
@@ -201,3 +205,41 @@ def test_arguments_that_cannot_be_meant_are_refused():
     ):
         with pytest.raises(ValueError, match="above"):
             wrong()
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+@pytest.mark.parametrize("method", ["dino", "ibot-separate"])
+def test_a_rival_is_in_force_in_training(method, kind):
+    """Its weighted value is a named term for every set, and without learning from images it spreads the prototypes."""
+    steps = Steps(small(method, **{**arm_keys(kind), "prototypes.koleo_weight": 3.0}))
+    sets = steps.state.by_name
+    before = {name: spread(kind, p.student_v.detach()) for name, p in sets.items()}
+    done = steps.take()
+    for name, prototypes in sets.items():
+        assert done.terms[f"regulariser/{name}"] == pytest.approx(3 * float(before[name]), rel=1e-5)
+        for _ in range(5):
+            gradient = torch.autograd.grad(prototypes.regulariser(), prototypes.student_v)[0]
+            prototypes.student_v.data -= 0.1 * gradient / gradient.norm(dim=1).max()
+        assert spread(kind, prototypes.student_v.detach()) < before[name]
+
+
+def test_the_tree_serves_for_some_steps_and_is_saved():
+    def fresh():
+        return JointPrototypes(30, 5, True, 0.1, torch.Generator().manual_seed(0), 3, diversity="mst")
+
+    first, second = fresh(), fresh()
+    first.regulariser()
+    first.after_step()
+    kept = first.neighbours.clone()
+    first.student_v.data += rows(1, 30, 5)
+    torch.testing.assert_close(first.regulariser(), 0.1 * mst_length(first.student_v, tree=kept))
+    second.load_state_dict(first.state_dict())
+    torch.testing.assert_close(second.regulariser(), first.regulariser())
+    for _ in range(2):
+        first.after_step()
+    torch.testing.assert_close(first.regulariser(), 0.1 * mst_length(first.student_v))
+
+
+def test_an_unknown_regulariser_is_refused():
+    with pytest.raises(ValueError, match="there are koleo, mst"):
+        spread("dpp", rows(0, 5, 3))

@@ -12,7 +12,7 @@ from typing import Any
 
 from uncollapse.config.load import all_keys, load_config, recipe_names
 from uncollapse.config.plain_yaml import parse_value
-from uncollapse.config.schema import DEMO_ARMS, KINDS, Config, arm_keys, method_name, mode_name
+from uncollapse.config.schema import DEMO_ARMS, KINDS, RIVALS, Config, arm_keys, method_name, mode_name
 from uncollapse.errors import ConfigError
 
 _METHOD_KEYS = {"method.name", "method.center", "prototypes.vmf"}
@@ -42,7 +42,7 @@ def add_parsers(commands: Any) -> None:
     train.add_argument(
         "--prototypes",
         metavar="MODE",
-        help=f"how prototypes are learned: {', '.join(KINDS)}; or with other targets, as joint-sinkhorn",
+        help=f"how prototypes are learned: {', '.join((*KINDS, *RIVALS))}; or with other targets, as joint-sinkhorn",
     )
     train.add_argument("--init", metavar="FILE", help="start the encoder from these weights, or those of a run folder")
     train.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE-PROTOTYPES-seedN)")

@@ -58,6 +58,8 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         if config.backbone.options.get("patch_drop_rate"):
             why = f"patch_drop_rate drops patches whose targets {label} needs; it hides patches of its own"
             problems.append(("backbone.options", f"{why} (method.masked_crops)"))
+    if protos.koleo_every > 1 and protos.diversity not in ("koleo", "mst"):
+        problems.append(("prototypes.koleo_every", f"{protos.diversity} looks for no neighbours; leave it at 1"))
     if isinstance(method, DINOv2) and method.shared and method.patch_bottleneck is not None:
         problems.append(("method.patch_bottleneck", "patches have a head of their own only with method.shared false"))
     if isinstance(method, DINOv2) and method.koleo_weight and run.batch // run.accumulate < 2:

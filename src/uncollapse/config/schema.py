@@ -19,6 +19,9 @@ PrototypeKind = Literal["joint", "koleo", "decoupled", "decoupled-paper", "memor
 KINDS: tuple[PrototypeKind, ...] = ("joint", "koleo", "decoupled", "decoupled-paper", "memory", "fixed", "capi")
 TargetKind = Literal["centred", "sinkhorn", "sinkhorn-queue", "power-law", "floor", "softmax", "posterior"]
 TARGETS: tuple[TargetKind, ...] = get_args(TargetKind)
+DiversityKind = Literal["koleo", "repulsion", "energy", "orthogonality", "mst"]
+RIVALS: tuple[DiversityKind, ...] = get_args(DiversityKind)[1:]
+"""What stands for KoLeo-Proto in the mode ``koleo``, and names a mode of its own."""
 DEMO_ARMS = ("joint", "joint-sinkhorn", "koleo", "decoupled", "decoupled-paper", "fixed")
 """The modes of the demonstration."""
 ARMS = (*DEMO_ARMS[:-1], "memory", "fixed")
@@ -177,9 +180,14 @@ class PrototypeConfig:
     """Learning rate of joint prototypes relative to the encoder's."""
     weight_decay: Rate | None = None
     """Weight decay of joint prototypes; null: the encoder's."""
+    diversity: DiversityKind = "koleo"
+    """What pushes prototypes apart in the mode ``koleo``: KoLeo-Proto, or a rival: pairwise Gaussian repulsion,
+    hyperspherical energy, orthogonality, or the length of their minimum spanning tree."""
     koleo_weight: Rate = 0.1
+    """Its weight, whichever it is."""
     koleo_every: Positive = 1
-    """Nearest neighbours of KoLeo-Proto are looked for every so many steps; in between the last ones serve."""
+    """Nearest neighbours of KoLeo-Proto, or the spanning tree, are looked for every so many steps; in between the last
+    ones serve."""
     memory_length: Positive | None = None
     """Teacher projections of earlier images that ``memory`` keeps. Of more than ``count``, so many are drawn anew every
     step; null: as many, and all are prototypes."""
@@ -395,7 +403,8 @@ def method_name(config: Config) -> str:
 
 def mode_name(config: Config) -> str:
     """The mode of an arm: how prototypes are learned, and their targets where those are not the mode's own."""
-    targets, kind = targets_of(config), config.prototypes.kind
+    targets, protos = targets_of(config), config.prototypes
+    kind = protos.diversity if protos.kind == "koleo" else protos.kind
     return kind if targets == _own_targets(config) else f"{kind}-{targets}"
 
 
@@ -405,14 +414,14 @@ def arm_keys(arm: str) -> dict[str, Any]:
     Raises:
         ConfigError: no such mode.
     """
-    pairs = {f"{kind}-{targets}": (kind, targets) for kind in KINDS for targets in TARGETS}
-    if arm in pairs:
-        return dict(zip(("prototypes.kind", "prototypes.targets"), pairs[arm], strict=True))
-    if arm in KINDS:
-        return {"prototypes.kind": arm}
-    close = difflib.get_close_matches(arm, [*KINDS, *pairs], n=1)
+    ways: dict[str, dict[str, Any]] = {kind: {"prototypes.kind": kind} for kind in KINDS}
+    ways |= {d: {"prototypes.kind": "koleo", "prototypes.diversity": d} for d in ("koleo", *RIVALS)}
+    pairs = {f"{way}-{t}": {**keys, "prototypes.targets": t} for way, keys in ways.items() for t in TARGETS}
+    if arm in ways or arm in pairs:
+        return (ways | pairs)[arm]
+    close = difflib.get_close_matches(arm, [*ways, *pairs], n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(
-        f"no way to learn prototypes {arm!r}: {hint}one of {', '.join(KINDS)}, alone or with targets of another kind, "
+        f"no way to learn prototypes {arm!r}: {hint}one of {', '.join(ways)}, alone or with targets of another kind, "
         f"as joint-{TARGETS[1]} ({', '.join(TARGETS)})"
     )

@@ -34,6 +34,10 @@ _MODES: dict[str, Style] = {
     "joint": Style("#D55E00", "-"),
     "joint-sinkhorn": Style("#CC79A7", "--"),
     "koleo": Style("#009E73", "-"),
+    "repulsion": Style("#5B8F00", "--"),
+    "energy": Style("#00797A", "-."),
+    "orthogonality": Style("#8C510A", "--"),
+    "mst": Style("#3B3B98", "-."),
     "decoupled": Style("#0072B2", "-"),
     "decoupled-paper": Style("#56B4E9", "--"),
     "memory": Style("#6A3D9A", "-"),
@@ -54,7 +58,7 @@ _LINES: list[str | tuple[int, tuple[float, ...]]] = [
     (0, (7, 4, 1, 4)),
 ]
 _MARKERS = "os^DvP*X<>p"
-_SPARE = ["#000000", "#8C510A", "#B40F5D", "#5B8F00", "#00797A", "#A0522D", "#3B3B98", "#C19A00"]
+_SPARE = ["#000000", "#B40F5D", "#A0522D", "#C19A00"]
 RC: dict[Any, Any] = {
     "svg.hashsalt": "uncollapse",  # same data, same bytes
     "text.parse_math": False,  # a dollar in an arm's name is a dollar

@@ -28,6 +28,31 @@ _NEAR = 1e-2
 """Squared distances below this are taken from differences: a float32 cosine does not have them."""
 
 
+def spread(kind: str, w: Tensor, pairs: Tensor | None = None) -> Tensor:
+    """A regulariser of prototypes by the name that recipes give it, with its own defaults.
+
+    Args:
+        kind: ``koleo``, ``repulsion``, ``energy``, ``orthogonality`` or ``mst``.
+        w: ``(K, D)``.
+        pairs: neighbours or tree found earlier, for ``koleo`` and ``mst``.
+
+    Raises:
+        ValueError: no such name, or what the regulariser refuses.
+    """
+    if kind == "koleo":
+        return koleo_proto(w, neighbours=pairs)
+    if kind == "mst":
+        return mst_length(w, tree=pairs)
+    others: dict[str, Callable[[Tensor], Tensor]] = {
+        "repulsion": repulsion,
+        "energy": hyperspherical_energy,
+        "orthogonality": orthogonality,
+    }
+    if kind not in others:
+        raise ValueError(f"no regulariser {kind!r}; there are koleo, mst, {', '.join(others)}")
+    return others[kind](w)
+
+
 def koleo_features(features: Tensor, images: int | None = None) -> Tensor:
     """KoLeo on the features of a batch (Sablayrolles et al. 2019, Section 3), as DINOv2 has it (Oquab et al. 2024).
 

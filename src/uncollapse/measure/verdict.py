@@ -173,7 +173,12 @@ def judge_row(row: Mapping[str, Any], mode: str = "") -> Verdict | None:
 _APART = {
     "": "in a new run keep them apart with KoLeo-Proto, take them out of the gradient (decoupled), or use fewer",
     "joint": "train again with --prototypes decoupled, or keep these apart with --prototypes koleo",
-    "koleo": "raise prototypes.koleo_weight, or train again with --prototypes decoupled",
+    **dict.fromkeys(
+        ("koleo", "repulsion", "energy", "mst"),
+        "raise prototypes.koleo_weight, or train again with --prototypes decoupled",
+    ),
+    "orthogonality": "train again with --prototypes decoupled or koleo: more prototypes than dimensions have copies "
+    "that orthogonality cannot tell",
     "decoupled": "use fewer prototypes (prototypes.count)",
     "decoupled-paper": "train again with --prototypes decoupled, which keeps its components alive",
     "capi": "raise prototypes.clustering.lr if they hardly moved, or train again with --prototypes decoupled",

@@ -45,7 +45,16 @@ def build_prototypes(
     if config.kind in ("joint", "koleo"):
         koleo = config.koleo_weight if config.kind == "koleo" else 0.0
         return JointPrototypes(
-            config.count, dim, config.learn_norm, koleo, generator, config.koleo_every, config.vmf, followed, on_sphere
+            config.count,
+            dim,
+            config.learn_norm,
+            koleo,
+            generator,
+            config.koleo_every,
+            config.vmf,
+            followed,
+            on_sphere,
+            config.diversity,
         )
     if config.kind == "capi":
         return ClusteredPrototypes(config.count, dim, config.clustering, generator, own_student, config.learn_norm)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncollapse.distributed import Group
-from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
+from uncollapse.losses.diversity import spanning_pairs, spread
+from uncollapse.losses.koleo import nearest_neighbours
 from uncollapse.prototypes.vmf import vmf_bias
 from uncollapse.targets.softmax import SoftmaxTargets
 
@@ -89,8 +90,9 @@ class JointPrototypes(Prototypes):
     The student's rows are ``g · v / |v|``; the teacher's are an EMA of v and g, or the same (``followed`` false), as in
     MSN. With ``on_sphere`` they are v, which is put back on the unit sphere after every step, as in SwAV. ``vmf`` adds
     the log-normaliser of each row's von Mises-Fisher density to the logits. With a positive
-    ``koleo_weight`` the student's rows are pushed apart by KoLeo-Proto, whose nearest neighbours are looked for every
-    ``koleo_every`` steps; what is found serves until then and is checkpointed.
+    ``koleo_weight`` the student's rows are pushed apart by KoLeo-Proto or another ``diversity``. The nearest
+    neighbours, or the spanning tree, are looked for every ``koleo_every`` steps; they serve until then and are
+    checkpointed.
     """
 
     teacher_v: Tensor
@@ -109,6 +111,7 @@ class JointPrototypes(Prototypes):
         vmf: bool = False,
         followed: bool = True,
         on_sphere: bool = False,
+        diversity: str = "koleo",
     ) -> None:
         super().__init__()
         # The distribution of PyTorch's linear layer, which DINO's last layer keeps.
@@ -119,11 +122,12 @@ class JointPrototypes(Prototypes):
         if followed:
             self.register_buffer("teacher_v", start.clone())
             self.register_buffer("teacher_g", torch.ones(count, 1))
-        self.koleo_weight, self.koleo_every = koleo_weight, koleo_every
+        self.koleo_weight, self.koleo_every, self.diversity = koleo_weight, koleo_every, diversity
         self.vmf, self.followed, self.on_sphere = vmf, followed, on_sphere
         self._keeps_neighbours = koleo_weight > 0 and koleo_every > 1
         if self._keeps_neighbours:
-            self.register_buffer("neighbours", torch.zeros(count, dtype=torch.long))
+            shape = (2, count - 1) if diversity == "mst" else (count,)
+            self.register_buffer("neighbours", torch.zeros(shape, dtype=torch.long))
             self.register_buffer("neighbours_age", torch.zeros((), dtype=torch.long))
 
     def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
@@ -138,9 +142,10 @@ class JointPrototypes(Prototypes):
         if not self.koleo_weight:
             return None
         if self._keeps_neighbours and int(self.neighbours_age) % self.koleo_every == 0:
-            self.neighbours.copy_(nearest_neighbours(self.student_v))
+            search = spanning_pairs if self.diversity == "mst" else nearest_neighbours
+            self.neighbours.copy_(search(self.student_v))
         neighbours = self.neighbours if self._keeps_neighbours else None
-        return self.koleo_weight * koleo_proto(self.student_v, neighbours=neighbours)
+        return self.koleo_weight * spread(self.diversity, self.student_v, neighbours)
 
     @torch.no_grad()
     def begin_at(self, vectors: Tensor) -> None:
