@@ -197,6 +197,8 @@ REFUSED = {
     "capi-posterior",
     "memory-posterior",
     "memory-centred",
+    "memory-floor",
+    "memory-power-law",
 }
 
 
