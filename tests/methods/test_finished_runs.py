@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from steps import Steps, small
 from uncollapse.checkpoints.pretrained import start_from
 from uncollapse.cli.main import main
+from uncollapse.config.schema import targets_of
 from uncollapse.data.load import load_images
 from uncollapse.data.workers import eval_batches
 from uncollapse.diagnosis.run import diagnose_file
@@ -30,6 +31,8 @@ SETS = {
     "carp": ["teacher cls", "student cls"],
     "ibot-separate": ["teacher cls", "teacher patch", "student cls", "student patch"],
     "ibot-vmf": ["teacher cls", "student cls"],
+    "esvit": ["teacher cls", "teacher region", "student cls", "student region"],
+    "wessl": [f"{side} {name}" for side in ("teacher", "student") for name in ("cls", "head2", "head3")],
 }
 
 
@@ -57,11 +60,16 @@ def rows(c, state):
     _, held = load_images(c.data.path, c.data, c.seed, progress=False)
     net = state.evaluated
     z = {"cls": embed(net, held, c.views, 0, CPU)[1][None]}
-    if "patch" in state.parts.sets:
-        ((_, x),) = eval_batches(held, c.views.global_size, c.views.mean, c.views.std, 256, 0)
-        net.eval()
-        z["patch"] = net.head(net.backbone.tokens(x)[1].flatten(0, 1))
-        net.train()
+    ((_, x),) = eval_batches(held, c.views.global_size, c.views.mean, c.views.std, 256, 0)
+    net.eval()
+    for level in state.parts.sets:
+        if level == "patch":
+            z[level] = net.head(net.backbone.tokens(x)[1].flatten(0, 1))
+        elif level == "region":
+            z[level] = net([x]).region[0][None]
+        elif level != "cls":
+            z[level] = net([x]).others[level]
+    net.train()
     return z
 
 
@@ -72,10 +80,11 @@ def test_it_is_diagnosed_with_images_as_it_trained(finished):
     found = diagnose_file(folder, data="builtin:digits", limit=80)
     assert [f"{d.source.side} {d.source.set}" for d in found] == SETS[method]
     z = rows(c, state)
-    if method == "swav":  # the codes of training are balanced over a batch; here it is the softmax at their temperature
-        targets = {"cls": state.prototypes().targets(z["cls"], c.teacher.temperature)}
+    if targets_of(c) == "sinkhorn":  # balanced over a batch in training; here it is the softmax at their temperature
+        targets = {name: state.prototypes(name).targets(of, c.teacher.temperature) for name, of in z.items()}
     else:
-        targets = method_of(c).assign(c, Seen(z), state.sets, state.memory, END)
+        # No number of the diagnosis needs a region's match.
+        targets = method_of(c).assign(c, Seen(z, features={"region": None}), state.sets, state.memory, END)
     for d in found:
         assert d.images is not None, d.notes
         name, side = d.source.set, "student" if d.source.side == "student" else "teacher"
@@ -83,11 +92,11 @@ def test_it_is_diagnosed_with_images_as_it_trained(finished):
         if side == "student":
             continue
         level = z[name].flatten(0, -2)
-        assert (d.images.unit, d.images.n) == ("patches" if name == "patch" else "images", len(level))
+        assert (d.images.unit, d.images.n) == ("patches" if name in ("patch", "region") else "images", len(level))
         assert d.images.used == len((level @ F.normalize(d.vectors.float(), dim=1).T).argmax(1).unique())
         mean = targets[name].dense().flatten(0, -2).double().mean(0)
         assert d.images.marginal["entropy"] == pytest.approx(entropy(mean.numpy()), abs=1e-4)
-        assert d.images.marginal["centred"] == (c.method.name == "ibot")
+        assert d.images.marginal["centred"] == (c.method.name in ("ibot", "esvit"))
         assert d.images.marginal["biased"] == (method == "ibot-vmf")
 
 
@@ -119,7 +128,7 @@ def test_its_encoder_is_the_one_that_is_looked_at(finished):
         fresh = encoder.untrained()
         torch.testing.assert_close(fresh.project(fresh.features(x)).norm(dim=1), torch.ones(3))
     net.train()
-    assert encoder.tokens == method.startswith("ibot")
+    assert encoder.tokens == (method.startswith("ibot") or method == "wessl")
     torch.testing.assert_close(encoder.vectors, state.prototypes().vectors("teacher"))
 
 
@@ -129,13 +138,13 @@ def test_another_run_starts_from_it(finished):
     other = config("dino-vmf" if method.startswith("ibot") else method)
     encoder = build_encoder(other, drop_path=True)
     lines = start_from(encoder, str(folder))
-    theirs = {
-        **dict(plain(state.evaluated.backbone).named_parameters()),
-        **dict(state.evaluated.head.named_parameters()),
-    }
-    for module in (encoder.backbone, encoder.head):
-        assert all(torch.equal(p, theirs[n]) for n, p in module.named_parameters())
-    assert [line.split()[0] for line in lines] == ["started", "started"]
+    assert encoder.heads.keys() == state.evaluated.heads.keys()
+    pairs = [(encoder.backbone, plain(state.evaluated.backbone))]
+    pairs += [(head, state.evaluated.heads[name]) for name, head in encoder.heads.items()]
+    for own, theirs in pairs:
+        expected = dict(theirs.named_parameters())
+        assert all(torch.equal(p, expected[n]) for n, p in own.named_parameters())
+    assert [line.split()[0] for line in lines] == ["started"] * len(pairs)
 
 
 def test_a_run_that_hides_patches_starts_from_one_that_does_not(tmp_path):

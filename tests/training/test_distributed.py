@@ -26,6 +26,8 @@ METHODS = (
     "ibot memory",
     "ibot joint-sinkhorn-queue",
     "dino joint-floor",
+    "esvit decoupled",
+    "wessl joint",
 )
 STEPS = 4
 

@@ -22,7 +22,7 @@ def tensors(content, name=""):
 @pytest.mark.parametrize(
     ("method", "kind"),
     [("ibot", "koleo"), ("ibot", "decoupled"), ("ibot-separate", "joint"), ("ibot-separate", "decoupled"),
-     ("ibot-vmf", "joint"), ("dino-vmf", "joint")],
+     ("ibot-vmf", "joint"), ("dino-vmf", "joint"), ("esvit", "joint"), ("esvit", "decoupled"), ("wessl", "joint")],
 )  # fmt: skip
 def test_a_batch_in_parts_is_the_batch(method, kind):
     """Losses and weights after three steps, with stochastic depth and some parts without a hidden patch."""
@@ -48,7 +48,15 @@ def test_a_batch_in_parts_is_the_batch(method, kind):
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("swav", "joint"), ("carp", "joint"), ("carp", "decoupled"), ("ibot", "koleo"), ("ibot-separate", "decoupled")],
+    [
+        ("swav", "joint"),
+        ("carp", "joint"),
+        ("carp", "decoupled"),
+        ("ibot", "koleo"),
+        ("ibot-separate", "decoupled"),
+        ("esvit", "decoupled"),
+        ("wessl", "joint"),
+    ],
 )
 def test_resume_reaches_the_same_bits(method, kind, tmp_path, monkeypatch):
     """Between a step that fills SwAV's queue and one that uses it."""
