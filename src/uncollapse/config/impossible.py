@@ -34,6 +34,11 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         )
     if protos.kind == "memory" and (protos.memory_length or protos.count) < protos.count:
         problems.append(("prototypes.memory_length", f"must be at least prototypes.count, {protos.count}"))
+    if protos.kind == "fixed" and protos.start == "simplex" and protos.count > config.head.bottleneck + 1:
+        why = (
+            f"a simplex in head.bottleneck = {config.head.bottleneck} dimensions has at most one corner more than that"
+        )
+        problems.append(("prototypes.start", f"{why}, not {protos.count}"))
     if run.batch % run.accumulate:
         problems.append(("run.accumulate", f"a batch of {run.batch} does not divide into {run.accumulate} equal parts"))
     if teacher.temperature > 1 or teacher.temperature_start > 1:

@@ -169,6 +169,9 @@ class PrototypeConfig:
     floor_rate: Above0 = 20.0
     """How fast the duals of ``floor`` learn; CoKe's 20."""
     count: Annotated[int, Field(ge=2)] = 65536
+    start: Literal["random", "simplex"] = "random"
+    """Where ``fixed`` prototypes stand: random directions, or as far apart as they can be, which takes a
+    ``head.bottleneck`` of at least ``count - 1``."""
     learn_norm: bool = True
     """Whether the length of each prototype is learned (DINO's ``norm_last_layer=False``)."""
     vmf: bool = False

@@ -61,7 +61,7 @@ def build_prototypes(
     if config.kind == "memory":
         return MemoryPrototypes(config.count, dim, generator, config.memory_length, seed)
     if config.kind == "fixed":
-        return FixedPrototypes(config.count, dim, generator)
+        return FixedPrototypes(config.count, dim, generator, config.start)
     return mixture_set(mixture_defaults(config.kind, config.mixture), config.count, dim, rows, generator, unit)
 
 

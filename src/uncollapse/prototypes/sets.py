@@ -169,16 +169,33 @@ class JointPrototypes(Prototypes):
 
 
 class FixedPrototypes(Prototypes):
-    """Random directions that never move: the control every comparison needs."""
+    """Directions that never move, random or a `simplex`: the control every comparison needs."""
 
     weight: Tensor
 
-    def __init__(self, count: int, dim: int, generator: torch.Generator) -> None:
+    def __init__(self, count: int, dim: int, generator: torch.Generator, start: str = "random") -> None:
         super().__init__()
-        self.register_buffer("weight", F.normalize(torch.randn(count, dim, generator=generator), dim=-1))
+        rows = torch.randn(count, dim, generator=generator) if start == "random" else simplex(count, dim, generator)
+        self.register_buffer("weight", F.normalize(rows, dim=-1))
 
     def begin_at(self, vectors: Tensor) -> None:
         self.weight.copy_(vectors)
 
     def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
         return self.weight, None
+
+
+def simplex(count: int, dim: int, generator: torch.Generator) -> Tensor:
+    """``(K, D)`` unit vectors, every two at a cosine of ``-1 / (K - 1)``, turned at random: the corners of a simplex.
+
+    No K vectors are further apart (the simplex equiangular tight frame of neural collapse; Papyan, Han & Donoho 2020).
+
+    Raises:
+        ValueError: K above D + 1.
+    """
+    if count > dim + 1:
+        raise ValueError(f"a simplex in {dim} dimensions has at most {dim + 1} corners, not {count}")
+    ones = torch.ones(count, 1, dtype=torch.float64)
+    corners = torch.linalg.qr(torch.cat([ones, torch.eye(count, dtype=torch.float64)[:, 1:]], dim=1)).Q[:, 1:]
+    turn = torch.linalg.qr(torch.randn(dim, count - 1, generator=generator, dtype=torch.float64)).Q
+    return F.normalize(corners @ turn.T, dim=-1).float()
