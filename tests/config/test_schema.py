@@ -93,6 +93,32 @@ def test_published_numbers_of_ibot():
     assert (c.views.global_scale, c.views.local_scale, c.views.local_count) == ((0.25, 1), (0.05, 0.25), 10)
 
 
+def test_published_numbers_of_dinov2():
+    """Its code's two configurations, in passes over the images instead of epochs of 1,250 steps."""
+    short, large = load_config("dinov2-vitl16"), load_config("dinov2-vitl14")
+    for c, steps, images, batch in ((short, 100, 1_281_167, 2048), (large, 500, 14_197_086, 3072)):
+        each = images // batch  # steps of a pass
+        assert c.run.batch == batch
+        assert c.run.epochs * each == pytest.approx(1250 * steps, rel=1e-3)
+        assert c.optim.warmup_epochs * each == pytest.approx(1250 * (10 if c is short else 80), rel=1e-3)
+        assert c.teacher.temperature_warmup_epochs * each == pytest.approx(1250 * 30, rel=1e-3)
+        assert c.prototypes.freeze_epochs * each == pytest.approx(1250, rel=1e-3)
+        base = 4e-3 if c is short else 2e-4
+        assert c.optim.lr * batch / c.optim.lr_batch == pytest.approx(base * (batch / 1024) ** 0.5, rel=1e-6)
+        assert (c.teacher.temperature_start, c.teacher.temperature, c.teacher.temperature_by) == (0.04, 0.07, "step")
+        assert (c.optim.min_lr, c.optim.clip, c.optim.clip_of, c.optim.patch_embed_lr) == (1e-6, 3, "network", 0.2)
+        assert (c.views.global_scale, c.views.local_scale, c.views.local_count) == ((0.32, 1), (0.05, 0.32), 8)
+        assert (c.method.koleo_weight, c.method.masked_crops, c.method.mask_ratio) == (0.1, 0.5, (0.1, 0.5))
+        assert (c.backbone.drop_path_uniform, c.backbone.options) == (True, {"init_values": 1e-5})
+    assert (short.prototypes.count, short.method.shared, targets_of(short)) == (65536, True, "centred")
+    assert (large.prototypes.count, large.method.shared, targets_of(large)) == (131072, False, "sinkhorn")
+    assert (large.head.bottleneck, large.method.patch_bottleneck, large.views.local_size) == (384, 256, 98)
+    assert (short.optim.layer_decay, large.optim.layer_decay) == (0.9, 1.0)
+    assert (short.teacher.momentum, large.teacher.momentum) == (0.992, 0.994)
+    assert (short.optim.weight_decay_end, large.optim.weight_decay_end) == (0.4, 0.2)
+    assert (short.backbone.drop_path, large.backbone.drop_path) == (0.3, 0.4)
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

@@ -94,7 +94,9 @@ class BackboneConfig:
 
     name: str = "vit_small_patch16_224"
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Stochastic depth of the student (the teacher has none)."""
+    """Stochastic depth of the student (the teacher has none): of the last block, rising from 0 at the first."""
+    drop_path_uniform: bool = False
+    """Whether it is the same in every block, as in DINOv2."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of ``timm.create_model``."""
     init: str = ""
@@ -237,11 +239,14 @@ class OptimConfig:
     """Of AdamW."""
     patch_embed_lr: Rate = 1.0
     """Learning rate of a transformer's patch embedding relative to the rest of it; 0.2 in CAPI and DINOv2."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learning rate of each of a transformer's blocks relative to the one above it; its embeddings count as below the
+    first, heads and last norm as above the last. 0.9 in DINOv2's ViT-L/16."""
     clip: Rate = 0.0
     """Largest gradient norm, of what ``clip_of`` says; 0: no clipping."""
-    clip_of: Literal["tensor", "encoder"] = "tensor"
-    """Each parameter tensor on its own, prototypes too, as DINO does; or the encoder with its heads as a whole, as MSN
-    does, whose prototypes are not clipped."""
+    clip_of: Literal["tensor", "encoder", "network"] = "tensor"
+    """Each parameter tensor on its own, prototypes too, as DINO does; the encoder with its heads as a whole, as MSN
+    does, whose prototypes are not clipped; or the backbone, and each head with its prototypes, as DINOv2 does."""
 
 
 @dataclass(frozen=True)

@@ -79,12 +79,11 @@ def _tiny_backbone(backbone: BackboneConfig) -> BackboneConfig:
     if backbone.name.startswith("vit_"):
         options = {"patch_size": 8, "img_size": 32, "embed_dim": WIDTH, "depth": 2, "num_heads": 2}
         options |= {name: value for name, value in backbone.options.items() if name in _KEPT}
-        return BackboneConfig("vit_tiny_patch16_224", backbone.drop_path, options)
+        return replace(backbone, name="vit_tiny_patch16_224", options=options)
     if backbone.name.startswith("swin_"):
         blocks = {"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 2]}
-        return BackboneConfig(
-            "swin_tiny_patch4_window7_224", backbone.drop_path, {"img_size": 32, "window_size": 2, **blocks}
-        )
+        small = {"img_size": 32, "window_size": 2, **blocks}
+        return replace(backbone, name="swin_tiny_patch4_window7_224", options=small)
     if backbone.name.startswith("resnet"):
-        return BackboneConfig("resnet10t", 0.0, {})
+        return replace(backbone, name="resnet10t", drop_path=0.0, options={})
     return backbone

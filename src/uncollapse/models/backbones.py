@@ -95,5 +95,9 @@ def build_backbone(config: BackboneConfig, drop_path: bool = True) -> tuple[nn.M
             f"backbone.name: timm cannot build {config.name!r} with {options} ({reason}); "
             "timm.list_models() names what it has"
         ) from None
+    if config.drop_path_uniform and config.drop_path and drop_path:
+        for module in model.modules():
+            for name in {"drop_path", "drop_path1", "drop_path2"} & dict(module.named_children()).keys():
+                setattr(module, name, timm.layers.DropPath(config.drop_path))
     features: Any = getattr(model, "head_hidden_size", None) or model.num_features
     return model, int(features)

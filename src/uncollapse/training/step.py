@@ -181,7 +181,7 @@ class Stepper:
                 if parameter.grad is not None:
                     parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]
         self.precision.unscale_gradients(self.state.optimizer)
-        clip_gradients(self.state.student, self.learned, config.optim)
+        clip_gradients(self.state.student, self.state.sets, config.optim)
         if step < round(config.prototypes.freeze_epochs * self.job.steps_per_epoch):
             for parameter in self.learned:
                 parameter.grad = None
