@@ -1,12 +1,19 @@
 """Prototypes that are earlier projections: beside a plain list, and draws that anyone can repeat."""
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from steps import small
 from uncollapse.prototypes.memory import MemoryPrototypes
+from uncollapse.report.page import write_report
+from uncollapse.report.table import print_table
+from uncollapse.run_folder.read import read_run
+from uncollapse.training.run import train
 
 K, D = 12, 6
 
@@ -88,3 +95,19 @@ def test_draws_are_those_of_seed_and_step_and_go_on_from_a_checkpoint():
 def test_a_queue_shorter_than_the_prototypes_is_refused():
     with pytest.raises(ValueError, match="12 prototypes cannot be taken from a queue of 11"):
         made(K - 1)
+
+
+def test_a_run_does_not_pretend_that_its_prototypes_can_be_followed(tmp_path):
+    """Neither alive nor movement, in log, summary, arrays and table, and a note that says why."""
+    c = small("dino", "memory", **{"data.held_out": 0.9, "data.held_out_max": 40, "log.alive_window": 1})
+    said = []
+    summary = train(c, tmp_path / "run", 3, say=said.append, accelerator="cpu")
+    assert (summary["alive"], summary["alive_window"], summary["movement"]) == (None, None, None)
+    assert any("another vector every step" in note for note in summary["notes"])
+    assert summary["used"] > 0
+    assert not [line for line in said if "nearest in the" in line]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert not [row for row in rows if "alive" in row]
+    assert "movement" not in np.load(tmp_path / "run" / "diagnosis.npz")
+    print_table([summary])
+    write_report([read_run(tmp_path / "run")], tmp_path / "report.html")

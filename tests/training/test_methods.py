@@ -4,11 +4,18 @@ import pytest
 import torch
 
 from steps import Steps, small
+from uncollapse.config.schema import arm_keys
 from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.training.run import train
 
 FEW = {"data.held_out": 0.9, "data.held_out_max": 16}
 PLAIN = {"optim.name": "sgd", "optim.lr": 1.0, "optim.lr_batch": 16, "optim.min_lr": 0.0}
+
+
+def mode(arm):
+    """Its keys; a short queue, and prototypes drawn from a longer one, so that some steps reach their ends."""
+    short = {"prototypes.queue": 24, "prototypes.floor": 1.0}
+    return arm_keys(arm) | short | ({"prototypes.count": 40, "prototypes.memory_length": 72} if arm == "memory" else {})
 
 
 def tensors(content, name=""):
@@ -22,12 +29,13 @@ def tensors(content, name=""):
 @pytest.mark.parametrize(
     ("method", "kind"),
     [("ibot", "koleo"), ("ibot", "decoupled"), ("ibot-separate", "joint"), ("ibot-separate", "decoupled"),
-     ("ibot-vmf", "joint"), ("dino-vmf", "joint"), ("esvit", "joint"), ("esvit", "decoupled"), ("wessl", "joint")],
+     ("ibot-vmf", "joint"), ("dino-vmf", "joint"), ("esvit", "joint"), ("esvit", "decoupled"), ("wessl", "joint"),
+     ("ibot", "memory"), ("ibot", "joint-sinkhorn-queue"), ("dino-vmf", "joint-floor")],
 )  # fmt: skip
 def test_a_batch_in_parts_is_the_batch(method, kind):
     """Losses and weights after three steps, with stochastic depth and some parts without a hidden patch."""
     keys = {**PLAIN, "method.masked_crops": 0.2} if "ibot" in method else PLAIN
-    whole, parts = (Steps(small(method, kind, **keys, **{"run.accumulate": n})) for n in (1, 4))
+    whole, parts = (Steps(small(method, **mode(kind), **keys, **{"run.accumulate": n})) for n in (1, 4))
     start = whole.snapshot()
     for _ in range(3):
         one, other = whole.take(), parts.take()
@@ -56,12 +64,14 @@ def test_a_batch_in_parts_is_the_batch(method, kind):
         ("ibot-separate", "decoupled"),
         ("esvit", "decoupled"),
         ("wessl", "joint"),
+        ("ibot", "memory"),
+        ("dino", "joint-floor"),
     ],
 )
 def test_resume_reaches_the_same_bits(method, kind, tmp_path, monkeypatch):
     """Between a step that fills SwAV's queue and one that uses it."""
     monkeypatch.setattr("uncollapse.training.summary.finish_run", lambda *_: {})
-    c = small(method, kind, **FEW, **{"log.checkpoint_steps": 0})
+    c = small(method, **mode(kind), **FEW, **{"log.checkpoint_steps": 0})
 
     def run(name, steps, resume=False):
         train(c, tmp_path / name, steps, resume, say=lambda line: None, accelerator="cpu")
