@@ -40,6 +40,55 @@ def test_a_grid_is_trained_once_and_becomes_tables(tmp_path, capsys):
     assert len(after) > len(before)
 
 
+@pytest.mark.slow
+def test_arms_leave_one_run_in_mid_run(tmp_path, capsys):
+    out = tmp_path / "grid"
+    words = ["compare", "--recipes", "dino-small32", "--prototypes", "joint", "decoupled", "--data", "builtin:digits"]
+    words += ["--tiny", "--max-steps", "3", "--branch", "2", "--device", "cpu", "--out", str(out)]
+    main(words)
+    capsys.readouterr()
+    rows = json.loads((out / "summary.json").read_text())["arms"]
+    assert [r["name"] for r in rows] == ["joint", "decoupled"]
+    (trunk,) = (out / "trunks").iterdir()
+    logs = [trunk / "metrics.jsonl", *sorted(out.glob("runs/*/metrics.jsonl"))]
+    steps = [[json.loads(line)["step"] for line in log.read_text().splitlines()] for log in logs]
+    assert max(steps[0]) < min(steps[1] + steps[2]) == 2
+    assert "leave one run with joint prototypes at step 2" in (out / "report.html").read_text()
+
+
+def grid_of(words, monkeypatch, tmp_path):
+    """The cells and trunks that a command would train."""
+    grids = []
+    monkeypatch.setattr("uncollapse.cli.grid.write_grid", lambda *asked: grids.append(asked))
+    start = ["compare", "--recipes", "dino-small32", "--data", "builtin:digits", "--out", str(tmp_path), *words]
+    main([*start, "--device", "cpu"])
+    ((cells, *_, (trunks, step)),) = grids
+    return cells, trunks, step
+
+
+def test_every_value_of_a_sweep_meets_every_other_one(monkeypatch, tmp_path):
+    words = ["--prototypes", "joint", "memory", "--sweep", "prototypes=256,1024", "optim.lr=1e-3,3e-3"]
+    cells, trunks, _ = grid_of([*words, "--freeze", "prototypes@7"], monkeypatch, tmp_path)
+    settings = [
+        (c.config.prototypes.kind, c.config.prototypes.count, c.config.optim.lr, c.config.change.freeze) for c in cells
+    ]
+    assert len(set(settings)) == len(settings) == 2 * 2 * 2 * 2
+    assert len({c.out for c in cells}) == len({c.name for c in cells}) == 16
+    assert not trunks
+
+
+def test_a_trunk_for_each_row_of_the_grid(monkeypatch, tmp_path):
+    words = ["--prototypes", "joint", "fixed", "--seeds", "2", "--sweep", "prototypes=256,1024", "--branch", "50"]
+    cells, trunks, step = grid_of([*words, "--trunk", "koleo"], monkeypatch, tmp_path)
+    assert (len(cells), len(trunks), step) == (8, 4, 50)
+    by_folder = {str(t.out.resolve()): t.config for t in trunks}
+    for cell in cells:
+        trunk = by_folder[cell.config.change.branch]
+        assert trunk.prototypes.kind == "koleo"
+        assert (trunk.seed, trunk.prototypes.count) == (cell.config.seed, cell.config.prototypes.count)
+        assert cell.config.change.branch_step == 50
+
+
 def test_a_cell_that_fails_leaves_the_others(tmp_path, capsys):
     out = tmp_path / "grid"
     words = ["compare", "--recipes", "dino-small32", "--prototypes", "joint", "fixed", "--data", "builtin:digits"]
@@ -64,6 +113,11 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path, capsys):
         (["--recipes", "dino-small32", "--data", "/no/such/place"], "/no/such/place"),
         (["--recipes", "dino-small32", "--data", "builtin:digits", "--seeds", "0"], "--seeds"),
         (["--recipes", "dino-small32", "--data", "builtin:digits", "--optim.lr", "x"], "optim.lr"),
+        (["--recipes", "dino-small32", "--data", "builtin:digits", "--sweep", "prototypes"], "prototypes=256,1024"),
+        (["--recipes", "dino-small32", "--data", "builtin:digits", "--sweep", "optim.l=1"], "did you mean 'lr'"),
+        (["--recipes", "dino-small32", "--data", "builtin:digits", "--sweep", "seed=1,2"], "take --seeds"),
+        (["--recipes", "dino-small32", "--data", "builtin:digits", "--freeze", "teacher@2"], "change.freeze"),
+        (["--recipes", "dino-small32", "--data", "builtin:digits", "--branch", "0"], "--branch"),
         ([*DIGITS, "--prototypes", "joint", "joint-sinkhom"], "did you mean joint-sinkhorn?"),
     ],
 )

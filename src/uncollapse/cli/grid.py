@@ -69,8 +69,16 @@ def write_grid(
     again: str,
     title: str,
     notes: tuple[str, ...] = (),
+    trunks: tuple[Sequence[Cell], int | None] = ((), None),
 ) -> Outcome:
     """Trains the cells and writes ``summary.json``, ``table.md``, ``table.csv`` and ``report.html`` to ``out``.
+
+    Args:
+        cells, max_steps, jobs, devices, again: see `run_grid`.
+        out: folder of the grid.
+        title: of the page.
+        notes: shown with the tables.
+        trunks: runs that cells leave, and the step at which; trained up to there before the cells.
 
     Raises:
         ConfigError: ``out`` holds something else than a grid, or one of another configuration.
@@ -87,6 +95,11 @@ def write_grid(
         markup=False,
         soft_wrap=True,
     )
+    if trunks[0]:
+        console.print(f"{len(trunks[0])} before them, to step {trunks[1]}, for the others to leave", highlight=False)
+        before = run_grid(trunks[0], trunks[1], min(jobs, len(trunks[0])), devices, console, again)
+        if before.failed:
+            raise TrainingError(_failed(before, len(trunks[0]), again))
     outcome = run_grid(cells, max_steps, jobs, devices, console, again)
     summaries = list(outcome.summaries.values())
     if summaries:
@@ -103,9 +116,13 @@ def write_grid(
         for name in ("table.md", "report.html"):
             console.print(f"{name.partition('.')[0]}: {out / name}", highlight=False, markup=False, soft_wrap=True)
     if outcome.failed:
-        lines = "; ".join(f"{name}: {why}" for name, why in outcome.failed.items())
-        raise TrainingError(f"{len(outcome.failed)} of {len(cells)} runs failed ({lines}); go on with: {again}")
+        raise TrainingError(_failed(outcome, len(cells), again))
     return outcome
+
+
+def _failed(outcome: Outcome, of: int, again: str) -> str:
+    lines = "; ".join(f"{name}: {why}" for name, why in outcome.failed.items())
+    return f"{len(outcome.failed)} of {of} runs failed ({lines}); go on with: {again}"
 
 
 def run_grid(

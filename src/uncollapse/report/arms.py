@@ -11,7 +11,7 @@ from uncollapse.measure.catalogue import Row
 from uncollapse.run_folder.read import Arms, RunRecord, of_set
 
 BASELINE, CONTROL = "joint", "fixed"
-_PLACES = ("seed", "data.path", "data.val_path", "data.workers", "data.memory_gb")
+_PLACES = ("seed", "data.path", "data.val_path", "data.workers", "data.memory_gb", "change.branch")
 """Keys of a configuration that may differ between the seeds of an arm, as those of ``log`` may."""
 _SAID = ("method.name", "prototypes.kind", "prototypes.targets")
 """What an arm's own name says already."""
@@ -21,6 +21,7 @@ _WORDS = {
     "steps": "steps",
     "optim.lr": "learning rate",
     "run.batch": "batch",
+    "change.freeze": "frozen",
 }
 MOST_NAMED = 3
 """Most differences that a name lists."""
@@ -169,9 +170,14 @@ def _listed(keys: Sequence[str]) -> str:
     return ", ".join(keys[:12]) + (f" and {len(keys) - 12} more" if len(keys) > 12 else "")
 
 
+def in_short(key: str) -> str:
+    """What a key is called in an arm's name and beside an axis."""
+    return _WORDS.get(key, key)
+
+
 def _setting(key: str, value: object) -> str:
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return f"{_WORDS.get(key, key)} = {text[:40]}"
+    return f"{in_short(key)} = {text[:40] or 'nothing'}"
 
 
 # -------------------------------------------------------------------------------------------- same images

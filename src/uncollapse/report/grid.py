@@ -7,12 +7,23 @@ import io
 from collections.abc import Sequence
 from statistics import fmean
 
-from uncollapse.measure.catalogue import ALIVE, KNN, LINEAR, STEP_TIME, UNIQUE, USED, VIEW_INFORMATION, Measure, number
+from uncollapse.measure.catalogue import (
+    ALIVE,
+    EFFECTIVE,
+    KNN,
+    LINEAR,
+    STEP_TIME,
+    UNIQUE,
+    USED,
+    VIEW_INFORMATION,
+    Measure,
+    number,
+)
 from uncollapse.report.arms import BASELINE, CONTROL, Grouping, group, rival
 from uncollapse.report.comparing import Difference, difference, stat
 from uncollapse.run_folder.read import RunRecord
 
-SHOWN = (VIEW_INFORMATION, KNN, LINEAR, *UNIQUE.values(), USED, ALIVE, STEP_TIME)
+SHOWN = (VIEW_INFORMATION, KNN, LINEAR, *UNIQUE.values(), USED, ALIVE, *EFFECTIVE.values(), STEP_TIME)
 COMPARED = (VIEW_INFORMATION, KNN, LINEAR)
 
 Rows = list[dict[str, str]]

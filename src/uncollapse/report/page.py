@@ -20,6 +20,7 @@ from uncollapse.measure.unique import EPSILONS
 from uncollapse.report.arms import CONTROL, arm_name, group, without_control
 from uncollapse.report.comparing import stat
 from uncollapse.report.evaluation import evaluations, probed_by_evaluate
+from uncollapse.report.sweep import sweeps
 from uncollapse.report.verdict import takeaways, verdict
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.run_folder.read import Arms, RunRecord, common, read_run
@@ -78,6 +79,7 @@ def write_report(runs: list[RunRecord], path: Path, title: str = "", notes: Sequ
         fitted_on=_fitted_on(rows),
         many_seeds=any(len(members) > 1 for members in arms.values()),
         figures=_figures(arms, look),
+        sweeps=sweeps(runs),
         diagnosis_share=_diagnosis_share(arms),
         evaluations=evaluations(arms, look),
         probes_replaced=replaced,
