@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from uncollapse.config.facts import arm_keys
 from uncollapse.config.load import load_config
-from uncollapse.config.schema import DEMO_ARMS, arm_keys
+from uncollapse.config.schema import DEMO_ARMS
 from uncollapse.config.tiny import tiny
 from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.run_folder.log import read_rows

@@ -8,10 +8,11 @@ from re import findall
 
 import pytest
 
+from uncollapse.config.facts import arm_keys, mode_name
 from uncollapse.config.impossible import meaningless
 from uncollapse.config.load import load_config
 from uncollapse.config.methods import METHODS, OWN_TARGETS
-from uncollapse.config.schema import KINDS, TARGETS, Config, HeadConfig, arm_keys, mode_name
+from uncollapse.config.schema import KINDS, TARGETS, Config, HeadConfig
 from uncollapse.errors import ConfigError
 
 DOCS = Path(__file__).parents[2] / "docs" / "training.md"

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uncollapse.config.facts import arm_keys, method_name, mode_name, targets_of
 from uncollapse.config.load import build_config, dump_config, load_config, recipe_names
 from uncollapse.config.plain_yaml import parse_value
-from uncollapse.config.schema import ARMS, KINDS, RIVALS, Config, arm_keys, method_name, mode_name, targets_of
+from uncollapse.config.schema import ARMS, KINDS, RIVALS, Config
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import ConfigError
 

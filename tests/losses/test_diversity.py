@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steps import Steps, small
-from uncollapse.config.schema import RIVALS, arm_keys
+from uncollapse.config.facts import arm_keys
+from uncollapse.config.schema import RIVALS
 from uncollapse.losses import diversity
 from uncollapse.losses.diversity import (
     hyperspherical_energy,

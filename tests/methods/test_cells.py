@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from steps import METHODS, Steps, small
-from uncollapse.config.schema import KINDS, targets_of
+from uncollapse.config.facts import targets_of
+from uncollapse.config.schema import KINDS
 from uncollapse.schedules import cosine, linear
 
 

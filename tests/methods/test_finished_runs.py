@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from steps import Steps, small
 from uncollapse.checkpoints.pretrained import start_from
 from uncollapse.cli.main import main
-from uncollapse.config.schema import targets_of
+from uncollapse.config.facts import targets_of
 from uncollapse.data.load import load_images
 from uncollapse.data.workers import eval_batches
 from uncollapse.diagnosis.run import diagnose_file

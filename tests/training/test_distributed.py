@@ -10,8 +10,8 @@ import torch
 
 from ranks import on_ranks
 from steps import small
+from uncollapse.config.facts import arm_keys
 from uncollapse.config.load import load_config
-from uncollapse.config.schema import arm_keys
 from uncollapse.config.tiny import tiny
 from uncollapse.run_folder.checkpoint import load_checkpoint
 

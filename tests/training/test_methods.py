@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from steps import Steps, small
-from uncollapse.config.schema import arm_keys
+from uncollapse.config.facts import arm_keys
 from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.training.run import train
 

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from uncollapse.cli.main import main
+from uncollapse.config.facts import arm_keys
 from uncollapse.config.load import build_config, load_config
-from uncollapse.config.schema import ARMS, arm_keys
+from uncollapse.config.schema import ARMS
 from uncollapse.config.tiny import tiny
 from uncollapse.errors import TrainingError
 from uncollapse.run_folder.checkpoint import load_checkpoint

@@ -91,7 +91,7 @@ def own_encoder(loaded: Any, side: str, where: object) -> tuple[Encoder, Config]
     Raises:
         InputError: no configuration, no weights, or the two do not fit.
     """
-    from uncollapse.config.schema import has_teacher
+    from uncollapse.config.facts import has_teacher
     from uncollapse.models.network import build_encoder
 
     config = own_config(loaded, where)

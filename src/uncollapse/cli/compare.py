@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from uncollapse.cli.train import at_least_one, data_key, must_exist
+from uncollapse.config.facts import arm_keys
 from uncollapse.config.load import load_config
 from uncollapse.config.plain_yaml import parse_value
-from uncollapse.config.schema import ARMS, Config, arm_keys
+from uncollapse.config.schema import ARMS, Config
 from uncollapse.errors import ConfigError
 
 

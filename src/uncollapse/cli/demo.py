@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from uncollapse.cli.grid import Cell, Outcome, cores, write_grid
+from uncollapse.config.facts import arm_keys
 from uncollapse.config.load import load_config
-from uncollapse.config.schema import arm_keys
 
 NOTE = (
     "The prototypes' learning rate (×10) and weight decay (1) are raised on purpose: they fit into a minute the "

@@ -7,8 +7,8 @@ import re
 from importlib import resources
 from typing import Any
 
+from uncollapse.config.facts import method_name
 from uncollapse.config.load import dump_config, load_config, recipe_names
-from uncollapse.config.schema import method_name
 
 
 def add_parsers(commands: Any) -> None:

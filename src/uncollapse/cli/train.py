@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from uncollapse.config.facts import arm_keys, method_name, mode_name
 from uncollapse.config.load import all_keys, load_config, recipe_names
 from uncollapse.config.plain_yaml import parse_value
-from uncollapse.config.schema import DEMO_ARMS, KINDS, RIVALS, Config, arm_keys, method_name, mode_name
+from uncollapse.config.schema import DEMO_ARMS, KINDS, RIVALS, Config
 from uncollapse.errors import ConfigError
 
 _METHOD_KEYS = {"method.name", "method.center", "prototypes.vmf"}

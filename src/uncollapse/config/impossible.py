@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from uncollapse.config.facts import targets_of
 from uncollapse.config.methods import CENTRED, IBOT, DINOv2
-from uncollapse.config.schema import Config, targets_of
+from uncollapse.config.schema import Config
 
 
 def impossible(config: Config) -> list[tuple[str, str]]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from uncollapse.checkpoints.encoder import Rebuilt
 from uncollapse.checkpoints.prototypes import PrototypeSet
-from uncollapse.config.schema import Config, DataConfig, ViewConfig, centres_probabilities, mode_name
+from uncollapse.config.facts import centres_probabilities, mode_name
+from uncollapse.config.schema import Config, DataConfig, ViewConfig
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.data.load import load_images
 from uncollapse.diagnosis.result import Diagnosis

@@ -21,7 +21,7 @@ from uncollapse.checkpoints.files import damage_is_said
 from uncollapse.checkpoints.own import own_directions
 from uncollapse.checkpoints.prototypes import OWN, PrototypeSet, clean, find_prototypes, side_of
 from uncollapse.checkpoints.read import flatten, newest_of, read_tensors
-from uncollapse.config.schema import has_teacher
+from uncollapse.config.facts import has_teacher
 from uncollapse.errors import ConfigError, InputError
 from uncollapse.evaluate.encoder import EvalEncoder, reset
 from uncollapse.models.tokens import ClassToken, is_vit

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from uncollapse.config.schema import Config, bottleneck_of, queue_of, targets_of
+from uncollapse.config.facts import bottleneck_of, queue_of, targets_of
+from uncollapse.config.schema import Config
 from uncollapse.distributed import Group, gather_ragged, gather_rows, rank_and_size, sum_over_ranks
 from uncollapse.methods.contract import At, Memory, Parts, Seen, Targets
 from uncollapse.targets.sinkhorn import sinkhorn_offsets

@@ -15,8 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from uncollapse.config.facts import targets_of
 from uncollapse.config.methods import CAPI
-from uncollapse.config.schema import Config, targets_of
+from uncollapse.config.schema import Config
 from uncollapse.losses.pairs import fused_patch_loss
 from uncollapse.methods.centre import assigned, temperature_at
 from uncollapse.methods.contract import At, Batch, Memory, Parts, Seen, Sets, Targets

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from uncollapse.config.schema import Config, centres_probabilities, queue_of, targets_of
+from uncollapse.config.facts import centres_probabilities, queue_of, targets_of
+from uncollapse.config.schema import Config
 from uncollapse.distributed import Group
 from uncollapse.methods.contract import At
 from uncollapse.prototypes.sets import Prototypes

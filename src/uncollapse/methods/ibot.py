@@ -15,8 +15,9 @@ import math
 import torch
 from torch import Tensor
 
+from uncollapse.config.facts import centres_probabilities
 from uncollapse.config.methods import IBOT, DINOv2
-from uncollapse.config.schema import Config, centres_probabilities
+from uncollapse.config.schema import Config
 from uncollapse.losses.pairs import fused_dino_loss, fused_patch_loss, patch_weights
 from uncollapse.methods.centre import assigned, recentre, temperature_at
 from uncollapse.methods.contract import At, Batch, Memory, Parts, Seen, Sets, Targets

@@ -18,8 +18,9 @@ import math
 import torch
 from torch import Tensor
 
+from uncollapse.config.facts import head_names
 from uncollapse.config.methods import WESSL
-from uncollapse.config.schema import Config, head_names
+from uncollapse.config.schema import Config
 from uncollapse.losses.cross_entropy import fused_cross_entropy
 from uncollapse.losses.ensemble import Head, fused_mean_loss
 from uncollapse.losses.pairs import pair_count

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from uncollapse.config.facts import bottleneck_of, head_names, hides_patches
 from uncollapse.config.methods import CAPI
-from uncollapse.config.schema import Config, bottleneck_of, head_names, hides_patches
+from uncollapse.config.schema import Config
 from uncollapse.errors import ConfigError
 from uncollapse.models.backbones import build_backbone
 from uncollapse.models.decoder import Predictor, edge

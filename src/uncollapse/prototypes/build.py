@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import Parameter
 
-from uncollapse.config.schema import (
-    Config,
-    PrototypeConfig,
-    bottleneck_of,
-    has_teacher,
-    teacher_follows_prototypes,
-    views_assigned,
-)
+from uncollapse.config.facts import bottleneck_of, has_teacher, teacher_follows_prototypes, views_assigned
+from uncollapse.config.schema import Config, PrototypeConfig
 from uncollapse.prototypes.clustering import ClusteredPrototypes
 from uncollapse.prototypes.decoupled import mixture_defaults, mixture_set
 from uncollapse.prototypes.memory import MemoryPrototypes

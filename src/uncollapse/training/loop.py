@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uncollapse.config.facts import mode_name
 from uncollapse.config.load import dump_config
-from uncollapse.config.schema import mode_name
 from uncollapse.data.batched import multicrop
 from uncollapse.data.images import MemoryImages
 from uncollapse.data.masks import around_blocks, crop_masks, dropped_patches

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from uncollapse.config.schema import Config, views_assigned
+from uncollapse.config.facts import views_assigned
+from uncollapse.config.schema import Config
 from uncollapse.methods.contract import At, Seen
 from uncollapse.prototypes.sets import Prototypes
 

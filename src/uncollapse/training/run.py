@@ -14,8 +14,9 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 
+from uncollapse.config.facts import method_name, mode_name
 from uncollapse.config.load import dump_config
-from uncollapse.config.schema import Config, method_name, mode_name
+from uncollapse.config.schema import Config
 from uncollapse.data.fingerprint import image_digests
 from uncollapse.data.images import MemoryImages
 from uncollapse.data.load import described, load_images

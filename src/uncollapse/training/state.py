@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from uncollapse.config.schema import Config, has_teacher
+from uncollapse.config.facts import has_teacher
+from uncollapse.config.schema import Config
 from uncollapse.errors import ConfigError
 from uncollapse.measure.monitor import PrototypeMonitor
 from uncollapse.methods.balance import balance_memory

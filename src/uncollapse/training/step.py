@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from uncollapse.config.schema import frozen
+from uncollapse.config.facts import frozen
 from uncollapse.distributed import gather_ragged, gather_rows, sum_over_ranks, world
 from uncollapse.methods.balance import balanced, remember_balance
 from uncollapse.methods.contract import At, Batch, Seen, Targets, method_of, part_of

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncollapse.config.schema import method_name, mode_name
+from uncollapse.config.facts import method_name, mode_name
 from uncollapse.data.images import ImageSet, subset
 from uncollapse.measure.information import ViewInformation, view_information
 from uncollapse.measure.linear import linear_probe
