@@ -94,6 +94,24 @@ def test_published_numbers_of_ibot():
     assert (c.views.global_scale, c.views.local_scale, c.views.local_count) == ((0.25, 1), (0.05, 0.25), 10)
 
 
+def test_larger_models_have_rates_of_their_own_and_larger_data_fewer_epochs():
+    """What the released settings say of ViT-B/16, and the number of epochs that the papers give for each."""
+    for name, vmf in (("dino-vitb16", False), ("dino-vmf-vitb16", True)):
+        c = load_config(name)
+        assert (c.run.epochs, c.run.batch, c.optim.lr, c.optim.min_lr, c.optim.clip) == (400, 1024, 7.5e-4, 2e-6, 0.3)
+        assert (c.prototypes.count, c.prototypes.learn_norm, c.prototypes.vmf) == (65536, vmf, vmf)
+        assert (c.prototypes.freeze_epochs, c.teacher.temperature_warmup_epochs) == (3, 50)
+    epochs = {"ibot-vitb16": 400, "ibot-vitl16": 250, "ibot-vitb16-in22k": 80, "ibot-vitl16-in22k": 50}
+    assert {name: load_config(name).run.epochs for name in epochs} == epochs
+    for name in epochs:
+        c = load_config(name)
+        assert (c.prototypes.count, c.method.shared, c.teacher.temperature) == (8192, True, 0.07)
+    for name in ("ibot-vmf-kp-vits16", "ibot-vmf-kp-vitb16", "ibot-vmf-kp-vits16-inat18"):
+        c = load_config(name)
+        assert (c.prototypes.kind, c.prototypes.diversity, method_name(c)) == ("koleo", "koleo", "ibot-vmf")
+        assert (c.prototypes.learn_norm, c.prototypes.count) == (True, 8192)
+
+
 def test_published_numbers_of_dinov2():
     """Its code's two configurations, in passes over the images instead of epochs of 1,250 steps."""
     short, large = load_config("dinov2-vitl16"), load_config("dinov2-vitl14")

@@ -12,7 +12,7 @@ from uncollapse.config.load import dump_config, load_config, recipe_names
 
 
 def add_parsers(commands: Any) -> None:
-    recipes = commands.add_parser("recipes", help="list the recipes that ship: method, backbone, source")
+    recipes = commands.add_parser("recipes", help="list the recipes that ship: method, backbone, K, source")
     recipes.add_argument("--names", action="store_true", help="names alone, one a line")
     recipes.set_defaults(run=_recipes)
     recipe = commands.add_parser("recipe", help="print a recipe with every key it leaves at its default")
@@ -33,7 +33,7 @@ def _recipes(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in ("recipe", "method", "backbone", "K", "what it is"):
+    for column in ("recipe", "method", "backbone", "K", "what it is, and its source"):
         table.add_column(column, overflow="fold")
     for name in recipe_names():
         config = load_config(name)
