@@ -1,4 +1,4 @@
-"""How far floating-point numbers can be trusted."""
+"""How far floating-point numbers can be trusted, and how many of them are held at once."""
 
 from __future__ import annotations
 
@@ -26,11 +26,24 @@ def rounding(dim: int) -> float:
     return (dim + 8) * 2.0**-24 + (2.0**-6 if reduced else 0.0)
 
 
-IN_FLIGHT = 1 << 23
-"""Numbers of a temporary array where nothing says otherwise: 32 MiB of float32. Matrix products with fewer rows run
-well below the processor's rate. Constants of other sizes stand where another was measured to be faster."""
+IN_FLIGHT = 1 << 22
+"""Numbers of a temporary array that a matrix product makes: 16 MiB of float32. From 32 MiB on, glibc fetches the pages
+of every new array from the system, which costs as much as the product; an array that is used again may be larger."""
+NEAR = 1 << 18
+"""Numbers of an array that one pass after another goes over: 1 MiB of float32, which stays in a core's cache."""
+_ON_GPU = 1 << 27
+"""Numbers of either kind on a GPU, which wants few large kernels: 512 MiB of float32."""
 
 
-def rows_at_once(width: int, numbers: int = IN_FLIGHT, least: int = 64) -> int:
-    """Rows of ``width`` that make a block of about so many numbers, and ``least`` however wide they are."""
-    return max(least, numbers // width)
+def rows_at_once(columns: int, numbers: int = IN_FLIGHT, least: int = 64, device: torch.device | None = None) -> int:
+    """Rows of so many ``columns`` to work on together, so that a block holds about ``numbers`` of them.
+
+    Args:
+        columns: of all arrays that are held at once; 0 counts as 1.
+        numbers: `IN_FLIGHT`, `NEAR`, or a part or multiple of them where it was measured to be faster.
+        least: rows, however wide they are: a matrix product of a few rows takes as long as one of many.
+        device: where given and a GPU, blocks are as large as one needs to be busy.
+    """
+    if device is not None and device.type != "cpu":
+        numbers = _ON_GPU
+    return max(least, numbers // max(1, columns))

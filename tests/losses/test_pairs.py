@@ -64,8 +64,8 @@ def test_both_forms_equal_brute_force(seed, views, n, k, d, temperature, use_bia
 
 @pytest.mark.parametrize("views", [2, 3, 6])
 def test_fused_gradients_equal_autograd_of_the_plain_form(views, monkeypatch):
-    monkeypatch.setattr("uncollapse.losses.cross_entropy.IN_FLIGHT", 40)  # several blocks of rows, the last one ragged
-    monkeypatch.setattr("uncollapse.losses.cross_entropy._LEAST_ROWS", 1)
+    # Several blocks of rows, the last one ragged.
+    monkeypatch.setattr("uncollapse.losses.cross_entropy.rows_at_once", lambda *_, **__: 3)
     z, weight, targets = random_case(3, views, 2, 7, 11, 5)
     leaves = [x.double().requires_grad_() for x in [*z, weight]]
     targets = [t.double() for t in targets]
@@ -243,8 +243,7 @@ def test_patch_loss_equals_brute_force(seed, n, patches, share):
 
 
 def test_patches_in_several_blocks_with_a_bias(monkeypatch):
-    monkeypatch.setattr("uncollapse.losses.cross_entropy.IN_FLIGHT", 40)
-    monkeypatch.setattr("uncollapse.losses.cross_entropy._LEAST_ROWS", 1)
+    monkeypatch.setattr("uncollapse.losses.cross_entropy.rows_at_once", lambda *_, **__: 3)
     z, weight, targets = random_case(12, 1, 1, 17, 11, 5)
     leaves = [z[0].double().requires_grad_(), weight.double().requires_grad_(), torch.randn(11).double()]
     leaves[2].requires_grad_()

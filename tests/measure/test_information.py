@@ -137,7 +137,7 @@ def test_lengths_blocks_and_dtypes_do_not_matter(monkeypatch):
     made = Made(64, 8, "half")
     z, z_fit = made.views(3, 100, 1), made.views(3, 300, 2)
     expected = view_information(z, made.w, z_fit).of_image
-    monkeypatch.setattr(uncollapse.measure.information, "_BLOCK", 1000)
+    monkeypatch.setattr(uncollapse.measure.information, "rows_at_once", lambda *_, **__: 7)
     stretched = made.w.double() * torch.linspace(0.5, 2, 64)[:, None]
     torch.testing.assert_close(view_information(3 * z, stretched, z_fit).of_image, expected, rtol=0, atol=1e-3)
 

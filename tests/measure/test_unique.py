@@ -138,9 +138,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         (unique, "_SMALL", 64),
         (unique, "_BLOCK", 96),
         (unique, "TILE", 80),
-        (unique, "ELEMENTS", 1 << 14),
+        (unique, "rows_at_once", lambda *_, **__: 40),
         (rows, "TILE", 80),
-        (rows, "ELEMENTS", 1 << 14),
+        (rows, "rows_at_once", lambda *_, **__: 40),
         (rows, "_PREFIX_FROM", 128),
     ]:
         monkeypatch.setattr(module, name, value)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from uncollapse.data.images import MemoryImages
 from uncollapse.data.views import (
-    _CHUNK_ELEMENTS,
     CONTRAST,
     GREY,
     HUE,
@@ -24,6 +23,7 @@ from uncollapse.data.views import (
     sample_params,
     uniforms,
 )
+from uncollapse.numerics import NEAR, rows_at_once
 
 
 def _resample(line: Tensor, size: int, extent: int) -> Tensor:
@@ -136,9 +136,7 @@ def normalised(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor
 
 
 def _chunks(n: int, canvas: Tensor, size: int) -> Iterator[slice]:
-    # A GPU wants few large kernels instead.
-    elements = _CHUNK_ELEMENTS if canvas.device.type == "cpu" else 64 * _CHUNK_ELEMENTS
-    rows = max(1, elements // (size * max(size, *canvas.shape[-2:])))
+    rows = rows_at_once(size * max(size, *canvas.shape[-2:]), 4 * NEAR, 1, canvas.device)  # of an image's matrices
     return (slice(i, min(i + rows, n)) for i in range(0, n, rows))
 
 

@@ -30,7 +30,6 @@ RATIO = (3 / 4, 4 / 3)
 DRAWS = 36  # numbers per view; a multiple of four, because Philox makes four at a time
 GREY = (0.2989, 0.587, 0.114)
 SOLARISE = 0.5  # inverts from 128/255 up; between two grey levels, so that rounding errors do not matter
-_CHUNK_ELEMENTS = 1 << 20  # matrix elements at once: keeps the CPU's work in cache
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 

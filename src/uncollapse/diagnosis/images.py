@@ -28,6 +28,7 @@ from uncollapse.measure.usage import prototype_argmax, prototype_report
 from uncollapse.measure.verdict import judge
 from uncollapse.models.embed import PATCHES, VIEWS, SomePatches, embed, nearest_images, project_views
 from uncollapse.models.network import Encoder
+from uncollapse.numerics import rows_at_once
 
 TEMPERATURES = {"MSN": 0.025, "SwAV": 0.05, "CAPI": 0.06, "CARP": 1.0}
 """Of the targets, where a family's published recipe differs from DINO's final 0.07. CARP has none, so 1."""
@@ -265,7 +266,7 @@ def _marginal(
     unit = unit if lengths is None else unit * lengths[:, None]
     total = torch.zeros(len(w), dtype=torch.float64)
     chosen = torch.zeros(len(w), dtype=torch.bool)
-    for part in z.split(max(1, (1 << 24) // len(w))):
+    for part in z.split(rows_at_once(len(w))):
         logits = part @ unit.T
         logits = logits if bias is None else logits + bias
         chosen[logits.argmax(1)] = True

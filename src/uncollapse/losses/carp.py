@@ -22,11 +22,8 @@ from uncollapse.checks import above_zero, fits, one_shape
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
 from uncollapse.losses.autograd import with_gradient
 from uncollapse.losses.pairs import pair_count
-from uncollapse.numerics import exponent_floor
+from uncollapse.numerics import exponent_floor, rows_at_once
 from uncollapse.targets.softmax import SoftmaxTargets
-
-_BLOCK = 1 << 20
-"""Student logits in flight at once: 4 MiB of float32."""
 
 
 def random_blocks(count: int, size: int, seed: int, step: int) -> Tensor:
@@ -183,7 +180,8 @@ def _sum_blocks(
     grad_z = torch.zeros_like(x) if needs[0] else None
     # Unless each prototype has its block, some rows are never written.
     grad_w = (torch.empty_like if blocks.numel() == len(weight) else torch.zeros_like)(weight) if needs[1] else None
-    at_once = max(1, _BLOCK * (32 if z.is_cuda else 1) // (views * n * size))
+    # Two arrays of all views' probabilities while they are formed, and two of one view's in the first term.
+    at_once = rows_at_once(2 * (views + seen + 1) * n * size, least=1, device=z.device)
     for start in range(0, count, at_once):
         chosen = blocks[start : start + at_once].reshape(-1)
         w = weight[chosen]

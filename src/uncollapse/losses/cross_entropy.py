@@ -20,14 +20,8 @@ from torch import Tensor
 
 from uncollapse.checks import above_zero, has_shape, usable_weights
 from uncollapse.losses.autograd import with_gradient
-from uncollapse.numerics import IN_FLIGHT, exponent_floor, rows_at_once
+from uncollapse.numerics import IN_FLIGHT, NEAR, exponent_floor, rows_at_once
 from uncollapse.targets.softmax import SoftmaxTargets
-
-_LEAST_ROWS = 64
-"""Rows of a block however large K is: products of fewer are slow. At K = 1,000,000 it is 256 MB, a quarter of W."""
-_NEAR = 1 << 18
-"""Logits that stay near the processor between one pass and the next: 1 MiB."""
-
 
 Targets = Sequence[Tensor] | SoftmaxTargets
 
@@ -138,7 +132,10 @@ def _sum_blocks(
     grad_x = torch.empty_like(x) if needs[0] else None
     grad_w = torch.zeros_like(weight) if needs[1] else None
     grad_b = torch.zeros_like(bias) if bias is not None and needs[2] else None
-    buffer = x.new_empty(min(max(1, n * max(views, count)), _rows(weight, _LEAST_ROWS)), len(weight))
+    most = rows_at_once(
+        len(weight), 2 * IN_FLIGHT, device=weight.device
+    )  # of 65,536 prototypes, half is a fifth slower
+    buffer = x.new_empty(min(max(1, n * max(views, count)), most), len(weight))
 
     # The targets' side: Σ a t·s, with all student views that target t is paired with summed beforehand.
     partner = (pairing.T @ x).view(n * count, dim)
@@ -195,7 +192,8 @@ def _sum_matched(
     grad_x = torch.empty_like(x) if needs[0] else None
     grad_w = torch.zeros_like(weight) if needs[1] else None
     grad_b = torch.zeros_like(bias) if bias is not None and needs[2] else None
-    step = _rows(weight, max(1, _LEAST_ROWS // 2))  # there are two blocks: at the largest K, of half the rows
+    # There are two blocks: at the largest K, of half the rows.
+    step = rows_at_once(len(weight), 2 * IN_FLIGHT, 32, device=weight.device)
     buffer, spare = x.new_empty(2, min(max(1, len(x)), step), len(weight)).unbind()
     loss, shared = torch.zeros(2, dtype=torch.float64, device=x.device).unbind()
     for rows, t, factor_t in _target_blocks(rule, parts, x, spare):
@@ -263,7 +261,7 @@ def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
     n, k = logits.shape
     top, total = logits.new_empty(n), logits.new_empty(n)
     lowest, floor = torch.finfo(logits.dtype).min, exponent_floor(logits.dtype)
-    for rows in _slices(n, max(1, n) if logits.is_cuda else max(1, _NEAR // k)):
+    for rows in _slices(n, rows_at_once(k, NEAR, 1, logits.device)):
         part = logits[rows]
         torch.amax(part, dim=-1, out=top[rows])
         top[rows].clamp_(min=lowest)  # a row whose prototypes are all ruled out
@@ -271,10 +269,6 @@ def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
         torch.sum(part, dim=-1, out=total[rows])
     # Not exp(top - log_sum): of logits with a large common part that would lose all the digits behind it.
     return top.double() + total.double().log(), 1 / total
-
-
-def _rows(weight: Tensor, least: int) -> int:
-    return rows_at_once(len(weight), (16 if weight.is_cuda else 1) * IN_FLIGHT, least)
 
 
 def _slices(count: int, step: int) -> Iterator[slice]:

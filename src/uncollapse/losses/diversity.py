@@ -18,8 +18,9 @@ from torch import Tensor
 from uncollapse.checks import above_zero
 from uncollapse.losses.autograd import with_gradient
 from uncollapse.losses.koleo import koleo_proto
-from uncollapse.losses.unit_rows import CHUNK, through_normalisation, unit_rows, widest
+from uncollapse.losses.unit_rows import through_normalisation, unit_rows, widest
 from uncollapse.neighbours.spanning_tree import spanning_tree
+from uncollapse.numerics import NEAR, rows_at_once
 
 Form = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Cosines and squared distances of a tile of pairs → the pairs' values, and their slopes by the cosine."""
@@ -237,7 +238,7 @@ def _tree_length(
     left, right = spanning_pairs(w) if tree is None else tree
     grad = torch.zeros_like(unit) if needs[0] else None
     total = unit.new_zeros((), dtype=widest(unit))
-    for a, b in zip(left.split(step := max(1, CHUNK // unit.shape[1])), right.split(step), strict=True):
+    for a, b in zip(left.split(step := rows_at_once(unit.shape[1], NEAR, 1)), right.split(step), strict=True):
         apart = unit[a] - unit[b]
         distance = (torch.linalg.vector_norm(apart, dim=1).square() + eps**2).sqrt()
         total -= distance.sum(dtype=total.dtype)
@@ -275,6 +276,6 @@ def _squared(cosines: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Squared distances of unit rows; those of near ones by difference."""
     squared = (2 - 2 * cosines).clamp_min_(0)
     left, right = (squared < _NEAR).nonzero().unbind(1)
-    for a, b in zip(left.split(CHUNK), right.split(CHUNK), strict=True):
+    for a, b in zip(left.split(NEAR), right.split(NEAR), strict=True):
         squared[a, b] = (rows[a] - columns[b]).square().sum(1)
     return squared

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from uncollapse.checks import above_zero
 from uncollapse.losses.autograd import with_gradient
-from uncollapse.losses.unit_rows import CHUNK, through_normalisation, unit_rows, widest
-from uncollapse.numerics import rounding
+from uncollapse.losses.unit_rows import through_normalisation, unit_rows, widest
+from uncollapse.numerics import NEAR, rounding, rows_at_once
 
 _TIE = 4e-15
 """Scores this close in float64 count as equal, and the lowest index wins: exact duplicates are found as one."""
@@ -116,7 +116,7 @@ def _search(unit: Tensor, block: int | None) -> Tensor:
         return nearest.index
     tops = _tops(single, tile, size)
     threshold = (tops.amax(0) - slack).masked_fill_(nowhere, torch.inf)
-    step = max(1, 32 * CHUNK // k)
+    step = rows_at_once(k, least=1)
     for first in range(0, len(tops), step):
         group, which = torch.nonzero(tops[first : first + step] >= threshold).unbind(1)
         groups = min(step, len(tops) - first)
@@ -218,7 +218,7 @@ def _pairs(unit: Tensor, neighbours: Tensor, eps: float, with_grad: bool) -> tup
     k, dim = unit.shape
     grad = torch.zeros_like(unit) if with_grad else None
     total = unit.new_zeros((), dtype=widest(unit))
-    step = max(1, CHUNK // dim)
+    step = rows_at_once(dim, NEAR, 1)
     for start in range(0, k, step):
         rows = slice(start, start + step)
         other = neighbours[rows]

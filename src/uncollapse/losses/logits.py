@@ -15,10 +15,7 @@ from torch import Tensor
 from uncollapse.checks import above_zero, one_shape
 from uncollapse.losses.autograd import with_gradient
 from uncollapse.losses.pairs import pair_count
-from uncollapse.numerics import exponent_floor
-
-_NEAR = 1 << 19
-"""Logits that stay near the processor between one pass and the next: 2 MiB of float32."""
+from uncollapse.numerics import NEAR, exponent_floor, rows_at_once
 
 
 def fused_dino_loss_on_logits(
@@ -60,7 +57,7 @@ def _one_pass(
     ]
     loss = torch.zeros((), dtype=torch.float64, device=logits[0].device)
     floor = temperature * exponent_floor(logits[0].dtype)
-    few = n if logits[0].is_cuda else max(1, _NEAR // k)
+    few = min(n, rows_at_once(k, NEAR, 1, logits[0].device))
     spare = logits[0].new_empty(0 if all(needs) else few, k)
     for start in range(0, n, few):
         rows = slice(start, start + few)

@@ -16,9 +16,6 @@ from uncollapse.losses.autograd import first_order, with_gradient
 from uncollapse.numerics import rows_at_once
 from uncollapse.targets.prior import log_shares
 
-_BLOCK = 1 << 22
-"""Logits in flight at once: 16 MiB of float32."""
-
 
 def me_max(
     z: Tensor,
@@ -112,7 +109,7 @@ def _sum_entropies(
 
 
 def _blocks(z: Tensor, weight: Tensor) -> list[slice]:
-    rows = rows_at_once(len(weight), _BLOCK)
+    rows = rows_at_once(len(weight))
     return [slice(start, start + rows) for start in range(0, len(z), rows)]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from uncollapse.numerics import NEAR, rows_at_once
+
 SMALLEST = 1e-12
 """Rows shorter than this are zero rows to every normalisation in torch, and here."""
-CHUNK = 1 << 17
-"""Elements of most temporaries: 512 KiB of float32, to stay in cache."""
 
 
 def _wide(w: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def unit_rows(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def through_normalisation(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:
     """Turns, in place, the gradient at the unit rows into the gradient at rows of that length."""
-    step = max(1, CHUNK // unit.shape[1])
+    step = rows_at_once(unit.shape[1], NEAR, 1)
     for s in range(0, len(grad), step):
         g, u, r = grad[s : s + step], unit[s : s + step], length[s : s + step]
         # A zero row has no direction; it takes no part.

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uncollapse.measure.unique import cosine_argmax
+from uncollapse.numerics import rows_at_once
 
 _CELLS = 2048
 """Of equal width over cosines from -1 to 1; the critic is a table over them."""
@@ -32,8 +33,6 @@ _FIT_ROWS = 2048
 """Projections that the critic, some fifty numbers, is fitted on at most."""
 _BEND = 0.1
 """Penalty on the critic's bends, as so many images are worth."""
-_BLOCK = 1 << 22
-"""Cosines in flight at once: 16 MiB of float32, and twice that of indices."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +245,7 @@ def _cells(z: Tensor, w: Tensor) -> Tensor:
 
 
 def _blocks(images: int, each: int) -> Iterator[slice]:
-    step = max(1, _BLOCK // each)
+    step = rows_at_once(each, least=1)
     return (slice(start, min(start + step, images)) for start in range(0, images, step))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ELEMENTS = 1 << 25
-"""Most similarities held at once: 128 MiB in float32."""
+from uncollapse.numerics import rows_at_once
+
 _BANK = 1 << 19
 """Most bank rows compared with at once; a larger bank is searched in parts."""
 _GROUP = 32
@@ -24,7 +24,7 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         Values ``(n, k)``, descending, and indices into the bank ``(n, k)`` int64. Memory is bounded whatever n and N.
     """
     part = min(len(bank), _BANK)
-    step = max(1, min(_ELEMENTS // part, len(queries)))
+    step = max(1, min(rows_at_once(part, device=bank.device), len(queries)))
     similar = torch.empty(step, part, device=bank.device, dtype=bank.dtype)  # once: a fresh one costs as much again
     values, indices = [], []
     for s in range(0, len(queries), step):
@@ -80,7 +80,7 @@ def vote(similarity: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """
     classes, codes = torch.unique(labels, return_inverse=True)
     winners = []
-    step = max(1, _ELEMENTS // len(classes))
+    step = rows_at_once(len(classes), device=labels.device)
     for s in range(0, len(labels), step):
         part = similarity[s : s + step]
         # Relative to the nearest one, which changes no decision and cannot overflow.

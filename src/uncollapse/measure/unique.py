@@ -17,7 +17,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from uncollapse.neighbours.close_pairs import ELEMENTS, TILE, Rows, band
+from uncollapse.neighbours.close_pairs import TILE, Rows, band
+from uncollapse.numerics import rows_at_once
 
 EPSILONS = (0.025, 0.1, 0.25, 0.5)
 
@@ -131,7 +132,7 @@ def row_has_neighbour(w: Tensor, which: Tensor, eps: float) -> np.ndarray:
     rows = Rows(w)
     everything = torch.arange(len(rows), device=rows.unit.device)
     has = np.zeros(len(which), bool)
-    step = max(1, ELEMENTS // 4 // len(rows))
+    step = rows_at_once(len(rows))
     for start in range(0, len(which), step):
         part = which[start : start + step].to(everything.device)
         cos = rows.product(rows.unit[part], rows.unit)
@@ -159,7 +160,7 @@ def cosine_argmax(z: Tensor, w: Tensor, block: int | None = None) -> Tensor:
     queries, keys = Rows(z, "z"), Rows(w, "w")
     if z.shape[1] != w.shape[1]:
         raise ValueError(f"z has {z.shape[1]} columns and w has {w.shape[1]}; both must live in the same space")
-    block = _checked_block(block) or max(1, ELEMENTS // 4 // len(keys))
+    block = _checked_block(block) or rows_at_once(len(keys), least=1)
     nearest = torch.empty(len(queries), dtype=torch.long, device=queries.unit.device)
     for start in range(0, len(queries), block):
         cos = queries.product(queries.unit[start : start + block], keys.unit)
@@ -167,14 +168,14 @@ def cosine_argmax(z: Tensor, w: Tensor, block: int | None = None) -> Tensor:
         # A second search for the largest is several times faster than counting those near the first.
         second = cos.scatter_(1, index[:, None], -2.0).amax(1)
         close = torch.nonzero(second >= top - 2 * queries.slack)[:, 0]
-        for group in close.split(max(1, ELEMENTS // 2 // len(keys))) if len(close) else ():
+        for group in close.split(rows_at_once(len(keys), least=1)) if len(close) else ():
             index[group] = _argmax64(queries.double(group + start), keys)
         nearest[start : start + block] = index
     return nearest.to(z.device)
 
 
 def _argmax64(z: Tensor, keys: "Rows") -> Tensor:
-    step = max(1, ELEMENTS // 2 // z.shape[1])
+    step = rows_at_once(z.shape[1])
     chunks = torch.arange(len(keys), device=z.device).split(step)
     cos = torch.cat([z @ keys.double(chunk).T for chunk in chunks], 1)
     return (cos >= cos.amax(1, keepdim=True) - 1e-12).byte().argmax(1)

@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncollapse.numerics import rounding
+from uncollapse.numerics import NEAR, rounding, rows_at_once
 
 TILE = 1024
 """Columns of a tile of cosines."""
-ELEMENTS = 1 << 24
-"""Most elements of any temporary: 64 MB in float32."""
 _PREFIX_FROM = 4096  # below this the prefix bound costs more than it saves
 _SAMPLE = 2048  # rows that give the basis; a quarter as many others choose the length
 _REST = 2.0**-20
@@ -58,7 +56,7 @@ class Rows:
         return len(self.w)
 
     def chunks(self) -> list[slice]:
-        step = max(1, ELEMENTS // 64 // self.w.shape[1])  # small, to stay in cache
+        step = rows_at_once(self.w.shape[1], NEAR, 1)
         return [slice(s, s + step) for s in range(0, len(self.w), step)]
 
     def double(self, i: Tensor) -> Tensor:
@@ -96,7 +94,7 @@ class Rows:
     def pairs_near(self, i: Tensor, j: Tensor, eps: float) -> Tensor:
         """Whether row i[n] is within eps of row j[n], (n,) bool on their device."""
         low, high = band(eps, self.slack)
-        step = max(1, ELEMENTS // 8 // self.w.shape[1])
+        step = rows_at_once(self.w.shape[1], NEAR, 1)
         parts = [(self.unit[a] * self.unit[b]).sum(1) for a, b in zip(i.split(step), j.split(step), strict=True)]
         cos = torch.cat(parts)
         near = cos > high
@@ -107,7 +105,7 @@ class Rows:
 
     def _closer(self, left: Tensor, right: Tensor, eps: float) -> Tensor:
         # On the CPU whatever the device, because the order of a sum is part of a float64 result.
-        step = max(1, ELEMENTS // 8 // self.w.shape[1])
+        step = rows_at_once(self.w.shape[1], NEAR, 1)
         closer = torch.empty(len(left), dtype=torch.bool)
         for s in range(0, len(left), step):
             x = _normalised(self.w[left[s : s + step].to(self.w.device)].cpu())

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uncollapse.distributed import Group, logsumexp_over_ranks, max_over_ranks
+from uncollapse.numerics import NEAR, rows_at_once
 
 BUDGET = 1 << 28
 """Bytes of exponentials held at once."""
@@ -31,7 +32,6 @@ FLOOR = -64.0
 """Least exponent, relative to the row's largest. What lies below counts as e⁻⁶⁴, far beneath rounding: exponentials
 and products of subnormal numbers take a CPU up to a hundred times as long as others."""
 
-_CACHED = 1 << 20
 _FEWEST_ROWS = 64
 _ALIGNED = 16
 """Columns of a product are padded to a multiple of this: the last few of 258 cost as much as 32 more would."""
@@ -65,7 +65,7 @@ class Tile(NamedTuple):
 
 def chunks(count: int, width: int, device: torch.device) -> list[slice]:
     """Components of which ``width`` numbers each stay in a CPU's cache, or fill a GPU."""
-    size = max(64, (1 << 26 if device.type == "cuda" else _CACHED) // width)
+    size = rows_at_once(width, 4 * NEAR, device=device)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -183,7 +183,7 @@ def log_masses(
     if exact:
         least = _STARVED + (2 * _SHIFT if scaled else 0)  # a scale lifts what the floor hid
         starved = (log_mass < max_over_ranks(highest, group) + least).nonzero().squeeze(-1)
-        step = max(1, (1 << 22) // max(1, len(posterior.features)))
+        step = rows_at_once(len(posterior.features), least=1)
         for start in range(0, len(starved), step):
             part = starved[start : start + step]
             eta = posterior.components.parameters(part)

@@ -26,6 +26,7 @@ from uncollapse.methods.contract import At, Seen, method_of
 from uncollapse.models.embed import SomePatches, embed, nearest_images, project_views, projected
 from uncollapse.models.network import OF_TOKENS, Encoder, build_encoder
 from uncollapse.models.tokens import PatchTokens, plain
+from uncollapse.numerics import rows_at_once
 from uncollapse.prototypes.build import initial_prototypes
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.run_folder.summary import Information, SetSummary, Summary
@@ -199,7 +200,7 @@ def _used_by_target(job: Job, state: TrainState, z: Tensor, vectors: Tensor) -> 
     targets = next(iter(balanced(config, made, state.memory, end).values()))
     weight, bias = targets.weight.float(), targets.bias
     hardest = []
-    for part in targets.z[0].float().split(max(64, (1 << 22) // len(weight))):
+    for part in targets.z[0].float().split(rows_at_once(len(weight))):
         logits = part @ weight.T / targets.temperature
         hardest.append((logits if bias is None else logits + bias).argmax(1))
     by_target = torch.cat(hardest).cpu()

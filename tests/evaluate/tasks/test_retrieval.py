@@ -113,7 +113,7 @@ def test_memory_is_bounded_and_pieces_do_not_matter(monkeypatch: pytest.MonkeyPa
     whole = per_query(train, test)
     seen = []
     sort = module._sort
-    monkeypatch.setattr(module, "_ELEMENTS", 150)
+    monkeypatch.setattr(module, "rows_at_once", lambda *_, **__: 3)
     monkeypatch.setattr(module, "_sort", lambda x: (seen.append(x.numel()), sort(x))[1])
     pieces = per_query(train, test)
     assert max(seen) <= 150

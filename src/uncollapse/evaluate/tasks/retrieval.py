@@ -13,9 +13,7 @@ from torch import Tensor
 
 from uncollapse.evaluate.features import Features, labelled
 from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
-
-_ELEMENTS = 1 << 24
-"""Most cosines held at once: 64 MB in float32. Sorting them takes no more on the CPU, some times that on a GPU."""
+from uncollapse.numerics import rows_at_once
 
 Floats = NDArray[np.float64]
 Found = dict[str, Floats]
@@ -108,7 +106,7 @@ def average_precisions(
     keys = F.normalize(bank.float()[torch.from_numpy(order)], dim=1, eps=0.0).to(device)
     asked = np.argsort(labels, kind="stable")
     out = np.full((len(queries), 5), math.nan)
-    chunk = max(1, _ELEMENTS // len(keys))
+    chunk = rows_at_once(len(keys), least=16)
     scratch = torch.empty(min(chunk, len(queries)), len(keys), device=keys.device)
     for which in (asked[i : i + chunk] for i in range(0, len(asked), chunk)):
         block = F.normalize(queries[torch.from_numpy(which)].float(), dim=1, eps=0.0).to(device)
