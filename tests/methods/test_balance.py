@@ -73,6 +73,17 @@ def test_duals_put_a_floor_under_every_cluster_and_nothing_else():
     torch.testing.assert_close(size[held], torch.full_like(size[held], floor), rtol=0, atol=1e-6)
 
 
+def test_a_step_without_rows_leaves_the_duals():
+    c, weight = config("floor", **{"prototypes.floor": 1.0}), unit(K, seed=50)
+    memory = double(balance_memory(c, Parts()))
+    for rows in (5, 0):
+        before = memory["dual"].clone()
+        targets = balanced(c, {"cls": SoftmaxTargets(unit(rows), weight, TAU)}, memory, at(0))
+        remember_balance(c, targets, Seen({}), memory, at(0))
+        assert torch.equal(memory["dual"], before) == (rows == 0)
+    assert memory["dual"].isfinite().all()
+
+
 def test_a_floor_at_equal_sizes_is_equal_sizes():
     c, weight = config("floor", **{"prototypes.floor": 1.0, "prototypes.floor_rate": 0.5}), unit(K, seed=50)
     z, memory = unit(1, 40), double(balance_memory(c, Parts()))

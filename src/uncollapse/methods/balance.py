@@ -62,10 +62,10 @@ def remember_balance(c: Config, targets: Targets, teacher: Seen, memory: Memory,
             queue.copy_(torch.cat([new, queue])[:length])
             filled.add_(len(new)).clamp_(max=length)
         if targets_of(c) == "floor":
-            total = torch.stack([p.sum(0) for p in of.blocks()] or [of.z.new_zeros(len(of.weight))]).sum(0)
-            mass = sum_over_ranks(torch.cat([total, total.sum()[None]]), at.group)
-            dual, share = memory[_key("dual", name)], c.prototypes.floor
-            dual += c.prototypes.floor_rate * (share / len(total) - mass[:-1] / mass[-1])
+            size = sum_over_ranks(torch.stack([p.sum(0) for p in of.blocks()]).sum(0), at.group)
+            seen, dual, share = size.sum(), memory[_key("dual", name)], c.prototypes.floor
+            change = share / len(size) - size / seen.clamp_min(torch.finfo(size.dtype).tiny)
+            dual += c.prototypes.floor_rate * change * (seen > 0)  # a step without hidden patches leaves it
             if share < 1:
                 dual.clamp_(min=0)
 
