@@ -138,6 +138,23 @@ def test_published_numbers_of_dinov2():
     assert (short.backbone.drop_path, large.backbone.drop_path) == (0.3, 0.4)
 
 
+def test_published_numbers_of_msn():
+    """The released configuration for ViT-S/16, and what its code fixes; rates are absolute there."""
+    c = load_config("msn-vits16")
+    o, scale = c.optim, c.run.batch / c.optim.lr_batch
+    assert (c.run.epochs, c.run.batch, c.run.schedule_span, o.name) == (800, 1024, 1.25, "adamw")
+    assert (o.lr * scale, o.warmup_start * scale, o.min_lr, o.warmup_epochs) == (1e-3, 2e-4, 1e-6, 15)
+    assert (o.weight_decay, o.weight_decay_end, o.clip, o.clip_of) == (0.04, 0.4, 3, "encoder")
+    assert (c.prototypes.count, c.prototypes.learn_norm, c.prototypes.weight_decay) == (1024, False, 0)
+    assert (c.teacher.momentum, c.teacher.momentum_end, c.teacher.momentum_shape) == (0.996, 1.0, "linear")
+    assert (c.teacher.temperature, c.teacher.temperature_start, c.teacher.student_temperature) == (0.025, 0.025, 0.1)
+    assert (c.method.drop, c.method.prior_weight, c.method.prior, c.method.entropy_weight) == (0.15, 1, "uniform", 0)
+    assert (targets_of(c), c.head.batch_norm, c.head.hidden, c.head.bottleneck) == ("sinkhorn", True, 2048, 256)
+    assert (c.views.global_scale, c.views.local_scale, c.views.local_count) == ((0.3, 1), (0.05, 0.3), 10)
+    assert (c.views.jitter_strength, c.views.blur, c.views.solarise) == ((0.4, 0.4, 0.4, 0.1), (0.5,) * 3, (0,) * 3)
+    assert c.backbone.drop_path == c.prototypes.freeze_epochs == 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from uncollapse.data.masks import block_mask, crop_masks
+from uncollapse.data.masks import block_mask, crop_masks, dropped_patches
 
 MEASURED = [
     (14, 0.12, 0.1091, 0.0002, 1.226),
@@ -65,3 +65,14 @@ def test_a_crops_mask_depends_on_seed_step_position_and_view_alone():
     assert not torch.equal(whole[0], whole[1])
     for seed, step in ((4, 5), (3, 6)):
         assert not torch.equal(crop_masks(36, 2, 1.0, (0.2, 0.5), seed, step, list(range(8))), whole)
+
+
+def test_dropped_patches_are_any_of_them_as_many_as_msn_drops():
+    masks = torch.stack([dropped_patches(196, 0.15, 3, step) for step in range(2000)])
+    assert (masks.sum(1) == 196 - 166).all()
+    assert torch.equal(masks[5], dropped_patches(196, 0.15, 3, 5))
+    assert not torch.equal(masks[5], dropped_patches(196, 0.15, 4, 5))
+    often, error = masks.double().mean(0), (0.153 * 0.847 / 2000) ** 0.5
+    assert (often - 30 / 196).abs().max() < 5 * error
+    together = (masks[:, :-1] & masks[:, 1:]).double().mean()  # neighbours no more than any two
+    assert abs(together - 30 / 196 * 29 / 195) < 5 * 0.15 / (2000 * 195) ** 0.5

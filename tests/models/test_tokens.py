@@ -8,7 +8,7 @@ from steps import small
 from uncollapse.config.schema import BackboneConfig
 from uncollapse.errors import ConfigError
 from uncollapse.models.backbones import build_backbone
-from uncollapse.models.tokens import MaskedViT, patches_of, plain
+from uncollapse.models.tokens import MaskedViT, patches_of, plain, seen_without, tokens
 from uncollapse.training.state import build_state
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
@@ -113,3 +113,27 @@ def test_what_has_no_patches_to_hide_is_refused():
     assert patches_of(hybrid, 224) == hybrid.patch_embed.num_patches == 49
     resnet = timm.create_model("resnet10t", num_classes=0)
     assert plain(resnet) is resnet
+
+
+@pytest.mark.parametrize("size", [32, 16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_patches_that_are_left_out_do_not_matter_and_others_keep_their_places(architecture, size):
+    vit, g = plain(made(architecture)), torch.Generator().manual_seed(0)
+    side = size // 8
+    x, other = torch.randn(2, 3, 3, size, size, generator=g)
+    mask = torch.zeros(3, side * side, dtype=torch.bool)
+    for row in mask:
+        row[torch.randperm(side * side, generator=g)[: side * side // 4]] = True
+    pixels = mask.view(3, 1, side, 1, side, 1).expand(-1, -1, -1, 8, -1, 8).reshape(3, 1, size, size)
+    with torch.no_grad():
+        features = seen_without(vit, x, mask)
+        assert tokens(vit, x, mask)[1].shape == (3, side * side - side * side // 4, 48)
+        assert torch.equal(seen_without(vit, torch.where(pixels, other, x), mask), features)
+        assert (seen_without(vit, torch.where(pixels, x, other), mask) - features).abs().max() > 1e-3
+        assert (
+            seen_without(vit, x.flip(-1), mask.view(3, side, side).flip(-1).flatten(1)) - features
+        ).abs().max() > 1e-3
+        torch.testing.assert_close(seen_without(vit, x, torch.zeros_like(mask)), vit(x))
+        mask[0] = ~mask[0]
+        with pytest.raises(ValueError, match="as many patches"):
+            seen_without(vit, x, mask)

@@ -70,6 +70,8 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(("method.patch_bottleneck", "patches have a head of their own only with method.shared false"))
     if isinstance(method, DINOv2) and method.koleo_weight and run.batch // run.accumulate < 2:
         problems.append(("method.koleo_weight", "KoLeo compares images with one another; a part needs at least two"))
+    if method.name == "msn" and views.global_count + views.local_count < 2:
+        problems.append(("views.local_count", "MSN's student sees other views than its teacher, and there is but one"))
     if method.name == "msn" and method.drop and not config.backbone.name.startswith(("vit_", "deit")):
         problems.append(("method.drop", f"{config.backbone.name} has no patches to leave out; take a vit_*, or 0"))
     if method.name == "capi" and not config.backbone.name.startswith(("vit_", "deit")):
