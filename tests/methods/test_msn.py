@@ -36,7 +36,7 @@ def terms(c, z, teacher, prototypes):
 
 
 def brute(z, teacher, prototypes, shares, balanced):
-    """The paper's Section 3 and its released loss, row by row: sharpening is a power, Sinkhorn is over probabilities."""
+    """Section 3 and the released loss, row by row: sharpening is a power, Sinkhorn is over probabilities."""
     w = prototypes.student_v / prototypes.student_v.norm(dim=1, keepdim=True)
     target = torch.stack([torch.softmax(w.detach() @ x / 0.1, 0) ** (1 / 0.25) for x in teacher[0]])
     target = target / target.sum(1, keepdim=True)
@@ -130,6 +130,7 @@ def test_without_patches_left_out_any_encoder_will_do():
         ({"backbone.name": "resnet50"}, "method.drop: resnet50 has no patches to leave out"),
         ({"run.accumulate": 2}, "run.accumulate: must be 1: MSN's mean prediction"),
         ({"prototypes.targets": "centred"}, "prototypes.targets"),
+        ({"method.prior": "power", "prototypes.kind": "memory"}, "method.prior: a power law gives"),
         ({"views.global_count": 1, "views.local_count": 0}, "views.local_count"),
     ],
 )

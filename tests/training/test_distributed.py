@@ -28,6 +28,7 @@ METHODS = (
     "dino joint-floor",
     "esvit decoupled",
     "wessl joint",
+    "pmsn joint",
 )
 STEPS = 4
 

@@ -66,6 +66,7 @@ def test_a_batch_in_parts_is_the_batch(method, kind):
         ("wessl", "joint"),
         ("ibot", "memory"),
         ("dino", "joint-floor"),
+        ("pmsn", "joint"),
     ],
 )
 def test_resume_reaches_the_same_bits(method, kind, tmp_path, monkeypatch):

@@ -99,6 +99,9 @@ def meaningless(config: Config) -> list[tuple[str, str]]:
     if protos.targets in ("floor", "power-law") and protos.kind == "memory":
         why = "it gives each prototype a size of its own, and those of memory are others every step"
         problems.append(("prototypes.targets", f"{why}; take sinkhorn or softmax"))
+    if config.method.name == "msn" and config.method.prior == "power" and protos.kind == "memory":
+        why = "a power law gives each prototype a share of its own, and those of memory are others every step"
+        problems.append(("method.prior", f"{why}; take uniform"))
     if protos.vmf and not config.head.normalise:
         problems.append(("prototypes.vmf", "a vMF density is over unit vectors; head.normalise must be true"))
     return problems
