@@ -7,7 +7,7 @@ import pytest
 
 from uncollapse.cli.main import main
 from uncollapse.config.load import load_config
-from uncollapse.config.tiny import tiny
+from uncollapse.config.tiny import load_tiny
 from uncollapse.errors import ConfigError
 
 
@@ -88,8 +88,18 @@ def test_a_run_of_another_method_has_a_folder_and_a_title_of_its_own(tmp_path, m
 
 def test_what_is_typed_wins_over_tiny():
     typed = {"prototypes.count": 100_000, "backbone.name": "resnet18", "run.batch": 48, "data.path": "builtin:digits"}
-    config = tiny(load_config("dino-vits16", typed), typed)
+    config = load_tiny("dino-vits16", typed)
     assert (config.prototypes.count, config.backbone.name, config.run.batch) == (100_000, "resnet18", 48)
     assert config.head.hidden == 64  # not typed, so shrunk
     with pytest.raises(ConfigError, match=r"run\.accumulate"):
-        tiny(load_config("dino-vits16", {"run.accumulate": 64}), {"run.accumulate": 64})
+        load_tiny("dino-vits16", {"run.accumulate": 64})
+
+
+@pytest.mark.parametrize(("typed", "queue"), [({"method.queue": 96}, 96), ({"run.batch": 48}, 96), ({}, 64)])
+def test_what_is_typed_has_to_fit_the_small_batch(typed, queue, tmp_path):
+    """96 rows are no multiple of the recipe's own batch, but of the small one they are; a typed batch has its queue."""
+    recipe = tmp_path / "queued.yaml"
+    recipe.write_text("method: {name: swav, queue: 3840}\nrun: {batch: 256}\n")
+    assert load_tiny(recipe, typed).method.queue == queue
+    with pytest.raises(ConfigError, match=r"^--tiny: method\.queue: 50 is not a multiple of run\.batch, 32"):
+        load_tiny(recipe, {"method.queue": 50})

@@ -128,10 +128,9 @@ def _swept(word: str) -> tuple[str, list[Any]]:
 
 
 def _config(recipe: str, keys: dict[str, Any], small: bool) -> Config:
-    from uncollapse.config.tiny import tiny
+    from uncollapse.config.tiny import load_tiny
 
-    config = load_config(recipe, keys)
-    config = tiny(config, keys) if small else config
+    config = load_tiny(recipe, keys) if small else load_config(recipe, keys)
     must_exist(config, fresh=True)
     return config
 

@@ -129,11 +129,12 @@ def _new_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> tuple[
         overrides["backbone.init"] = str(Path(arguments.init).resolve())
     if arguments.prototypes is not None:
         overrides.update(arm_keys(arguments.prototypes))
-    config = load_config(arguments.recipe, overrides)
     if arguments.tiny:
-        from uncollapse.config.tiny import tiny
+        from uncollapse.config.tiny import load_tiny
 
-        config = tiny(config, overrides)
+        config = load_tiny(arguments.recipe, overrides)
+    else:
+        config = load_config(arguments.recipe, overrides)
     must_exist(config, fresh=True)
     stem = Path(arguments.recipe).stem
     if _METHOD_KEYS & overrides.keys():  # no longer the recipe's own

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,9 @@ def _adapter() -> TypeAdapter[Config]:
     return TypeAdapter(Config)  # a fifth of a second to make
 
 
-def build_config(content: dict[str, Any], source: str = "config", retired: bool = False) -> Config:
+def build_config(
+    content: dict[str, Any], source: str = "config", retired: bool = False, together: bool = True
+) -> Config:
     """A validated :class:`Config` from nested mappings.
 
     Args:
@@ -117,6 +119,8 @@ def build_config(content: dict[str, Any], source: str = "config", retired: bool 
         source: what to call it in an error.
         retired: whether options that no longer exist are left out, to look at what a run of before has made; without
             it, only where they change nothing.
+        together: whether it is also checked that values go together, which those of a recipe still to be shrunk need
+            not.
 
     Raises:
         ConfigError: unknown key, wrong type or impossible value; one line that names the key.
@@ -132,9 +136,9 @@ def build_config(content: dict[str, Any], source: str = "config", retired: bool 
         raise ConfigError(f"{source}: {near}: not UTF-8; reach it by another name, such as a symbolic link") from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
-    for key, problem in impossible(config):
+    for key, problem in impossible(config) if together else ():
         raise ConfigError(f"{source}: {key}: {problem}")
-    for key, problem in meaningless(config):
+    for key, problem in meaningless(config) if together else ():
         raise PairingError(f"{source}: {key}: {problem}")
     return config
 
@@ -165,8 +169,8 @@ def _as_now(content: dict[str, Any], source: str, retired: bool) -> dict[str, An
     return {**content, "prototypes": {**targets, **prototypes, "mixture": rest}}
 
 
-def load_config(recipe: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Recipe and overrides (dotted keys), merged and validated.
+def load_config(recipe: str | Path, overrides: Mapping[str, Any] | None = None, together: bool = True) -> Config:
+    """Recipe and overrides (dotted keys), merged and validated; ``together`` as :func:`build_config` has it.
 
     Raises:
         ConfigError: see :func:`read_recipe` and :func:`build_config`.
@@ -181,7 +185,7 @@ def load_config(recipe: str | Path, overrides: dict[str, Any] | None = None) -> 
         backbone.pop("options", None)  # those of the recipe's own model, which another one does not take
     for key, value in overrides.items():
         set_key(content, key, value)
-    return build_config(content, str(recipe))
+    return build_config(content, str(recipe), together=together)
 
 
 def dump_config(config: Config) -> str:

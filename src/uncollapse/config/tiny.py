@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from uncollapse.config.load import build_config, set_key
+from uncollapse.config.load import build_config, load_config, set_key
 from uncollapse.config.methods import CAPI, CARP, WESSL, DINOv2, Method, SwAV
 from uncollapse.config.schema import BackboneConfig, Config
 
@@ -15,6 +16,11 @@ WIDTH = 48
 """Of the small transformer."""
 _KEPT = ("class_token", "reg_tokens", "global_pool", "fc_norm")
 """Options that say which tokens a transformer has, whatever its size."""
+
+
+def load_tiny(recipe: str | Path, overrides: Mapping[str, Any]) -> Config:
+    """A recipe with what the user asked for by name, shrunk; only the small values have to go together."""
+    return tiny(load_config(recipe, overrides, together=False), overrides)
 
 
 def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
@@ -36,7 +42,7 @@ def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
             local_count=min(2, views.local_count),
         ),
         head=replace(head, hidden=min(64, head.hidden), bottleneck=min(32, head.bottleneck) if head.layers else WIDTH),
-        method=_tiny_method(config),
+        method=_tiny_method(config.method, int(typed.get("run.batch", min(32, run.batch)))),
         prototypes=replace(protos, count=min(64, protos.count), queue=min(64, protos.queue)),
         run=replace(run, batch=min(32, run.batch), epochs=min(2.0, run.epochs), accumulate=1),
         data=replace(config.data, workers=min(1, config.data.workers)),
@@ -59,8 +65,7 @@ def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
     return build_config(content, "--tiny")
 
 
-def _tiny_method(config: Config) -> Method:
-    method = config.method
+def _tiny_method(method: Method, batch: int) -> Method:
     if isinstance(method, DINOv2) and method.patch_bottleneck is not None:
         return replace(method, patch_bottleneck=min(24, method.patch_bottleneck))
     if isinstance(method, CARP):
@@ -68,7 +73,7 @@ def _tiny_method(config: Config) -> Method:
     if isinstance(method, CAPI):
         return replace(method, decoder_depth=min(2, method.decoder_depth))
     if isinstance(method, SwAV):
-        return replace(method, queue=min(2 * min(32, config.run.batch), method.queue), queue_epoch=0.0)
+        return replace(method, queue=min(2 * batch, method.queue), queue_epoch=0.0)
     if isinstance(method, WESSL):
         return replace(method, heads=min(3, method.heads))
     return method
