@@ -183,6 +183,18 @@ def test_a_region_counts_in_the_mixture_as_its_share_of_two_views():
     assert weight.sum() == pytest.approx(2 * batch)
 
 
+@pytest.mark.parametrize(("method", "name"), [("esvit", "region"), ("ibot-separate", "patch"), ("wessl", "head2")])
+def test_alive_is_counted_on_as_many_tokens_as_images(method, name):
+    """So that it means the same for every set: a window is 20 rows for each prototype's fair share."""
+    steps = Steps(small(method, **({"method.masked_crops": 1.0} if method == "ibot-separate" else {})))
+    watched = []
+    monitor = steps.state.monitors[name]
+    monitor.observe_projections = lambda z, vectors: watched.append(len(z))
+    for _ in range(2):
+        steps.take()
+    assert watched == [steps.config.run.batch] * 2
+
+
 def test_a_backbone_without_regions_is_refused_before_training(monkeypatch):
     monkeypatch.setattr("uncollapse.models.network.has_regions", lambda backbone: False)
     with pytest.raises(ConfigError, match=r"backbone\.name: .* gives no regions"):

@@ -16,7 +16,7 @@ from uncollapse.training.run import train
 def small_vit(**keys):
     """No batch norm, no stochastic depth, and an optimiser in which a rounding error stays one."""
     keys = {"data.path": "builtin:digits", "optim.name": "sgd", "optim.warmup_epochs": 0.0, "optim.lr": 0.5, **keys}
-    config = tiny(load_config("dino-vits16", {"prototypes.freeze_epochs": 0.0, **keys}))
+    config = tiny(load_config("dino-vits16", {"prototypes.freeze_epochs": 0.0, **keys}), keys)
     return replace(config, backbone=replace(config.backbone, drop_path=0.0))
 
 

@@ -24,7 +24,7 @@ def load_tiny(recipe: str | Path, overrides: Mapping[str, Any]) -> Config:
 
 
 def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
-    """The same recipe with a small encoder, K, batch and views.
+    """The same recipe with a small encoder, K, batch and views, in float32: half precision is slow on a CPU.
 
     ``typed``: dotted keys with the values that the user asked for by name; they are in ``config`` already, and stay.
 
@@ -44,7 +44,7 @@ def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
         head=replace(head, hidden=min(64, head.hidden), bottleneck=min(32, head.bottleneck) if head.layers else WIDTH),
         method=_tiny_method(config.method, int(typed.get("run.batch", min(32, run.batch)))),
         prototypes=replace(protos, count=min(64, protos.count), queue=min(64, protos.queue)),
-        run=replace(run, batch=min(32, run.batch), epochs=min(2.0, run.epochs), accumulate=1),
+        run=replace(run, batch=min(32, run.batch), epochs=min(2.0, run.epochs), accumulate=1, precision="32-true"),
         data=replace(config.data, workers=min(1, config.data.workers)),
         backbone=replace(_tiny_backbone(config.backbone), init=config.backbone.init),
         log=replace(

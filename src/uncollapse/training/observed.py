@@ -1,4 +1,4 @@
-"""What a set of prototypes that learns from the teacher's projections sees of a step."""
+"""What a set of prototypes that learns from the teacher's projections, and its monitor, see of a step."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def observed(
     fair = views_assigned(config) * config.run.batch
     weights = [torch.full((len(r),), fair / max(1, len(r)), device=r.device) for r in rows]
     return torch.cat(rows), at.progress, torch.cat(weights)
+
+
+def watched(everyone: Seen, level: str, config: Config, at: At) -> Tensor:
+    """``(n, D)``: what `alive` is counted on: one row of each image's first view, or as many tokens or regions.
+
+    More would make a prototype alive that few rows share, and cost as much as the loss at a large K.
+    """
+    return _rows(everyone, level, True, config.run.batch, at)
 
 
 def _rows(everyone: Seen, level: str, first_view: bool, most: int | None, at: At) -> Tensor:

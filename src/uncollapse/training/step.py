@@ -17,7 +17,7 @@ from uncollapse.models.network import Encoder
 from uncollapse.models.sync_norm import convert
 from uncollapse.schedules import cosine, linear
 from uncollapse.training.job import Job
-from uncollapse.training.observed import observed
+from uncollapse.training.observed import observed, watched
 from uncollapse.training.optim import clip_gradients, update_teacher
 from uncollapse.training.state import TrainState
 from uncollapse.training.stopwatch import Stopwatch
@@ -82,9 +82,8 @@ class Stepper:
         targets = balanced(config, method.assign(config, teacher, sets, state.memory, at), state.memory, at)
         watch.lap("prototypes")
         for name, monitor in state.monitors.items():
-            z = everyone.z[state.parts.levels(name)[0]]
-            first = z[0].flatten(0, -2) if z.ndim > 2 else z
-            monitor.observe_projections(first, sets[name].vectors("teacher"))
+            rows = watched(everyone, state.parts.levels(name)[0], config, at)
+            monitor.observe_projections(rows, sets[name].vectors("teacher"))
         watch.lap("diagnosis")
         self.optimizer.zero_grad()
         terms: dict[str, Tensor] = {}
