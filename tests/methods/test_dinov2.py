@@ -185,7 +185,7 @@ def test_what_hidden_patches_do_not_go_with_is_refused(recipe, keys, key, why):
     ("keys", "why"),
     [
         ({"method.patch_bottleneck": 8}, "only with method.shared false"),
-        ({"run.batch": 8, "run.accumulate": 8}, "KoLeo compares images"),
+        ({"run.batch": 256, "run.accumulate": 8}, "run.accumulate: parts of 32 images are not a multiple of"),
     ],
 )
 def test_impossible_settings_of_its_own_are_refused(keys, why):

@@ -29,6 +29,7 @@ METHODS = (
     "esvit decoupled",
     "wessl joint",
     "pmsn joint",
+    "dinov2-separate joint",
 )
 STEPS = 4
 

@@ -30,11 +30,12 @@ def tensors(content, name=""):
     ("method", "kind"),
     [("ibot", "koleo"), ("ibot", "decoupled"), ("ibot-separate", "joint"), ("ibot-separate", "decoupled"),
      ("ibot-vmf", "joint"), ("dino-vmf", "joint"), ("esvit", "joint"), ("esvit", "decoupled"), ("wessl", "joint"),
-     ("ibot", "memory"), ("ibot", "joint-sinkhorn-queue"), ("dino-vmf", "joint-floor")],
+     ("ibot", "memory"), ("ibot", "joint-sinkhorn-queue"), ("dino-vmf", "joint-floor"),
+     ("dinov2-separate", "joint"), ("dinov2", "decoupled")],
 )  # fmt: skip
 def test_a_batch_in_parts_is_the_batch(method, kind):
     """Losses and weights after three steps, with stochastic depth and some parts without a hidden patch."""
-    keys = {**PLAIN, "method.masked_crops": 0.2} if "ibot" in method else PLAIN
+    keys = {**PLAIN, "method.masked_crops": 0.2} if "ibot" in method or "dinov2" in method else PLAIN
     whole, parts = (Steps(small(method, **mode(kind), **keys, **{"run.accumulate": n})) for n in (1, 4))
     start = whole.snapshot()
     for _ in range(3):
@@ -67,6 +68,7 @@ def test_a_batch_in_parts_is_the_batch(method, kind):
         ("ibot", "memory"),
         ("dino", "joint-floor"),
         ("pmsn", "joint"),
+        ("dinov2-separate", "mst"),
     ],
 )
 def test_resume_reaches_the_same_bits(method, kind, tmp_path, monkeypatch):

@@ -68,8 +68,10 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(("prototypes.koleo_every", f"{protos.diversity} looks for no neighbours; leave it at 1"))
     if isinstance(method, DINOv2) and method.shared and method.patch_bottleneck is not None:
         problems.append(("method.patch_bottleneck", "patches have a head of their own only with method.shared false"))
-    if isinstance(method, DINOv2) and method.koleo_weight and run.batch // run.accumulate < 2:
-        problems.append(("method.koleo_weight", "KoLeo compares images with one another; a part needs at least two"))
+    part = run.batch // run.accumulate
+    if isinstance(method, DINOv2) and method.koleo_weight and run.accumulate > 1 and part % method.koleo_images:
+        why = f"parts of {part} images are not a multiple of method.koleo_images, {method.koleo_images}"
+        problems.append(("run.accumulate", why))
     if method.name == "msn" and views.global_count + views.local_count < 2:
         problems.append(("views.local_count", "MSN's student sees other views than its teacher, and there is but one"))
     if method.name == "msn" and method.drop and not config.backbone.name.startswith(("vit_", "deit")):
