@@ -170,3 +170,20 @@ def test_a_pairing_that_means_nothing_is_refused_before_training_with_the_reason
     assert stop.value.code == 3
     assert why in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_an_arm_that_is_another_one_under_this_method_is_trained_once(tmp_path, monkeypatch):
+    """SwAV balances anyway; DINO does not."""
+    seen = {}
+
+    def write_grid(cells, *_):
+        seen["cells"], seen["notes"] = [cell.name for cell in cells], _[6]
+
+    monkeypatch.setattr("uncollapse.cli.grid.write_grid", write_grid)
+    words = ["--prototypes", "joint", "joint-sinkhorn", "joint-floor", "--data", "builtin:digits", "--device", "cpu"]
+    main(["compare", "--recipes", "dino-small32", "swav-small32", *words, "--out", str(tmp_path / "grid")])
+    assert seen["cells"] == [
+        *(f"dino-small32 {arm} 0" for arm in ("joint", "joint-sinkhorn", "joint-floor")),
+        *(f"swav-small32 {arm} 0" for arm in ("joint", "joint-floor")),
+    ]
+    assert seen["notes"] == ("swav-small32: joint-sinkhorn is what joint is there, and was not trained again.",)

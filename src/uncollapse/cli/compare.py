@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from uncollapse.cli.train import at_least_one, data_key, must_exist
-from uncollapse.config.facts import arm_keys
+from uncollapse.config.facts import arm_keys, mode_name
 from uncollapse.config.load import load_config
 from uncollapse.config.plain_yaml import parse_value
 from uncollapse.config.schema import ARMS, Config
@@ -92,7 +92,8 @@ def compare(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         name = " ".join([row.name, arm, *([frozen] if frozen else []), str(row.seed)])
         return Cell(name, _config(row.recipe, keys, arguments.tiny), arguments.out / folder / name.replace(" ", "-"))
 
-    trunks, cells = [], []
+    trunks, cells, notes = [], [], []
+    first: dict[tuple[str, int, str, str], str] = {}  # how the arm was called that is trained
     for row in rows:
         change: dict[str, Any] = {}
         if arguments.branch:
@@ -100,7 +101,12 @@ def compare(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
             change = {"change.branch": str(trunks[-1].out.resolve()), "change.branch_step": arguments.branch}
         for arm in arguments.prototypes:
             for frozen in ("", *arguments.freeze):
-                cells.append(cell(row, arm, "runs", **change, **({"change.freeze": frozen} if frozen else {})))
+                one = cell(row, arm, "runs", **change, **({"change.freeze": frozen} if frozen else {}))
+                same = first.setdefault((row.name, row.seed, frozen, mode_name(one.config)), arm)
+                if same == arm:
+                    cells.append(one)
+                else:  # the targets that an arm names may be the method's own
+                    notes.append(f"{row.name}: {arm} is what {same} is there, and was not trained again.")
     devices = _devices(arguments.device)
     jobs = min(arguments.jobs or len(devices) or cores(), len(cells))
     left = f"All arms leave one run with {arguments.trunk} prototypes at step {arguments.branch}."
@@ -112,7 +118,7 @@ def compare(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         devices,
         arguments.again,
         "Do the prototypes collapse?",
-        (left,) if trunks else (),
+        (*((left,) if trunks else ()), *dict.fromkeys(notes)),
         (trunks, arguments.branch),
     )
 

@@ -82,8 +82,9 @@ class Stepper:
         targets = balanced(config, method.assign(config, teacher, sets, state.memory, at), state.memory, at)
         watch.lap("prototypes")
         for name, monitor in state.monitors.items():
-            rows = watched(everyone, state.parts.levels(name)[0], config, at)
-            monitor.observe_projections(rows, sets[name].vectors("teacher"))
+            if sets[name].lasting:
+                rows = watched(everyone, state.parts.levels(name)[0], config, at)
+                monitor.observe_projections(rows, sets[name].vectors("teacher"))
         watch.lap("diagnosis")
         self.optimizer.zero_grad()
         terms: dict[str, Tensor] = {}
