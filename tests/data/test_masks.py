@@ -1,10 +1,12 @@
-"""Block masks: their rules, and their distribution beside iBOT's released code."""
+"""Masks: their rules, and their distribution beside the released code of iBOT and CAPI."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from uncollapse.data.masks import block_mask, crop_masks, dropped_patches
+from uncollapse.data.masks import around_blocks, block_mask, crop_masks, dropped_patches, visible_block
 
 MEASURED = [
     (14, 0.12, 0.1091, 0.0002, 1.226),
@@ -76,3 +78,53 @@ def test_dropped_patches_are_any_of_them_as_many_as_msn_drops():
     assert (often - 30 / 196).abs().max() < 5 * error
     together = (masks[:, :-1] & masks[:, 1:]).double().mean()  # neighbours no more than any two
     assert abs(together - 30 / 196 * 29 / 195) < 5 * 0.15 / (2000 * 195) ** 0.5
+
+
+AROUND = [
+    (16, 166, 9.550, 0.029, 10.178, 0.031),
+    (8, 41, 4.809, 0.013, 5.369, 0.016),
+    (4, 10, 2.197, 0.006, 3.014, 0.010),
+]
+"""(side, hidden patches, rows and columns with a visible one, each with its standard error): 4,000 masks of CAPI's."""
+
+
+@pytest.mark.parametrize(("side", "hidden", "rows", "rows_error", "columns", "columns_error"), AROUND)
+def test_visible_blocks_are_distributed_as_the_authors_are(side, hidden, rows, rows_error, columns, columns_error):
+    random, n = np.random.default_rng(0), 2000
+    visible = ~np.stack([visible_block(side, side, side * side - hidden, random) for _ in range(n)])
+    assert (visible.sum((1, 2)) == side * side - hidden).all()
+    for axis, mean, error in ((2, rows, rows_error), (1, columns, columns_error)):
+        counted = visible.any(axis).sum(1)
+        assert abs(counted.mean() - mean) < 4 * math.hypot(error, counted.std() / n**0.5)
+    everywhere = visible.mean(0)  # rolled: no place is visible more often than another
+    assert abs(everywhere - everywhere.mean()).max() < 5 * (everywhere.mean() / n) ** 0.5
+
+
+def test_a_visible_block_is_a_rectangle_that_may_wrap_around():
+    """Rolled back, it is all of some rows of it and part of the last."""
+    random = np.random.default_rng(1)
+    for _ in range(200):
+        visible = ~visible_block(8, 8, 23, random)
+        block = np.zeros((8, 8), dtype=bool)
+        block[: visible.any(1).sum(), : visible.any(0).sum()] = True
+        block.reshape(-1)[np.flatnonzero(block)[23:]] = False
+        assert any(np.array_equal(np.roll(block, (i, j), (0, 1)), visible) for i in range(8) for j in range(8))
+        assert 0.4 < visible.any(1).sum() / visible.any(0).sum() < 2.5
+
+
+@pytest.mark.parametrize(
+    ("patches", "share", "hidden", "read"), [(256, 0.65, 166, 8), (16, 0.65, 10, 1), (4, 1.0, 3, 1)]
+)
+def test_as_many_patches_are_predicted_in_every_view_all_of_them_hidden(patches, share, hidden, read):
+    masks, predicted = around_blocks(patches, 2, share, 0.05, 0, 3, list(range(20)))
+    assert set(masks.sum(-1).flatten().tolist()) == {hidden}
+    assert set(predicted.sum(-1).flatten().tolist()) == {read}
+    assert not (predicted & ~masks).any()
+
+
+def test_blocks_depend_on_seed_step_position_and_view_alone():
+    whole = around_blocks(64, 2, 0.65, 0.1, 3, 5, list(range(8)))
+    for one, part in zip(whole, around_blocks(64, 2, 0.65, 0.1, 3, 5, [6, 2]), strict=True):
+        assert torch.equal(part, one[:, [6, 2]])
+        assert not torch.equal(one[0], one[1])
+    assert not torch.equal(around_blocks(64, 2, 0.65, 0.1, 3, 6, list(range(8)))[0], whole[0])

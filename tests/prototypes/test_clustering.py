@@ -99,7 +99,7 @@ def test_targets_have_the_offsets_of_their_own_position():
 
 def test_targets_are_by_the_prototypes_that_the_loss_was_of():
     """The layer moves after the student's step; without a loss it does not move."""
-    prototypes = clustering()
+    prototypes = clustering(own_student=True)
     start = prototypes.state_dict()["weight"].clone()
     prototypes.after_step()
     prototypes.observe(rows(N), 0.5)
@@ -131,15 +131,18 @@ def test_the_layer_learns_from_the_clustering_alone_and_the_encoder_never_from_i
         assert prototypes.student_v.grad.abs().amax(1).min() > 0
         torch.testing.assert_close(weight.norm(dim=1), torch.ones(K, dtype=torch.float64))
     else:
-        assert weight is prototypes.weight
+        assert torch.equal(weight, prototypes.affine("teacher", 0.1)[0])
 
 
-def test_logits_are_those_of_the_layer():
-    prototypes, z = clustering(), rows(N)
+@pytest.mark.parametrize("own_student", [False, True])
+def test_logits_are_those_of_the_layer(own_student):
+    """Where its temperature is a method's, as of prototypes of length 1."""
+    prototypes, z = clustering(own_student=own_student), rows(N)
     prototypes.bias.normal_()
     weight, bias = prototypes.affine("teacher", 0.06)
-    expected = F.linear(z, prototypes.weight, prototypes.bias) / 0.06
+    expected = F.linear(z, prototypes.weight, prototypes.bias) / (0.06 if own_student else 0.06 * D**0.5)
     torch.testing.assert_close(z @ weight.T / 0.06 + bias, expected)
+    assert own_student or 0.6 < weight.norm(dim=1).mean() < 1.4
 
 
 def test_the_rate_is_the_published_schedule():

@@ -30,6 +30,8 @@ METHODS = (
     "wessl joint",
     "pmsn joint",
     "dinov2-separate joint",
+    "capi capi",
+    "ibot capi",
 )
 STEPS = 4
 

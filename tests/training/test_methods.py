@@ -31,7 +31,7 @@ def tensors(content, name=""):
     [("ibot", "koleo"), ("ibot", "decoupled"), ("ibot-separate", "joint"), ("ibot-separate", "decoupled"),
      ("ibot-vmf", "joint"), ("dino-vmf", "joint"), ("esvit", "joint"), ("esvit", "decoupled"), ("wessl", "joint"),
      ("ibot", "memory"), ("ibot", "joint-sinkhorn-queue"), ("dino-vmf", "joint-floor"),
-     ("dinov2-separate", "joint"), ("dinov2", "decoupled")],
+     ("dinov2-separate", "joint"), ("dinov2", "decoupled"), ("capi", "capi"), ("ibot", "capi")],
 )  # fmt: skip
 def test_a_batch_in_parts_is_the_batch(method, kind):
     """Losses and weights after three steps, with stochastic depth and some parts without a hidden patch."""

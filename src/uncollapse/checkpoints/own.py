@@ -116,6 +116,9 @@ def own_directions(loaded: Any, s: PrototypeSet, tensors: Mapping[str, Tensor]) 
     stem = s.key.removesuffix("mean")
     if OWN.match(s.key) and s.scale is not None:
         return _with_normaliser(loaded, s)
+    if OWN.match(s.key) and s.bias is not None and s.side == "shared":
+        unit = s.weight.shape[1] ** 0.5  # what a clustering's layer is divided by where both sides are the layer
+        return replace(s, weight=s.weight / unit, bias=s.bias / unit)
     if s.family != "uncollapse" or stem == s.key:
         return s
     notes: tuple[str, ...] = ()

@@ -173,7 +173,8 @@ def may_be_prototypes(path: str) -> bool:
     if re.search(r"(^|\.)(mean|variance|evidence|offset|beta|is_centred)$", last):
         return True  # of a mixture, perhaps
     layers = {last, *(last.removesuffix("." + n) for pair in (*SPELLINGS, ("bias", None)) for n in pair if n)}
-    return bool(OWN.match(cleaned)) or any(re.search(sign, layer) for layer in layers for sign, _ in LAYERS)
+    own = OWN.match(re.sub("/(bias|student_g|teacher_g)$", "/weight", cleaned))
+    return bool(own) or any(re.search(sign, layer) for layer in layers for sign, _ in LAYERS)
 
 
 def family_of(tensors: Mapping[str, Tensor]) -> str:

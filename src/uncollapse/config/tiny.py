@@ -57,6 +57,8 @@ def tiny(config: Config, typed: Mapping[str, Any] | None = None) -> Config:
     content = json.loads(json.dumps(asdict(small)))
     if any(key.startswith("backbone.") and key != "backbone.init" for key in typed):
         content["backbone"] = json.loads(json.dumps(asdict(config.backbone)))
+        if not head.layers:
+            content["head"]["bottleneck"] = head.bottleneck  # the length of that backbone's features
     for key, value in typed.items():
         set_key(content, key, value)
     if "optim.min_lr" not in typed:

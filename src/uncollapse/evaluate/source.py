@@ -18,7 +18,7 @@ from uncollapse.checkpoints.backbones import backbone_of, renamed
 from uncollapse.checkpoints.encoder import Rebuilt, backbone_part, one_side, own_parts
 from uncollapse.checkpoints.encoder import rebuild_encoder as rebuild
 from uncollapse.checkpoints.files import damage_is_said
-from uncollapse.checkpoints.own import own_directions
+from uncollapse.checkpoints.own import own_directions, own_encoder
 from uncollapse.checkpoints.prototypes import OWN, PrototypeSet, clean, find_prototypes, side_of
 from uncollapse.checkpoints.read import flatten, newest_of, read_tensors
 from uncollapse.config.facts import has_teacher
@@ -106,6 +106,8 @@ def _checkpoint(loaded: Any, tensors: Mapping[str, Tensor], side: str, where: st
         return _encoder(rebuilt, own_directions(loaded, s, tensors), side, where, notes)
     if sets and not notes:
         notes.append("its prototypes divide up patches, not images: only the backbone is evaluated")
+    if own:
+        return _own_backbone(loaded, side, where, notes)
     found_backbone = _backbone(tensors, side, where)
     stated = any(side_of(clean(path)) == side for path in tensors)
     return _made(
@@ -119,6 +121,24 @@ def _checkpoint(loaded: Any, tensors: Mapping[str, Tensor], side: str, where: st
             patch_tokens=found_backbone.tokens,
         )
     )
+
+
+def _own_backbone(loaded: Any, side: str, where: str, notes: list[str]) -> EvalEncoder:
+    """Of one of our runs whose prototypes are of no use for whole images."""
+    encoder, config = own_encoder(loaded, side, where)
+    made = EvalEncoder(
+        own_parts(encoder)[0],
+        config.views.global_size,
+        config.views.mean,
+        config.views.std,
+        described=config.backbone.name,
+        name=where,
+        side=side if has_teacher(config) else "model",
+        config=config,
+        notes=notes,
+    )
+    made.untrained = lambda: _own_start(made)
+    return made
 
 
 def _of_side(sets: list[PrototypeSet], side: str) -> list[PrototypeSet]:
@@ -183,6 +203,8 @@ def _own_start(encoder: EvalEncoder) -> EvalEncoder:
     from uncollapse.prototypes.build import initial_prototypes
 
     backbone, head = own_parts(build_encoder(encoder.config, drop_path=False))
+    if encoder.vectors is None:
+        return _started(encoder, backbone, None, None)
     vectors = initial_prototypes(encoder.config).vectors("teacher").detach().float()
     return _started(encoder, backbone, head, vectors)
 

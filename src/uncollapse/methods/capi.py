@@ -24,6 +24,7 @@ from uncollapse.methods.contract import At, Batch, Memory, Parts, Seen, Sets, Ta
 from uncollapse.models.drop_path import token_keys
 from uncollapse.models.network import Encoder, PredictingEncoder
 from uncollapse.targets.positions import at_positions, sinkhorn_by_position
+from uncollapse.targets.prior import power_law
 
 
 def parts(c: Config) -> Parts:
@@ -57,11 +58,12 @@ def see_teacher(c: Config, net: Encoder, batch: Batch, student: Seen | None) -> 
 def assign(c: Config, teacher: Seen, sets: Sets, memory: Memory, at: At) -> Targets:
     """Balanced at every place; of rows whose places are not known, all together."""
     z, prototypes, tau, iterations = teacher.z["patch"], sets["patch"], temperature_at(c, at), _own(c).iterations
-    if targets_of(c) != "sinkhorn" or "patch" not in teacher.every:
+    if targets_of(c) not in ("sinkhorn", "power-law") or "patch" not in teacher.every:
         return {"patch": assigned(c, z, prototypes, tau, at.group, iterations=iterations)}
+    shares = power_law(c.prototypes.count, c.prototypes.power, z) if targets_of(c) == "power-law" else None
     weight, bias = (None if t is None else t.detach() for t in prototypes.affine("teacher", tau))
     assert weight is not None
-    offsets = sinkhorn_by_position(teacher.every["patch"], weight, tau, iterations, bias, at.group)
+    offsets = sinkhorn_by_position(teacher.every["patch"], weight, tau, iterations, bias, at.group, shares)
     return {"patch": at_positions(z, teacher.place["patch"], weight, tau, bias, offsets)}
 
 

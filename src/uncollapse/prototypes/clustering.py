@@ -34,8 +34,9 @@ class ClusteredPrototypes(Prototypes):
     step is taken after the student's, so that targets are by the prototypes that the loss was of, as in the released
     code.
 
-    The student's side is the same layer; or, as CAPI has it (``own_student``), a weight-normalised one that the
-    encoder's optimiser learns.
+    As CAPI has it (``own_student``), the student's side is a weight-normalised layer that the encoder's optimiser
+    learns, and the teacher's logits are the layer's own. In other methods both sides are the layer, divided by √D: its
+    rows are about √D long, and a method's temperatures are made for prototypes of length 1.
     """
 
     weight: Tensor
@@ -74,7 +75,8 @@ class ClusteredPrototypes(Prototypes):
     def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
         if side == "student" and self.own_student:
             return F.normalize(self.student_v, dim=-1) * self.student_g, None
-        return self.weight, self.bias / temperature
+        unit = 1.0 if self.own_student else self.weight.shape[1] ** 0.5
+        return self.weight / unit, self.bias / (unit * temperature)
 
     def rate(self, progress: float) -> float:
         """AdamW's learning rate: a linear warm-up, then half a cosine of which the run sees a part."""

@@ -11,7 +11,13 @@ from uncollapse.targets.softmax import SoftmaxTargets
 
 
 def sinkhorn_by_position(
-    z: Tensor, weight: Tensor, temperature: float, iterations: int = 3, bias: Tensor | None = None, group: Group = None
+    z: Tensor,
+    weight: Tensor,
+    temperature: float,
+    iterations: int = 3,
+    bias: Tensor | None = None,
+    group: Group = None,
+    marginal: Tensor | None = None,
 ) -> Tensor:
     """`sinkhorn_offsets` of the images at each of P positions: ``(P, n, D)`` → ``(P, K)``.
 
@@ -21,7 +27,9 @@ def sinkhorn_by_position(
     Raises:
         ValueError: as `sinkhorn_offsets`.
     """
-    return torch.stack([sinkhorn_offsets(rows, weight, temperature, iterations, bias, group) for rows in z])
+    return torch.stack(
+        [sinkhorn_offsets(rows, weight, temperature, iterations, bias, group, marginal=marginal) for rows in z]
+    )
 
 
 def at_positions(
