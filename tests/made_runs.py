@@ -26,27 +26,59 @@ EPS = ("0.025", "0.1", "0.25", "0.5")
 def make_summary(arm: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
     shares, used, alive, n_eff, n_wide, bits, knn, linear = ARMS[arm]
     unique = {eps: round(K * share / 100) for eps, share in zip(EPS, shares, strict=True)}
-    parts = {"views": 0.006, "teacher": 0.005, "prototypes": 0.001, "student": 0.009, "backward": 0.016,
-             "optimiser": 0.002, "ema": 0.001, "diagnosis": 0.0008}  # fmt: skip
+    parts = {
+        "views": 0.006,
+        "teacher": 0.005,
+        "prototypes": 0.001,
+        "student": 0.009,
+        "backward": 0.016,
+        "optimiser": 0.002,
+        "ema": 0.001,
+        "diagnosis": 0.0008,
+    }
     if arm.startswith("decoupled"):
         parts["prototypes"] = 0.004
     summary = {
-        "name": arm, "seed": seed, "prototypes": K, "dim": 64, "steps": 1200, "n_held_out": HELD_OUT,
-        "n_train": 1437, "unique": unique,
+        "name": arm,
+        "seed": seed,
+        "prototypes": K,
+        "dim": 64,
+        "steps": 1200,
+        "n_held_out": HELD_OUT,
+        "n_train": 1437,
+        "unique": unique,
         "unique_used": {eps: min(used, count) for eps, count in unique.items()},
-        "used": used + seed, "alive": alive, "alive_window": 200,
+        "used": used + seed,
+        "alive": alive,
+        "alive_window": 200,
         "effective": {"0.025": n_eff, "0.1": (n_eff + n_wide) / 2, "0.25": n_wide, "0.5": n_wide / 2},
-        "view_information": {"bits": bits, "standard_error": 0.05, "fitted_on": "training images", "n_fit": 1437,
-                             "n": HELD_OUT, "views": 6},
+        "view_information": {
+            "bits": bits,
+            "standard_error": 0.05,
+            "fitted_on": "training images",
+            "n_fit": 1437,
+            "n": HELD_OUT,
+            "views": 6,
+        },
         "unique_means": {eps: n // 2 if arm.startswith("decoupled") else n for eps, n in unique.items()},
-        "used_by_target": used + 5, "target_agreement": 0.28, "knn_balanced": knn - 0.01,
+        "used_by_target": used + 5,
+        "target_agreement": 0.28,
+        "knn_balanced": knn - 0.01,
         "linear_balanced": linear - 0.02,
-        "data": "digits", "data_digest": f"train-{seed}", "held_out_digest": f"held-{seed}",
-        "knn": knn + 0.002 * seed, "knn_ci95": [knn - 0.02, knn + 0.02],
-        "linear": linear, "linear_ci95": [linear - 0.02, linear + 0.02], "knn_untrained": 0.33,
-        "seconds_per_step": sum(parts.values()), "step_parts": parts, "diagnosis_share": 0.02,
-        "device": "cpu", "loss": 3.2,
-    }  # fmt: skip
+        "data": "digits",
+        "data_digest": f"train-{seed}",
+        "held_out_digest": f"held-{seed}",
+        "knn": knn + 0.002 * seed,
+        "knn_ci95": [knn - 0.02, knn + 0.02],
+        "linear": linear,
+        "linear_ci95": [linear - 0.02, linear + 0.02],
+        "knn_untrained": 0.33,
+        "seconds_per_step": sum(parts.values()),
+        "step_parts": parts,
+        "diagnosis_share": 0.02,
+        "device": "cpu",
+        "loss": 3.2,
+    }
     return summary | changes
 
 
@@ -89,10 +121,17 @@ def make_run(
     rows: list[dict[str, Any]] = []
     for step in range(0, 1201, 10):
         fall = float(np.exp(-step / 250))
-        rows.append({"step": step, "epoch": step / 11, "kind": "step", "lr": 0.003,
-                     "loss": 3.2 + 2.3 * fall + 0.05 * rng.normal(),
-                     "teacher_entropy": 1 + 4.5 * fall + 0.03 * rng.normal(),
-                     "alive": round(summary["alive"] + (K - summary["alive"]) * fall)})  # fmt: skip
+        rows.append(
+            {
+                "step": step,
+                "epoch": step / 11,
+                "kind": "step",
+                "lr": 0.003,
+                "loss": 3.2 + 2.3 * fall + 0.05 * rng.normal(),
+                "teacher_entropy": 1 + 4.5 * fall + 0.03 * rng.normal(),
+                "alive": round(summary["alive"] + (K - summary["alive"]) * fall),
+            }
+        )
         if step % 100 == 0:
             sets = {"unique": summary["unique"]}
             sets |= {f"unique/{part}": of["unique"] for part, of in summary.get("sets", {}).items() if "unique" in of}
@@ -117,14 +156,20 @@ def make_run(
     bits = summary["view_information"]["bits"] if isinstance(summary["view_information"], dict) else 1.0
     information = hard - hard.mean() + bits + 0.1 * rng.normal(size=HELD_OUT)
     np.savez(
-        folder / "diagnosis.npz", view_information_of_image=information.astype(np.float32),
-        knn_correct=chance < (summary["knn"] or 0), linear_correct=chance < (summary["linear"] or 0),
-        circle=circle / np.linalg.norm(circle, axis=1, keepdims=True), usage=usage,
-        sweep_eps=eps, sweep_unique=np.interp(eps, [0, *map(float, EPS)], [K, *summary["unique"].values()]),
+        folder / "diagnosis.npz",
+        view_information_of_image=information.astype(np.float32),
+        knn_correct=chance < (summary["knn"] or 0),
+        linear_correct=chance < (summary["linear"] or 0),
+        circle=circle / np.linalg.norm(circle, axis=1, keepdims=True),
+        usage=usage,
+        sweep_eps=eps,
+        sweep_unique=np.interp(eps, [0, *map(float, EPS)], [K, *summary["unique"].values()]),
         movement=rng.random(K) * (0.02 if arm == "decoupled-paper" else 1.0),
-        duplicate_ids=ids[:group], duplicate_images=np.repeat(unique[:1], 4, 0)[:group],
-        unique_ids=ids, unique_images=unique,
-    )  # fmt: skip
+        duplicate_ids=ids[:group],
+        duplicate_images=np.repeat(unique[:1], 4, 0)[:group],
+        unique_ids=ids,
+        unique_images=unique,
+    )
     return folder
 
 

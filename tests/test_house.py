@@ -32,11 +32,19 @@ MAY_IMPORT = {
     "diagnosis": {"checkpoints", "config", "data", "figures", "measure", "models", "neighbours", "run_folder"},
     "evaluate": {"checkpoints", "config", "data", "figures", "measure", "models", "prototypes", "run_folder"},
     "training": {
-        "checkpoints", "config", "data", "measure", "methods", "models", "prototypes", "run_folder", "targets",
+        "checkpoints",
+        "config",
+        "data",
+        "measure",
+        "methods",
+        "models",
+        "prototypes",
+        "run_folder",
+        "targets",
     },
     "cli": {"config", "diagnosis", "evaluate", "measure", "report", "run_folder", "training"},
     "__main__": {"cli"},
-}  # fmt: skip
+}
 
 
 def modules() -> dict[str, Path]:

@@ -63,9 +63,8 @@ def test_plain_defaults_are_the_recommended_mixture():
 
 
 def test_the_paper_s_letter_is_a_named_alternative():
-    literal, chosen = OnlineMixture(K, D, 64, **PAPER._asdict()), build_prototypes(
-        PrototypeConfig("decoupled-paper", count=K), D, 64, 0
-    )  # fmt: skip
+    literal = OnlineMixture(K, D, 64, **PAPER._asdict())
+    chosen = build_prototypes(PrototypeConfig("decoupled-paper", count=K), D, 64, 0)
     names = ("covariance", "balance", "temperature", "centred", "log_lambda")
     assert {n: getattr(literal, n) for n in names} == {n: getattr(chosen.mixture, n) for n in names}
     assert (literal.covariance, literal.balance, literal.centred) == ("diagonal", "none", False)

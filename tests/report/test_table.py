@@ -25,16 +25,33 @@ def make_summary(arm: str, seed: int, prototypes: int) -> dict[str, Any]:
     unique = {eps: prototypes * (20 - x - i) // 20 for i, eps in enumerate(EPS.values())}
     parts = {part: 0.001 * x * (1 + 7.3 * i) for i, part in enumerate(PARTS)}
     return {
-        "name": arm, "seed": seed, "prototypes": prototypes, "steps": 1200, "n_held_out": 360, "unique": unique,
-        "unique_used": {"0.025": 2 + x}, "used": 40 * x, "alive": 55 * x, "alive_window": 200,
+        "name": arm,
+        "seed": seed,
+        "prototypes": prototypes,
+        "steps": 1200,
+        "n_held_out": 360,
+        "unique": unique,
+        "unique_used": {"0.025": 2 + x},
+        "used": 40 * x,
+        "alive": 55 * x,
+        "alive_window": 200,
         "effective": {"0.025": prototypes / (x + 0.3), "0.25": prototypes / (x + 5.7)},
-        "unique_means": {eps: count // 2 for eps, count in unique.items()}, "used_by_target": 30 * x,
-        "target_agreement": 0.02 * x, "dim": 64, "notes": [],
+        "unique_means": {eps: count // 2 for eps, count in unique.items()},
+        "used_by_target": 30 * x,
+        "target_agreement": 0.02 * x,
+        "dim": 64,
+        "notes": [],
         "view_information": {"bits": 0.31 * x, "standard_error": 0.01 * x, "fitted_on": "training images"},
-        "knn": 0.03 * x, "knn_ci95": [0.44, 0.50], "knn_k": 20,
-        "knn_untrained": 0.33, "linear": 0.033 * x, "linear_ci95": [0.4, 0.5],
-        "seconds_per_step": sum(parts.values()), "step_parts": parts, "diagnosis_share": 0.0123 * x,
-    }  # fmt: skip
+        "knn": 0.03 * x,
+        "knn_ci95": [0.44, 0.50],
+        "knn_k": 20,
+        "knn_untrained": 0.33,
+        "linear": 0.033 * x,
+        "linear_ci95": [0.4, 0.5],
+        "seconds_per_step": sum(parts.values()),
+        "step_parts": parts,
+        "diagnosis_share": 0.0123 * x,
+    }
 
 
 def make_all(arms: tuple[str, ...] = ARMS, seeds: int = 1, prototypes: int = 256) -> list[dict[str, Any]]:

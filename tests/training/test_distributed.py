@@ -77,11 +77,9 @@ def trained(folder, kinds):
 
 def train_on_rank(group, folder, kinds):
     # What torchrun would have set.
-    os.environ |= {
-        "RANK": str(group.rank()), "LOCAL_RANK": str(group.rank()), "WORLD_SIZE": str(group.size()),
-        "LOCAL_WORLD_SIZE": str(group.size()), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
-        "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0",
-    }  # fmt: skip
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(group.rank()))
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(group.size()))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
     return trained(folder, kinds)
 
 

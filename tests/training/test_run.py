@@ -78,10 +78,8 @@ def test_kill_9_at_any_moment_then_resume_reaches_the_same_bits(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert learned(out)["step"] < 40, "the run was too fast to be killed midway"
-    subprocess.run(
-        [sys.executable, "-m", "uncollapse", "train", "--resume", out, "--max-steps", "40", "--device", "cpu"],
-        env=environment, check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "uncollapse", "train", "--resume", out, "--max-steps", "40", "--device", "cpu"]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     assert same(learned(tmp_path / "whole"), learned(out))
     steps = [r["step"] for r in read_rows(out / "metrics.jsonl") if r["kind"] == "step"]
     assert steps == list(range(1, 41))
@@ -367,10 +365,8 @@ def test_two_ranks_equal_one(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["train", recipe, "--max-steps", "3", "--device", "cpu", "--out", tmp_path / "two"]
     arguments += ["--run.accumulate", "2"]
-    subprocess.run(
-        [*command, "-m", "uncollapse", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "-m", "uncollapse", *arguments], env=environment, check=True, stdout=subprocess.DEVNULL)
     one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
     for part in ("student", "teacher", "prototypes"):
         for name, value in one[part].items():

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib as mpl
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from uncollapse.diagnosis.result import Diagnosis
 from uncollapse.diagnosis.text import columns, facts, names_of, rows_of
 from uncollapse.figures import panels as figures
 from uncollapse.figures.style import MAX_POINTS, RC, Curve, panel, svg
+from uncollapse.figures.template import template
 from uncollapse.measure.catalogue import MEASURES, Measure
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.shown import shown
@@ -30,15 +30,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 
 def write_page(diagnoses: Sequence[Diagnosis], path: Path) -> None:
     """Writes one HTML file about one or several prototype sets; it needs nothing else and no network."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("uncollapse"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     names = names_of(diagnoses)
-    page = environment.get_template("diagnosis.html.j2").render(
+    page = template("diagnosis.html.j2").render(
         title="Are these prototypes collapsed?",
         columns=[name for name, _ in columns(diagnoses[0].epsilon)] if diagnoses else [],
         sets=[

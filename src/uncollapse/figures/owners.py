@@ -33,23 +33,9 @@ def draw_owners(train: Ints, owned: Ints, distinct: Ints) -> tuple[str, str]:
         x, every = style.smooth(rank, owned, style.MAX_POINTS)
         _, merged = style.smooth(rank, distinct, style.MAX_POINTS)
         axes.vlines(x, merged, every, color=style.FAINT, linewidth=1.2)
-        axes.plot(
-            x,
-            every,
-            "o",
-            color=style.styles(["joint"])["joint"].colour,
-            markersize=5.5,
-            fillstyle="none",
-            label="prototypes",
-        )
-        axes.plot(
-            x,
-            merged,
-            "o",
-            color=style.styles(["decoupled"])["decoupled"].colour,
-            markersize=2.6,
-            label="duplicates merged",
-        )
+        look = style.styles(["joint", "decoupled"])
+        axes.plot(x, every, "o", color=look["joint"].colour, markersize=5.5, fillstyle="none", label="prototypes")
+        axes.plot(x, merged, "o", color=look["decoupled"].colour, markersize=2.6, label="duplicates merged")
         axes.set(xlabel="classes, most training images first", ylabel="owned by the class")
         axes.set_ylim(-0.03 * max(1, every.max()), 1.12 * max(1, every.max()))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from uncollapse.errors import ConfigError
 from uncollapse.figures import panels as figures
 from uncollapse.figures.style import Curve, Style, smooth
+from uncollapse.figures.template import template
 from uncollapse.measure.catalogue import EFFECTIVE, UNIQUE, Measure, Row, at_epsilon, entry, measured, number, percent
 from uncollapse.measure.unique import EPSILONS
 from uncollapse.report.arms import CONTROL, arm_name, group, without_control
@@ -64,7 +63,7 @@ def write_report(runs: list[RunRecord], path: Path, title: str = "", notes: Sequ
     look = figures.styles(arms)
     rows = [run.summary for members in arms.values() for run in members]
     measures = measured(rows)
-    page = _template().render(
+    page = template("report.html.j2").render(
         title=title or _title(runs),
         notes=[*grouping.notes, *notes, *(problem for run in runs for problem in run.problems)],
         setting=_setting(runs),
@@ -90,19 +89,6 @@ def write_report(runs: list[RunRecord], path: Path, title: str = "", notes: Sequ
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode("utf-8", errors="replace"))
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("uncollapse"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["tight"] = _tight
-    return environment.get_template("report.html.j2")
 
 
 # ------------------------------------------------------------------------------------- table and figures
@@ -310,13 +296,6 @@ def _untrained(arms: Arms) -> list[str]:
     """kNN of each arm's encoder at its random start; empty where no run has it."""
     averages = [stat(Measure("", "", entry("knn_untrained", 100)), runs) for runs in arms.values()]
     return ["–" if s is None else f"{s.mean:.1f}" for s in averages] if any(averages) else []
-
-
-def _tight(text: str) -> str:
-    """Keep a sign and its number on one line."""
-    for sign in ("ε ", "ε = ", " ± ", " %", "K = ", " × ", " ms", " bits"):
-        text = text.replace(sign, sign.replace(" ", "\N{NO-BREAK SPACE}"))
-    return text
 
 
 def _setting(runs: Sequence[RunRecord]) -> str:
