@@ -1,5 +1,7 @@
 """KoLeo-Proto, forward and backward, beside half the matrix product, the naive form and lightly's KoLeoLoss.
 
+Its rivals (``losses/diversity.py``) are measured beside their dense forms.
+
     OMP_NUM_THREADS=1 python benchmarks/koleo.py [--sizes 1024 8192 16384 65536]
     OMP_NUM_THREADS=1 python benchmarks/koleo.py --refresh [--sizes 1024 8192] [--steps 256]
 
@@ -23,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from common import SIZES, Row, alternate, print_rows, to_json
+from common import SIZES, Cost, Row, alternate, print_rows, to_json
+from uncollapse.losses.diversity import hyperspherical_energy, mst_length, orthogonality, repulsion
 from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
 from uncollapse.losses.pairs import fused_dino_loss
 from uncollapse.measure.unique import epsilon_sweep
@@ -73,6 +76,40 @@ TARGETS = {
 }
 
 
+RIVALS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None, float]] = {
+    "repulsion": (repulsion, lambda c: (4 * (c.masked_fill(diagonal(c), -torch.inf) - 1)).exp().sum().log(), 3),
+    "energy": (hyperspherical_energy, lambda c: (2 - 2 * c + 1e-6 + diagonal(c)).rsqrt().sum(), 3),
+    "orthogonality": (orthogonality, lambda c: c.masked_fill(diagonal(c), 0).square().sum(), 0),
+    "mst": (mst_length, None, 1),
+}
+"""Name → ours, the dense form of its sum from all cosines (if any), and how many half products it takes at least."""
+MOST_OF_RIVALS = 16384
+"""Prototypes up to which the rivals are measured on a CPU: minutes a call beyond."""
+
+
+def diagonal(cosines: Tensor) -> Tensor:
+    return torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+
+
+def rival_rows(w: Tensor, half: Cost, both: Callable[..., Callable[[], float]]) -> Iterator[Row]:
+    """The rivals of KoLeo-Proto, each beside its dense form, where that fits."""
+    k = len(w)
+    product = half.seconds * 0.5 / half.result
+    for name, (ours, dense, products) in RIVALS.items():
+        functions = {"ours": both(ours)}
+        if dense is not None and 16 * k * k < MOST:
+
+            def whole(x: Tensor, dense: Callable[[Tensor], Tensor] = dense) -> Tensor:
+                unit = F.normalize(x, dim=-1)
+                return dense(unit @ unit.T)
+
+            functions["naive"] = both(whole)
+        costs = alternate(functions, 4, 20.0)
+        limit = products * product if products else None
+        counted = "half the product" if products == 1 else "1.5 products" if products else ""
+        yield Row(f"{name}, f + b", f"K = {k:,}", costs["ours"], limit, counted, {"naive": costs.get("naive")})
+
+
 def rows(sizes: Sequence[int], device: torch.device) -> Iterator[Row]:
     generator = torch.Generator().manual_seed(0)
     for k in sizes:
@@ -118,6 +155,8 @@ def rows(sizes: Sequence[int], device: torch.device) -> Iterator[Row]:
         )
         note = "" if fits else f"naive and lightly need {8 * k * k / 2**30:.0f} GiB"
         yield Row("KoLeo-Proto, f + b", f"K = {k:,}", ours, limit, "half the product", others, target, met, note)
+        if k <= MOST_OF_RIVALS or device.type == "cuda":
+            yield from rival_rows(w, half, both)
 
 
 # ------------------------------------------------------------------------------------- neighbours every n steps
