@@ -19,7 +19,7 @@ from uncollapse.config.methods import METHODS
 from uncollapse.config.plain_yaml import parse_yaml, read_yaml, shortened
 from uncollapse.config.schema import Config
 from uncollapse.errors import ConfigError, PairingError
-from uncollapse.shown import shown
+from uncollapse.shown import in_words, shown
 
 
 def recipe_names() -> list[str]:
@@ -135,7 +135,7 @@ def build_config(
         near = shown(error.object[max(0, error.start - 60) : error.end + 20])
         raise ConfigError(f"{source}: {near}: not UTF-8; reach it by another name, such as a symbolic link") from None
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{source}: {in_words(error)}") from None
     for key, problem in impossible(config) if together else ():
         raise ConfigError(f"{source}: {key}: {problem}")
     for key, problem in meaningless(config) if together else ():

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from uncollapse.errors import ConfigError
+from uncollapse.shown import in_words
 
 MOST_BYTES = 1 << 20
 """A recipe of a megabyte is none."""
@@ -42,7 +43,7 @@ def parse_yaml(text: str, source: str) -> Any:
     except RecursionError:
         raise ConfigError(f"{source}: brackets or indents too deep to be a recipe") from None
     except Exception as error:  # the values of tags (!!int, !!float …) fail in ways of their own
-        raise ConfigError(f"{source}: not valid YAML: {shortened(' '.join(str(error).split()))}") from None
+        raise ConfigError(f"{source}: not valid YAML: {shortened(in_words(error))}") from None
     waiting, seen = [value], 0
     while waiting:
         inner = waiting.pop()

@@ -17,6 +17,7 @@ from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
 from uncollapse.progress import Report
+from uncollapse.shown import in_words
 
 IMBALANCED = 2.0
 """The long-tail split joins the default tasks where the largest training class has so many times the smallest."""
@@ -147,7 +148,7 @@ def _prototypes(c: Context) -> Result | Sequence[Result]:
     try:
         _picture_groups(c)
     except Exception as error:  # the numbers are there, and they are the task
-        warnings.warn(f"prototypes: no pictures of groups ({' '.join(str(error).split())})", stacklevel=2)
+        warnings.warn(f"prototypes: no pictures of groups ({in_words(error)})", stacklevel=2)
     return result
 
 

@@ -25,6 +25,7 @@ from uncollapse.config.facts import has_teacher
 from uncollapse.errors import ConfigError, InputError
 from uncollapse.evaluate.encoder import EvalEncoder, reset
 from uncollapse.models.tokens import ClassToken, is_vit
+from uncollapse.shown import in_words
 
 TIMM = "timm:"
 SIZE = 224
@@ -297,7 +298,7 @@ def _create(source: str, name: str, pretrained: bool, size: int | None, seed: in
         except TypeError as error:
             reason = str(error)
         except Exception as error:  # offline, no weights for this model, a proxy: each has its own class
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            reason = in_words(error)[:160]
             if pretrained:
                 raise ConfigError(
                     f"{source} --pretrained: timm's weights could not be downloaded, which needs internet ({reason}); "
@@ -323,7 +324,7 @@ def _load(module: nn.Module, file: Path, trust: bool, source: str) -> None:
             ready = convert(dict(candidate), module) if convert is not None else candidate
             result = module.load_state_dict({n: t.float() for n, t in ready.items() if n in wanted}, strict=False)
         except Exception as error:  # a conversion meant for other files can fail in any way
-            best = min(best, (len(wanted), " ".join(str(error).split())[:160]))
+            best = min(best, (len(wanted), in_words(error)[:160]))
             continue
         missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
         if not missing:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from uncollapse.shown import shown
+from uncollapse.shown import in_words, shown
 
 if TYPE_CHECKING:
     pass
@@ -78,7 +78,7 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
     try:
         return understood(path)
     except (OSError, ValueError, RecursionError) as error:
-        warnings.warn(f"{shown(path)}: not understood ({shown(' '.join(str(error).split()))})", stacklevel=2)
+        warnings.warn(f"{shown(path)}: not understood ({shown(in_words(error))})", stacklevel=2)
     return None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from uncollapse.measure.catalogue import Row
 from uncollapse.run_folder.summary import read_summary
-from uncollapse.shown import shown
+from uncollapse.shown import in_words, shown
 
 MOST_ARRAY = 1 << 28
 """Bytes of the largest array of a ``diagnosis.npz`` that is read: ours stay far below."""
@@ -77,7 +77,7 @@ def read_run(folder: Path) -> RunRecord:
                 read(path, record)
         # Whatever a file's bytes make a parser raise, the other files and the other runs are still worth reading.
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = in_words(error)[:200]
             record.problems.append(f"{shown(path)}: damaged and left out ({shown(reason)})")
     return record
 
@@ -161,7 +161,7 @@ def _arrays(path: Path, record: RunRecord) -> None:
             try:
                 arrays[name] = _array(archive, name, sizes[name])
             except Exception as error:  # of one array; the others may still be whole
-                bad.append(f"{name} ({shown(' '.join(str(error).split()))[:80] or type(error).__name__})")
+                bad.append(f"{name} ({shown(in_words(error))[:80]})")
     for one, other in (("circle", "usage"), ("movement", "usage"), ("sweep_eps", "sweep_unique")):
         if one in arrays and other in arrays and len(arrays[one]) != len(arrays[other]):
             bad.append(f"{one} (its length is not that of {other})")

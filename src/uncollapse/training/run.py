@@ -26,7 +26,7 @@ from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.run_folder.log import RunLog
 from uncollapse.run_folder.sinks import refuse_missing_wandb
-from uncollapse.shown import shown
+from uncollapse.shown import in_words, shown
 from uncollapse.training.branch import branch_off
 from uncollapse.training.job import Job
 from uncollapse.training.loop import Loop, Progress
@@ -160,7 +160,7 @@ def _train(
     except Exception as error:
         raise TrainingError(
             f"trained and saved to step {stop}, but the evaluation failed ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}); mend that and run: uncollapse train --resume {out}"
+            f"{in_words(error)}); mend that and run: uncollapse train --resume {out}"
         ) from error
 
 

@@ -106,7 +106,7 @@ def refuse_misfit(state: TrainState, config: Config) -> None:
             except Exception as error:
                 raise ConfigError(
                     f"backbone.name: {config.backbone.name} does not take views of {size} pixels "
-                    f"({' '.join(str(error).split())[:200]}); change views.global_size or views.local_size"
+                    f"({in_words(error)[:200]}); change views.global_size or views.local_size"
                 ) from None
     finally:
         encoder.train()
