@@ -34,8 +34,8 @@ class LossWatch:
             self.told.add("loss")
             what = "the loss" if len(terms) == 1 else f"the loss's term {name!r}"
             return (
-                f"{what} has stayed at ln {round(math.exp(value))} = {value:.3f} for {self.patience} steps: the "
-                "student predicts every prototype alike. Usual causes: the projections coincide (try head.batch_norm "
+                f"{what} has stayed at {value:.3f} for {self.patience} steps, which is what it is while the student "
+                "predicts every prototype alike. Usual causes: the projections coincide (try head.batch_norm "
                 "true, or a larger optim.lr), the teacher's target is uniform (lower teacher.temperature), teacher "
                 "and student share weights, or the warm-up is still too early to judge."
             )
