@@ -100,6 +100,14 @@ def test_full_augmentation_agrees(spec):
     assert levels(apply_batch(images.canvas, params, spec), single, spec.std).mean() < 0.2
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_there_are_as_many_global_views_as_asked_for(count):
+    """The first may be made otherwise than the others."""
+    specs = view_specs(dataclasses.replace(SMALL, global_count=count, local_count=2, blur=(1.0, 0.1, 0.5)))
+    assert [spec.name for spec in specs] == ["global"] * count + ["local"] * 2
+    assert [spec.blur for spec in specs] == [1.0, *[0.1] * (count - 1), 0.5, 0.5]
+
+
 def test_identity_view_is_the_image():
     image = smooth_images().canvas[:1]
     spec = dataclasses.replace(

@@ -280,18 +280,26 @@ def test_published_numbers():
     assert (c.views.global_count, c.views.local_count, c.views.global_scale) == (1, 0, (0.6, 1.0))
     assert (c.views.jitter, c.views.grey, c.views.blur, c.views.solarise) == (0, 0, (0, 0, 0), (0, 0, 0))
     assert (c.head.layers, c.head.bottleneck, c.backbone.options["reg_tokens"]) == (0, 1024, 16)
+    assert (c.backbone.drop_path, c.backbone.drop_path_uniform) == (0.2, True)
 
 
 @pytest.mark.parametrize(
-    ("keys", "expected"),
+    ("recipe", "keys", "expected"),
     [
-        ({"views.local_count": 2}, "views.local_count: CAPI has no local views"),
-        ({"backbone": {"name": "resnet50"}}, "backbone.name: CAPI hides patches"),
+        ("capi-small32", {"views.local_count": 2}, "views.local_count: CAPI has no local views"),
+        ("capi-small32", {"backbone": {"name": "resnet50"}}, "backbone.name: CAPI hides patches"),
+        ("capi-small32", {"teacher.momentum_shape": "linear"}, "teacher.momentum_start: a straight line"),
+        ("ibot-vits16", {"views.global_count": 1, "views.local_count": 0}, "views.local_count: a single view"),
     ],
 )
-def test_what_cannot_be_is_refused(keys, expected):
+def test_what_cannot_be_is_refused(recipe, keys, expected):
     with pytest.raises(ConfigError, match=expected):
-        load_config("capi-small32", keys)
+        load_config(recipe, keys)
+
+
+def test_swav_balances_each_of_any_number_of_global_views():
+    run = Steps(small("swav", **{"views.global_count": 3}))
+    assert list(run.take().targets) == ["0", "1", "2"]
 
 
 def test_a_head_without_layers_has_the_length_of_the_features():
