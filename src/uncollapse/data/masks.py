@@ -131,12 +131,12 @@ def around_blocks(
     """
     side = math.isqrt(patches)
     count = min(patches - 1, max(1, int(patches * hidden)))
-    some = max(1, int(count * predicted))
+    to_predict = max(1, int(count * predicted))
     masks = np.zeros((2, views, len(positions), patches), dtype=bool)
     for view in range(views):
         for i, position in enumerate(positions):
             random = np.random.default_rng([seed, step, position, view, _STREAM])
             masks[0, view, i] = visible_block(side, side, patches - count, random).reshape(-1)
-            masks[1, view, i, random.permutation(np.flatnonzero(masks[0, view, i]))[:some]] = True
+            masks[1, view, i, random.permutation(np.flatnonzero(masks[0, view, i]))[:to_predict]] = True
     both = torch.from_numpy(masks)
     return both[0], both[1]

@@ -103,8 +103,8 @@ class Encoder(nn.Module):
                 drop.keys = None if keys is None else keys[group].flatten()
             stacked = _stack([views[i] for i in group])
             if "region" in self.heads:
-                features, found = regions(self.backbone, stacked)
-                for i, part in zip(group, found.chunk(len(group)), strict=True):
+                features, grids = regions(self.backbone, stacked)
+                for i, part in zip(group, grids.chunk(len(group)), strict=True):
                     places[i] = part
             elif without is not None and group[0] < masked:
                 features = seen_without(self.backbone, stacked, without[group].flatten(0, 1))

@@ -63,9 +63,9 @@ class Rows:
         return _normalised(self.w[i])
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b.T in float32 whatever autocast says. Valid until the next product: they share their memory,
+        """a @ b.T in float32 whatever autocast says, valid until the next product.
 
-        because the page faults of a fresh tile cost as much as the arithmetic.
+        All products share their memory: the page faults of a fresh tile cost as much as the arithmetic.
         """
         size = len(a) * len(b)
         if self._scratch.numel() < size:

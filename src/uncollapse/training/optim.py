@@ -63,10 +63,10 @@ def _lr_scale(name: str, optim: OptimConfig, blocks: int) -> float:
 
 def _blocks(encoder: nn.Module) -> int:
     """How many blocks a transformer's layer decay counts."""
-    found: Any = getattr(plain(cast(Any, encoder).backbone), "blocks", None)
-    if found is None:
+    blocks: Any = getattr(plain(cast(Any, encoder).backbone), "blocks", None)
+    if blocks is None:
         raise ConfigError("optim.layer_decay: this backbone has no blocks; take a vit_*, or leave it at 1")
-    return len(found)
+    return len(blocks)
 
 
 @torch.no_grad()

@@ -48,8 +48,8 @@ def check_same_run(
         ConfigError: something that changes what is learned is not as it was; names it.
     """
     then = build_config(saved["config"], "the checkpoint's configuration")
-    differences = [found for found in _differences(then, config) if not found[0].startswith(free)]
-    changed = [f"{key} {old!r} → {new!r}" for key, old, new in differences]
+    differences = _differences(then, config)
+    changed = [f"{key} {old!r} → {new!r}" for key, old, new in differences if not key.startswith(free)]
     harmless = [line for line in changed if line.startswith(FREE)]
     bound = [line for line in changed if not line.startswith(FREE)]
     if bound:

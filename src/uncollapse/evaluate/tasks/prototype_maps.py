@@ -286,9 +286,10 @@ def _bytes(images: Tensor) -> Pixels:
 
 
 def draw_groups(pictures: list[GroupPicture], gap: int = 4) -> tuple[str, str]:
-    """One figure of all groups as a self-contained image, and its alternative text: two rows of images per group,
+    """One figure of all groups as a self-contained image, and its alternative text.
 
-    what the encoder saw and where it looks; duplicates on the left, distinct prototypes on the right.
+    Each group has two rows of images: what the encoder saw, and where it looks. Duplicates are on the left, distinct
+    prototypes on the right.
 
     Raises:
         ValueError: no pictures.

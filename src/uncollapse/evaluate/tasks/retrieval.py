@@ -131,10 +131,14 @@ def _sort(x: Tensor) -> Tensor:
 
 
 def _of_ranks(own_class: Tensor, every: Tensor, top: int) -> Tensor:
-    """Of each query, from its ascending cosines with the r relevant images (q, r) and with all (q, N), float64 (q, 5):
+    """Five float64 numbers of each query, (q, 5), from its ascending cosines.
 
-    average precision, the same of the first ``top`` ranks, and for the best relevant image how many images lie
-    above it, how many are tied with it, and how many of those are relevant.
+    They are the average precision, the same of the first ``top`` ranks, and for the best relevant image how many images
+    lie above it, how many are tied with it, and how many of those are relevant.
+
+    Args:
+        own_class: (q, r) cosines with the relevant images.
+        every: (q, N) cosines with all images.
     """
     relevant, total = own_class.shape[1], every.shape[1]
     # As many as there are with a cosine at least as large: the last rank of each group of ties.
