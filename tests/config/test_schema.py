@@ -279,6 +279,7 @@ def test_a_method_with_von_mises_fisher_prototypes_has_a_name_of_its_own():
     }
     assert {recipe: method_name(load_config(recipe)) for recipe in shipped} == shipped
     assert method_name(load_config("demo", {"method.center": "probabilities"})) == "dino-vmf"
+    assert method_name(load_config("msn-vits16", {"method.prior": "power"})) == "pmsn"
 
 
 def test_targets_are_the_modes_own_unless_the_recipe_says_otherwise():

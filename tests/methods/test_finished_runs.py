@@ -28,6 +28,7 @@ END = At(0, 1e6, 1.0, 0, None)
 CPU = torch.device("cpu")
 SETS = {  # of a method, and of a way to learn prototypes where that is not joint
     "swav": ["shared cls"],
+    "msn": ["shared cls"],
     "carp": ["teacher cls", "student cls"],
     "ibot-separate": ["teacher cls", "teacher patch", "student cls", "student patch"],
     "ibot-vmf": ["teacher cls", "student cls"],
@@ -142,7 +143,7 @@ def test_its_encoder_is_the_one_that_is_looked_at(finished):
             torch.testing.assert_close(fresh.project(fresh.features(x)).norm(dim=1), torch.ones(3))
             torch.testing.assert_close(encoder.vectors, state.prototypes().vectors("teacher"))
     net.train()
-    assert encoder.tokens == (method.startswith("ibot") or method in ("wessl", "capi capi"))
+    assert encoder.tokens == (method.startswith("ibot") or method in ("wessl", "msn", "capi capi"))
 
 
 def test_another_run_starts_from_it(finished):

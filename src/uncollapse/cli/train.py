@@ -16,7 +16,7 @@ from uncollapse.config.plain_yaml import parse_value
 from uncollapse.config.schema import DEMO_ARMS, KINDS, RIVALS, Config
 from uncollapse.errors import ConfigError
 
-_METHOD_KEYS = {"method.name", "method.center", "prototypes.vmf"}
+_METHOD_KEYS = {"method.name", "method.center", "method.prior", "prototypes.vmf"}
 """What `method_name` reads."""
 
 

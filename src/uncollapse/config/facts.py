@@ -79,9 +79,13 @@ def centres_probabilities(config: Config) -> bool:
 
 
 def method_name(config: Config) -> str:
-    """The method of an arm, such as ``carp``; with von Mises–Fisher prototypes one of its own, such as ``dino-vmf``."""
+    """The method of an arm, such as ``carp``; with von Mises–Fisher prototypes one of its own, such as ``dino-vmf``.
+
+    MSN with a power law for its prior is ``pmsn``.
+    """
+    name = "pmsn" if getattr(config.method, "prior", "uniform") == "power" else config.method.name
     vmf = config.prototypes.vmf or centres_probabilities(config)
-    return f"{config.method.name}-vmf" if vmf else config.method.name
+    return f"{name}-vmf" if vmf else name
 
 
 def mode_name(config: Config) -> str:
