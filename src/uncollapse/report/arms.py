@@ -81,9 +81,9 @@ def group(runs: Sequence[RunRecord]) -> Grouping:
 
 
 def _place(run: RunRecord) -> tuple[int, bool, int]:
-    """Where a run's arm stands among others: methods in their order, each before its vMF variant, and in them modes."""
+    """Where a run's arm stands among others: methods in their order, each before its variants, and in them modes."""
     methods, modes = list(METHODS), list(ARMS)
-    plain = run.method.removesuffix("-vmf")
+    plain = str(run.config.get("method.name") or run.method.removesuffix("-vmf"))
     method = methods.index(plain) if plain in methods else len(methods)
     return method, plain != run.method, modes.index(run.name) if run.name in modes else len(modes)
 
