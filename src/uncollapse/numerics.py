@@ -47,3 +47,8 @@ def rows_at_once(columns: int, numbers: int = IN_FLIGHT, least: int = 64, device
     if device is not None and device.type != "cpu":
         numbers = _ON_GPU
     return max(least, numbers // max(1, columns))
+
+
+def blocks(count: int, rows: int) -> list[slice]:
+    """``range(count)`` in blocks of so many rows, the last one perhaps shorter."""
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]

@@ -13,10 +13,11 @@ import torch
 import uncollapse
 from layouts import EPS, LAYOUTS, S, T, planted
 from uncollapse.cli.main import main
-from uncollapse.diagnosis.run import SWEEP, diagnose, diagnose_file, failures, in_order
+from uncollapse.diagnosis.run import diagnose, diagnose_file, failures, in_order
 from uncollapse.diagnosis.text import names_of, shortened
 from uncollapse.errors import InputError
 from uncollapse.measure.random_start import random_likeness
+from uncollapse.measure.unique import SWEEP
 from uncollapse.measure.verdict import judge
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -23,7 +23,7 @@ from uncollapse.data.views import (
     sample_params,
     uniforms,
 )
-from uncollapse.numerics import NEAR, rows_at_once
+from uncollapse.numerics import NEAR, blocks, rows_at_once
 
 
 def _resample(line: Tensor, size: int, extent: int) -> Tensor:
@@ -135,9 +135,9 @@ def normalised(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor
     return x.sub_(shift).div_(torch.tensor(std, device=x.device).view(3, 1, 1))
 
 
-def _chunks(n: int, canvas: Tensor, size: int) -> Iterator[slice]:
+def _chunks(n: int, canvas: Tensor, size: int) -> list[slice]:
     rows = rows_at_once(size * max(size, *canvas.shape[-2:]), 4 * NEAR, 1, canvas.device)  # of an image's matrices
-    return (slice(i, min(i + rows, n)) for i in range(0, n, rows))
+    return blocks(n, rows)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from uncollapse.data.images import ImageSet, subset
 from uncollapse.data.load import load_images
 from uncollapse.diagnosis.result import Diagnosis
 from uncollapse.errors import DataError, InputError
-from uncollapse.measure.geometry import alignment, effective_rank, uniformity
+from uncollapse.measure.geometry import alignment, effective_rank, entropy, uniformity
 from uncollapse.measure.information import ViewInformation
 from uncollapse.measure.sweep import wide_of
 from uncollapse.measure.usage import prototype_argmax, prototype_report
@@ -282,21 +282,16 @@ def _marginal(
         "temperature": temperature,
         "centred": center is not None and bool((center != 0).any()),
         "biased": bias is not None,
-        "entropy": _entropy(share),
+        "entropy": entropy(share.numpy()),
         "entropy_of_prior": math.log(len(w)),
-        "entropy_distinct": _entropy(distinct),
+        "entropy_distinct": entropy(distinct.numpy()),
         "distinct": len(distinct),
         # How far from the uniform prior over distinct vectors: what is there, and what duplication alone makes.
-        "kl_distinct_to_uniform": max(0.0, math.log(len(distinct)) - _entropy(distinct)),
-        "kl_of_duplication": max(0.0, math.log(len(distinct)) - _entropy(prior)),
+        "kl_distinct_to_uniform": max(0.0, math.log(len(distinct)) - entropy(distinct.numpy())),
+        "kl_of_duplication": max(0.0, math.log(len(distinct)) - entropy(prior.numpy())),
         "kl_distinct_to_group_sizes": float((distinct[known] * (distinct[known] / prior[known]).log()).sum()),
         "largest": float(distinct.max()),
     }, int(chosen.sum())
-
-
-def _entropy(p: Tensor) -> float:
-    p = p[p > 0]
-    return float(-(p * p.log()).sum()) + 0.0  # not -0
 
 
 def _shared(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from uncollapse.diagnosis.result import Diagnosis
 from uncollapse.diagnosis.text import columns, facts, names_of, rows_of
 from uncollapse.figures import panels as figures
-from uncollapse.figures.style import MAX_POINTS, RC, Curve, panel, svg
+from uncollapse.figures.style import MAX_POINTS, RC, Curve, Panels, panel, svg
 from uncollapse.figures.template import template
 from uncollapse.measure.catalogue import MEASURES, Measure
 from uncollapse.run_folder.files import write_atomically
@@ -78,9 +78,6 @@ def _words(diagnoses: Sequence[Diagnosis]) -> list[Measure]:
     """The measures that any of the sets has; those at one ε once, as the page explains ε."""
     rows = [d.to_json() for d in diagnoses]
     return [m for m in MEASURES if "ε" not in m.name and any(m.read(row) is not None for row in rows)]
-
-
-Panels = list[tuple[str, str]]
 
 
 def _over(diagnoses: Sequence[Diagnosis]) -> Panels:

@@ -22,7 +22,7 @@ from uncollapse.diagnosis.result import Diagnosis, Source
 from uncollapse.errors import InputError
 from uncollapse.measure.random_start import random_likeness
 from uncollapse.measure.sweep import Sweep, complete_sweep, wide_of
-from uncollapse.measure.unique import EPSILONS, greedy_cover, nearest_kept
+from uncollapse.measure.unique import EPSILONS, SWEEP, greedy_cover, nearest_kept
 from uncollapse.measure.verdict import FAILING, judge
 from uncollapse.neighbours.close_pairs import product_seconds, tensor_of
 from uncollapse.neighbours.spanning_tree import spanning_tree
@@ -30,7 +30,6 @@ from uncollapse.shown import shown
 
 """Told what is being done (``reading``, ``counting``, ``images``) and the share of it that is."""
 
-SWEEP = tuple(float(e) for e in np.round(np.linspace(0.0125, 0.5, 40), 4))
 COMPLETE_WORK = 1.5e12
 """K²·D up to which everything is counted unasked: K = 65,536 at D = 256 is 1.1e12, half a minute on one core."""
 

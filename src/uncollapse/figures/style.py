@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.floating] | NDArray[np.integer]
 Curve = tuple[Array, Array]
 """x and y of one run."""
+Panels = list[tuple[str, str]]
+"""Images of one figure: address and alternative text."""
 INK, FAINT = "#24303c", "#d9dee4"
 MAX_POINTS = 400  # of a line or a scatter: more cannot be seen and makes the page heavy
 

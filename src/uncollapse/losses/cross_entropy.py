@@ -20,7 +20,7 @@ from torch import Tensor
 
 from uncollapse.checks import above_zero, has_shape, usable_weights
 from uncollapse.losses.autograd import with_gradient
-from uncollapse.numerics import IN_FLIGHT, NEAR, exponent_floor, rows_at_once
+from uncollapse.numerics import IN_FLIGHT, NEAR, blocks, exponent_floor, rows_at_once
 from uncollapse.targets.softmax import SoftmaxTargets
 
 Targets = Sequence[Tensor] | SoftmaxTargets
@@ -167,7 +167,7 @@ def _sum_blocks(
     else:
         weights_s = ((image_weight * mass.view(n, count)) @ pairing.T).view(-1)
     loss = torch.zeros_like(shared)
-    for rows in _slices(n * views, len(buffer)):
+    for rows in blocks(n * views, len(buffer)):
         p, log_sum, factor = _exponentials(x[rows], weight, bias, rule.temperature, buffer)
         loss += (weights_s[rows] * log_sum).double().sum()
         a = weights_s[rows] * factor
@@ -223,14 +223,14 @@ def _target_blocks(
     if rule.target_temperature is None:
         for q, t in enumerate(parts):
             assert t is not None
-            for rows in _slices(len(x), len(buffer)):
+            for rows in blocks(len(x), len(buffer)):
                 yield slice(rows.start * count + q, rows.stop * count, count), t[rows], None
         return
     z, weight, bias = parts
     assert z is not None
     assert weight is not None
     z = z.transpose(0, 1).reshape(-1, z.shape[2])
-    for rows in _slices(len(z), len(buffer)):
+    for rows in blocks(len(z), len(buffer)):
         t, _, factor = _exponentials(z[rows], weight, bias, rule.target_temperature, buffer)
         yield rows, t, factor
 
@@ -260,7 +260,7 @@ def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
     n, k = logits.shape
     top, total = logits.new_empty(n), logits.new_empty(n)
     lowest, floor = torch.finfo(logits.dtype).min, exponent_floor(logits.dtype)
-    for rows in _slices(n, rows_at_once(k, NEAR, 1, logits.device)):
+    for rows in blocks(n, rows_at_once(k, NEAR, 1, logits.device)):
         part = logits[rows]
         torch.amax(part, dim=-1, out=top[rows])
         top[rows].clamp_(min=lowest)  # a row whose prototypes are all ruled out
@@ -268,8 +268,3 @@ def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
         torch.sum(part, dim=-1, out=total[rows])
     # Not exp(top - log_sum): of logits with a large common part that would lose all the digits behind it.
     return top.double() + total.double().log(), 1 / total
-
-
-def _slices(count: int, step: int) -> Iterator[slice]:
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))

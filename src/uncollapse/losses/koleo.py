@@ -18,7 +18,7 @@ from torch import Tensor
 from uncollapse.checks import above_zero
 from uncollapse.losses.autograd import with_gradient
 from uncollapse.losses.unit_rows import through_normalisation, unit_rows, widest
-from uncollapse.numerics import NEAR, rounding, rows_at_once
+from uncollapse.numerics import NEAR, blocks, rounding, rows_at_once
 
 _TIE = 4e-15
 """Scores this close in float64 count as equal, and the lowest index wins: exact duplicates are found as one."""
@@ -218,9 +218,7 @@ def _pairs(unit: Tensor, neighbours: Tensor, eps: float, with_grad: bool) -> tup
     k, dim = unit.shape
     grad = torch.zeros_like(unit) if with_grad else None
     total = unit.new_zeros((), dtype=widest(unit))
-    step = rows_at_once(dim, NEAR, 1)
-    for start in range(0, k, step):
-        rows = slice(start, start + step)
+    for rows in blocks(k, rows_at_once(dim, NEAR, 1)):
         other = neighbours[rows]
         apart = unit.index_select(0, other).neg_().add_(unit[rows])
         squared = torch.linalg.vector_norm(apart, dim=1).square_().add_(eps**2)

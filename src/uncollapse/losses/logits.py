@@ -15,7 +15,7 @@ from torch import Tensor
 from uncollapse.checks import above_zero, one_shape
 from uncollapse.losses.autograd import with_gradient
 from uncollapse.losses.pairs import pair_count
-from uncollapse.numerics import NEAR, exponent_floor, rows_at_once
+from uncollapse.numerics import NEAR, blocks, exponent_floor, rows_at_once
 
 
 def fused_dino_loss_on_logits(
@@ -59,8 +59,7 @@ def _one_pass(
     floor = temperature * exponent_floor(logits[0].dtype)
     few = min(n, rows_at_once(k, NEAR, 1, logits[0].device))
     spare = logits[0].new_empty(0 if all(needs) else few, k)
-    for start in range(0, n, few):
-        rows = slice(start, start + few)
+    for rows in blocks(n, few):
         shown = [t[rows] * -scale for t in targets]
         everyone = reduce(torch.add, shown)
         whole = everyone.sum(-1, keepdim=True)

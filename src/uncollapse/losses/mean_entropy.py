@@ -13,7 +13,7 @@ from torch import Tensor
 from uncollapse.checks import above_zero, fits, one_shape
 from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
 from uncollapse.losses.autograd import first_order, with_gradient
-from uncollapse.numerics import rows_at_once
+from uncollapse.numerics import blocks, rows_at_once
 from uncollapse.targets.prior import log_shares
 
 
@@ -95,7 +95,7 @@ def _sum_entropies(
     grad_z = torch.empty_like(z) if needs[0] else None
     grad_w = torch.zeros_like(weight) if needs[1] else None
     total = torch.zeros((), dtype=torch.float64, device=z.device)
-    for block in _blocks(z, weight):
+    for block in blocks(len(z), rows_at_once(len(weight))):
         p = _assignments(z[block], weight, bias, temperature)
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log_()
         entropy = -torch.linalg.vecdot(p, log_p)
@@ -106,11 +106,6 @@ def _sum_entropies(
         if grad_w is not None:
             grad_w.addmm_(error.T, z[block])
     return ((total / len(z)).to(z.dtype),), [grad_z, grad_w]
-
-
-def _blocks(z: Tensor, weight: Tensor) -> list[slice]:
-    rows = rows_at_once(len(weight))
-    return [slice(start, start + rows) for start in range(0, len(z), rows)]
 
 
 def _assignments(z: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
@@ -131,7 +126,7 @@ class _MeMax(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
             mean = torch.zeros(len(weight), dtype=z.dtype, device=z.device)
-            for block in _blocks(z, weight):
+            for block in blocks(len(z), rows_at_once(len(weight))):
                 mean += _assignments(z[block], weight, bias, temperature).sum(0)
             mean = sum_over_ranks(mean, group) / (len(z) * rank_and_size(group)[1])
         ctx.save_for_backward(z, weight, bias, mean, log_prior)
@@ -150,7 +145,7 @@ class _MeMax(torch.autograd.Function):
         slope = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
         slope = slope if log_prior is None else slope - log_prior
         with torch.autocast(z.device.type, enabled=False):
-            for block in _blocks(z, weight):
+            for block in blocks(len(z), rows_at_once(len(weight))):
                 p = _assignments(z[block], weight, bias, ctx.temperature)
                 error = p * (slope - (p @ slope).unsqueeze(-1))
                 # Over the local rows only: the average over ranks makes it the global mean's gradient.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from uncollapse.numerics import NEAR, rows_at_once
+from uncollapse.numerics import NEAR, blocks, rows_at_once
 
 SMALLEST = 1e-12
 """Rows shorter than this are zero rows to every normalisation in torch, and here."""
@@ -42,9 +42,8 @@ def unit_rows(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def through_normalisation(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:
     """Turns, in place, the gradient at the unit rows into the gradient at rows of that length."""
-    step = rows_at_once(unit.shape[1], NEAR, 1)
-    for s in range(0, len(grad), step):
-        g, u, r = grad[s : s + step], unit[s : s + step], length[s : s + step]
+    for rows in blocks(len(grad), rows_at_once(unit.shape[1], NEAR, 1)):
+        g, u, r = grad[rows], unit[rows], length[rows]
         # A zero row has no direction; it takes no part.
         scale = torch.where(r < SMALLEST, 0, r.reciprocal())
         g.addcmul_(u, torch.linalg.vecdot(g, u).unsqueeze(1), value=-1).mul_(scale)

@@ -9,7 +9,7 @@ def entropy(counts: np.ndarray) -> float:
     """Plug-in entropy in nats of the distribution proportional to counts."""
     p = counts[counts > 0].astype(np.float64)
     p /= p.sum()
-    return float(-(p * np.log(p)).sum())
+    return float(-(p * np.log(p)).sum()) + 0.0  # not -0
 
 
 def effective_rank(z: Tensor) -> float:

@@ -15,7 +15,6 @@ the fitting images ask for, and one straight line, a softmax over cosines at som
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uncollapse.measure.unique import cosine_argmax
-from uncollapse.numerics import rows_at_once
+from uncollapse.numerics import blocks, rows_at_once
 
 _CELLS = 2048
 """Of equal width over cosines from -1 to 1; the critic is a table over them."""
@@ -140,7 +139,7 @@ def _score(z: Tensor, b: Tensor, w: Tensor, p: Tensor, log_f: Tensor) -> Tensor:
     f = (log_f - top).exp()
     mass = p.to(f)
     out = torch.empty(n, dtype=torch.float64, device=z.device)
-    for part in _blocks(n, views * len(w)):
+    for part in blocks(n, rows_at_once(views * len(w), least=1)):
         cells = _cells(z[:, part], w)
         own_prototype = b[:, part, None]
         at_own = cells.gather(2, own_prototype)
@@ -164,7 +163,7 @@ def _critic(z: Tensor, b: Tensor, w: Tensor, p: Tensor) -> Tensor:
     own_cell = torch.empty_like(b)
     pairs = torch.zeros(2, _CELLS, dtype=torch.float64, device=z.device)
     share = p.float()
-    for part in _blocks(images, views * len(w)):
+    for part in blocks(images, rows_at_once(views * len(w), least=1)):
         cells, own_prototype = _cells(z[:, part], w), b[:, part, None]
         weight = share.expand(cells.shape).scatter(2, own_prototype, 0.0)
         mass[:, part] = torch.zeros_like(mass[:, part]).scatter_add_(2, cells, weight)
@@ -242,11 +241,6 @@ def _hats(density: Tensor) -> Tensor:
 def _cells(z: Tensor, w: Tensor) -> Tensor:
     """``(V, n, D)`` and ``(K, D)`` unit rows → the cell of each cosine, ``(V, n, K)`` int64."""
     return (z @ w.T).add_(1).mul_(_CELLS / 2).clamp_(0, _CELLS - 1).long()
-
-
-def _blocks(images: int, each: int) -> Iterator[slice]:
-    step = rows_at_once(each, least=1)
-    return (slice(start, min(start + step, images)) for start in range(0, images, step))
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from uncollapse.neighbours.close_pairs import TILE, Rows, band
 from uncollapse.numerics import rows_at_once
 
 EPSILONS = (0.025, 0.1, 0.25, 0.5)
+SWEEP = tuple(float(eps) for eps in np.round(np.linspace(0.0125, 0.5, 40), 4))
+"""ε at which unique prototypes are drawn as a curve."""
 
 _SMALL = 2048  # up to here one K x K product (16 MB) is the fastest way
 _BLOCK = 1024  # rows of a tile

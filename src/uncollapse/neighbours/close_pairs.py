@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncollapse.numerics import NEAR, rounding, rows_at_once
+from uncollapse.numerics import NEAR, blocks, rounding, rows_at_once
 
 TILE = 1024
 """Columns of a tile of cosines."""
@@ -56,8 +56,7 @@ class Rows:
         return len(self.w)
 
     def chunks(self) -> list[slice]:
-        step = rows_at_once(self.w.shape[1], NEAR, 1)
-        return [slice(s, s + step) for s in range(0, len(self.w), step)]
+        return blocks(len(self.w), rows_at_once(self.w.shape[1], NEAR, 1))
 
     def double(self, i: Tensor) -> Tensor:
         return _normalised(self.w[i])

@@ -12,7 +12,7 @@ import numpy as np
 
 from uncollapse.errors import ConfigError
 from uncollapse.figures import panels as figures
-from uncollapse.figures.style import Curve, Style, smooth
+from uncollapse.figures.style import Curve, Panels, Style, smooth
 from uncollapse.figures.template import template
 from uncollapse.measure.catalogue import EFFECTIVE, UNIQUE, Measure, Row, at_epsilon, entry, measured, number, percent
 from uncollapse.measure.unique import EPSILONS
@@ -92,10 +92,6 @@ def write_report(runs: list[RunRecord], path: Path, title: str = "", notes: Sequ
 
 
 # ------------------------------------------------------------------------------------- table and figures
-
-
-Panels = list[tuple[str, str]]
-"""Images of one figure: address and alternative text."""
 
 
 def _cell(measure: Measure, runs: Sequence[RunRecord]) -> list[str]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uncollapse.distributed import Group, logsumexp_over_ranks, max_over_ranks
-from uncollapse.numerics import NEAR, rows_at_once
+from uncollapse.numerics import NEAR, blocks, rows_at_once
 
 BUDGET = 1 << 28
 """Bytes of exponentials held at once."""
@@ -65,8 +65,7 @@ class Tile(NamedTuple):
 
 def chunks(count: int, width: int, device: torch.device) -> list[slice]:
     """Components of which ``width`` numbers each stay in a CPU's cache, or fill a GPU."""
-    size = rows_at_once(width, 4 * NEAR, device=device)
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    return blocks(count, rows_at_once(width, 4 * NEAR, device=device))
 
 
 class Posterior:
@@ -94,7 +93,7 @@ class Posterior:
         n = len(features)
         most = max(_FEWEST_ROWS, budget // (features.element_size() * components.count))
         rows = max(1, -(-n // -(-n // most))) if n else 1
-        self.parts = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+        self.parts = blocks(n, rows)
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None
         self._moved = False
 

@@ -19,7 +19,7 @@ from uncollapse.measure.information import ViewInformation, view_information
 from uncollapse.measure.linear import linear_probe
 from uncollapse.measure.probes import confidence95, knn_predictions
 from uncollapse.measure.random_start import random_likeness
-from uncollapse.measure.unique import EPSILONS, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
+from uncollapse.measure.unique import EPSILONS, SWEEP, cosine_argmax, epsilon_sweep, greedy_cover, nearest_kept
 from uncollapse.measure.usage import PrototypeReport, prototype_report, usage_counts
 from uncollapse.methods.balance import balanced
 from uncollapse.methods.contract import At, Seen, method_of
@@ -36,7 +36,6 @@ from uncollapse.training.state import TrainState
 
 FIT_VIEWS, FEWEST_FIT, MOST_FIT = 2, 2000, 20_000
 """Views of each training image that view information is fitted on; 8 images for each prototype, within these bounds."""
-SWEEP = tuple(float(e) for e in np.round(np.linspace(0.0125, 0.5, 40), 4))
 K_NEIGHBOURS = 20
 NO_PAIRS = "no view information: these are prototypes of patches, and two crops of an image share no patch"
 T = TypeVar("T")

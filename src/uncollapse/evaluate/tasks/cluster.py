@@ -13,6 +13,7 @@ from torch import Tensor
 
 from uncollapse.evaluate.features import Features, Ints, labelled
 from uncollapse.evaluate.result import Result
+from uncollapse.measure.geometry import entropy
 from uncollapse.measure.usage import prototype_argmax
 
 RESTARTS = 10
@@ -201,7 +202,7 @@ class Table:
         inside = n * self.counts / (self.sizes[self.row] * self.classes[self.column])
         information = float((self.counts / n * np.log(inside)).sum())
         chance = expected_information(self.sizes, self.classes)
-        room = (_entropy(self.sizes) + _entropy(self.classes)) / 2 - chance
+        room = (entropy(self.sizes) + entropy(self.classes)) / 2 - chance
         room = math.copysign(max(abs(room), float(np.finfo(np.float64).eps)), room)
         return float((information - chance) / room)
 
@@ -255,8 +256,3 @@ def agreement_intervals(
         half = 1.96 * float(np.std([one[name] for one in halves]))
         intervals[name] = middle - half if name in ("ami", "ari") else max(0.0, middle - half), min(1.0, middle + half)
     return intervals
-
-
-def _entropy(counts: Ints) -> float:
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
