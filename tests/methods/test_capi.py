@@ -188,6 +188,20 @@ def test_a_block_of_the_predictor_beside_one_head_at_a_time():
     torch.testing.assert_close(block(x, y, *(a.unsqueeze(1) for a in angles))[0], expected)
 
 
+@torch.no_grad()
+def test_places_are_not_rounded_under_autocast():
+    torch.manual_seed(0)
+    predictor = Predictor(64, 2, 2)
+    for parameter in predictor.parameters():
+        parameter.mul_(3)
+    seen, seen_at, at = torch.randn(4, 9, 64), torch.rand(4, 9, 2), torch.rand(4, 3, 2)
+    exact = predictor(seen, seen_at, at)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = predictor(seen, seen_at, at)
+    assert (rounded - exact).norm() < 0.03 * exact.norm()
+    assert (exact[:, 0] - exact[:, 1]).norm(dim=1).min() > 0.03 * 8  # places matter more than that
+
+
 def test_registers_stand_around_what_is_visible():
     assert edge(4).tolist() == [[0, 0], [1, 0], [1, 1], [0, 1]]
     assert edge(8)[:3].tolist() == [[0, 0], [0.5, 0], [1, 0]]

@@ -85,7 +85,8 @@ class Predictor(nn.Module):
     def forward(self, seen: Tensor, seen_at: Tensor, at: Tensor) -> Tensor:
         """Tokens ``(n, T, d)`` with their places ``(n, T, 2)``, and places ``(n, Q, 2)`` → ``(n, Q, d)``."""
         x = self.mask_token.expand(len(at), at.shape[1], -1)
-        angle, seen_angle = ((places @ self.frequencies).unsqueeze(1) for places in (at, seen_at))
+        # Not a matrix product, which autocast would round to half precision: angles go up to 44.
+        angle, seen_angle = ((p.unsqueeze(-1) * self.frequencies).sum(-2).unsqueeze(1) for p in (at, seen_at))
         for block in self.blocks:
             x = block(x, seen, angle, seen_angle)
         return F.rms_norm(x, x.shape[-1:], eps=EPSILON)
