@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from gaussian_classes import task
 from uncollapse.measure.linear import linear_probe, steps_for
-
-
-def task(
-    n: int, dim: int, classes: int, spread: float, seed: int, gap: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    centres = gap * torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
-    y = torch.randint(classes, (n,), generator=rng)
-    return centres[y] + spread * torch.randn(n, dim, generator=rng), y
 
 
 def accuracy(x: torch.Tensor, y: torch.Tensor, test: torch.Tensor, t: torch.Tensor) -> float:

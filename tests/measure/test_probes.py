@@ -9,18 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
+from gaussian_classes import task
 from uncollapse.measure import nearest as neighbours
 from uncollapse.measure.linear import linear_probe
 from uncollapse.measure.probes import confidence95, knn_predictions
-
-
-def task(
-    n: int, dim: int, classes: int, spread: float, seed: int, gap: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    centres = gap * torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
-    y = torch.randint(classes, (n,), generator=rng)
-    return centres[y] + spread * torch.randn(n, dim, generator=rng), y
 
 
 def naive_knn(
