@@ -72,6 +72,8 @@ def usage_spectrum(
     look = look or styles(counts)
     with mpl.rc_context(RC):
         figure, axes = panel("Usage spectrum", width=6.6)
+        lines = sum(1 + labels.get(arm, arm).count("\n") for arm in counts)
+        figure.set_figheight(max(figure.get_figheight(), 0.17 * lines + 0.5))  # the legend stands beside the panel
         for arm, runs in counts.items():
             colour, dashes, dot = look[arm]
             for seed, usage in enumerate(runs):

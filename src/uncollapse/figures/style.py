@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -145,11 +146,24 @@ def panel(title: str, width: float = 3.9) -> tuple[Figure, Axes]:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """Below the panel, and only where there is more than one line to tell apart."""
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        figure.legend(
-            loc="outside lower center", ncols=3, fontsize=8, handlelength=1.9, columnspacing=1.1, handletextpad=0.4
-        )
+    """Below the panels, and only where there is more than one line to tell apart; the figure grows with it."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) < 2:
+        return
+    room = figure.get_figwidth() * 17  # characters beside one another
+    columns = max(1, min(4, int(room // (max(map(len, labels)) + 6))))
+    rows = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.16 * max(0, rows - 2))
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=8,
+        handlelength=1.9,
+        columnspacing=1.1,
+        handletextpad=0.4,
+    )
 
 
 def svg(figure: Figure) -> str:

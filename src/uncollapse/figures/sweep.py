@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from uncollapse.figures.style import RC, styles, svg
+from uncollapse.figures.style import RC, legend, styles, svg
 
+COLUMNS = 2
 Lines = Mapping[str, Sequence[tuple[float, float, float]]]
 """Arm → (value of the setting, mean, standard deviation over seeds), the values ascending."""
 
 
 def sweep_panels(measures: Mapping[str, Lines], setting: str) -> str:
-    """An SVG with a panel for each measure; the axis of a setting above 0 is logarithmic.
+    """An SVG with a panel for each measure, over a logarithmic axis of the setting, which is above 0.
 
     Args:
         measures: title of the panel → what it shows.
@@ -22,10 +23,12 @@ def sweep_panels(measures: Mapping[str, Lines], setting: str) -> str:
     import matplotlib as mpl
 
     with mpl.rc_context(RC):
-        figure = Figure(figsize=(3.4 * len(measures), 3.2), layout="constrained")
-        style = styles(dict.fromkeys(arm for lines in measures.values() for arm in lines))
+        arms = list(dict.fromkeys(arm for lines in measures.values() for arm in lines))
+        rows = -(-len(measures) // COLUMNS)
+        figure = Figure(figsize=(3.6 * COLUMNS, 2.6 * rows + 0.5), layout="constrained")
+        style = styles(arms)
         for place, (title, lines) in enumerate(measures.items(), 1):
-            axes = figure.add_subplot(1, len(measures), place)
+            axes = figure.add_subplot(rows, COLUMNS, place)
             axes.set_title(title)
             axes.set_xlabel(setting)
             for arm, points in lines.items():
@@ -34,8 +37,9 @@ def sweep_panels(measures: Mapping[str, Lines], setting: str) -> str:
                 axes.errorbar(
                     x, y, spread, label=arm, color=look.colour, linestyle=look.dashes, marker=look.marker, markersize=4
                 )
-                if min(x) > 0:
-                    axes.set_xscale("log", base=2)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), fontsize=8)
+            values = sorted({x for points in lines.values() for x, _, _ in points})
+            axes.set_xscale("log")
+            axes.set_xticks(values, [f"{value:,g}" for value in values])
+            axes.set_xticks([], minor=True)
+        legend(figure, figure.axes[0])
         return svg(figure)
