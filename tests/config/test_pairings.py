@@ -59,7 +59,7 @@ def test_the_tables_name_every_way_and_all_targets():
 def test_any_pair_that_means_something_is_a_mode_and_is_named_so(recipe, kind):
     """Where the targets are the way's own, by the way alone."""
     method = load_config(recipe).method.name
-    own = {"decoupled": "posterior", "memory": OWN_TARGETS[method].replace("centred", "softmax")}
+    own = {"decoupled": "posterior", "memory": OWN_TARGETS[method].replace("centred", "sinkhorn")}
     for targets in TARGETS:
         if refused_by_the_table(method, kind, targets, False):
             with pytest.raises(ConfigError, match=rf"^{recipe}: prototypes\.targets: [^\n]+$"):

@@ -18,7 +18,7 @@ def targets_of(config: Config) -> TargetKind:
 def _own_targets(config: Config) -> TargetKind:
     own = OWN_TARGETS[config.method.name]
     if config.prototypes.kind == "memory" and own == "centred":
-        return "softmax"  # a centre follows prototypes by number, and these change
+        return "sinkhorn"  # a centre follows prototypes by number, and these change
     return "posterior" if config.prototypes.kind == "decoupled" else own
 
 

@@ -159,7 +159,8 @@ class PrototypeConfig:
     targets: TargetKind | None = None
     """The teacher's target: DINO's centred softmax over the teacher's logits; balanced by Sinkhorn over the batch, over
     the batch and a queue, or to shares of a power law; with a floor under the size of every cluster; plain softmax; or
-    the mixture's posterior. null: the posterior for ``decoupled``, else the method's own."""
+    the mixture's posterior. null: the posterior for ``decoupled``, ``sinkhorn`` for ``memory`` in place of ``centred``,
+    else the method's own."""
     queue: Positive = 3840
     """Of ``sinkhorn-queue``: projections of earlier batches, of all ranks, balanced with the batch once it is full."""
     power: Annotated[float, Field(ge=0, le=100)] = 0.25
