@@ -105,7 +105,7 @@ def test_a_step_without_any_hidden_patch_leaves_the_patches_prototypes(kind):
         for name in ("cls", "patch")
     }
     assert (moved["patch"] > 1e-6) == (kind == "koleo")
-    assert (moved["cls"] > 1e-6) == (kind != "fixed")
+    assert (moved["cls"] > 1e-6) == (kind not in ("fixed", "capi"))  # a clustering's rate starts at 0
 
 
 @pytest.mark.parametrize("method", ["ibot", "ibot-separate"])

@@ -28,7 +28,7 @@ def made(architecture):
     """A backbone as training builds it, with every weight moved off its start."""
     name, options = ARCHITECTURES[architecture]
     torch.manual_seed(0)
-    vit, _ = build_backbone(BackboneConfig(name, 0.0, {**SMALL, **options}))
+    vit, _ = build_backbone(BackboneConfig(name, 0.0, options={**SMALL, **options}))
     with torch.no_grad():
         for p in vit.parameters():
             p.add_(0.05 * torch.randn_like(p))

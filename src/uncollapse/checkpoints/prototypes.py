@@ -115,11 +115,12 @@ class PrototypeSet:
         """(K,) float32: lengths of the prototypes in the logits of training; None where those are cosines.
 
         SwAV and MSN normalise their prototypes before every product. DINOv3's and CAPI's plain linear layers
-        do not, and weight norm gives each the length g.
+        do not, nor does a clustering of ours, and weight norm gives each the length g.
         """
         if self.scale is not None:
             return self.scale.float().abs()
-        linear = re.search(r"(^|[./])(last_layer2?|layer)\.weight$", self.key) or self.bias is not None
+        clustered = self.bias is not None and OWN.match(self.key)
+        linear = clustered or re.search(r"(^|[./])(last_layer2?|layer)\.weight$", self.key)
         return self.norms().float() if linear else None
 
 
