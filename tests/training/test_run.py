@@ -326,13 +326,6 @@ def test_a_folder_of_odd_and_broken_images_trains(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["knn"] is not None
 
 
-@pytest.mark.parametrize("recipe", ["dino-vits16", "dino-resnet50"])
-def test_published_recipes_run_when_tiny(recipe, tmp_path):
-    config = tiny(load_config(recipe, {"data.path": "builtin:digits"}))
-    summary = run(config, tmp_path / "run", max_steps=2)
-    assert summary["steps"] == 2
-
-
 def test_images_read_by_workers_give_the_same_run_as_images_in_memory(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(40):
