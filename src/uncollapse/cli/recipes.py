@@ -28,18 +28,15 @@ def _recipes(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     if arguments.names:
         print("\n".join(recipe_names()))
         return
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in ("recipe", "method", "backbone", "K", "what it is, and its source"):
-        table.add_column(column, overflow="fold")
+    console = Console(highlight=False)
     for name in recipe_names():
         config = load_config(name)
-        k = f"{config.prototypes.count:,}"
-        table.add_row(name, method_name(config), config.backbone.name, k, _described(name))
-    Console().print(table)
+        k = f"K = {config.prototypes.count:,}"
+        console.print(f"[bold]{name}[/bold]  {method_name(config)} · {config.backbone.name} · {k}")
+        console.print(Padding(_described(name), (0, 0, 0, 4)), markup=False)
 
 
 def _described(name: str) -> str:
