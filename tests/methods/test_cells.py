@@ -71,7 +71,8 @@ def test_cell(method, kind):
     # The loss: every term by name, regularisers beside it.
     names = state.parts.names()
     assert tuple(names) == facts.sets
-    regularisers = {f"regulariser/{name}" for name in names} if kind == "koleo" else set()
+    beside = {"koleo": "regulariser", "capi": "own"}.get(kind)
+    regularisers = {f"{beside}/{name}" for name in names} if beside else set()
     for d in done:
         assert d.terms.keys() == facts.terms | regularisers
         assert all(math.isfinite(term) for term in d.terms.values())

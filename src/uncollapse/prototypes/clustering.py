@@ -104,6 +104,7 @@ class ClusteredPrototypes(Prototypes):
                 tau = self.config.temperature
                 loss = fused_patch_loss(z.flatten(0, -2), layer[0], targets, tau, share, layer[1] / tau)
                 gradients = list(torch.autograd.grad(loss, layer))
+            self.own_loss = loss.detach() * rank_and_size(group)[1]
             self._learned = [sum_over_ranks(g, group) for g in gradients], self.rate(progress)
 
     def observe_positions(self, z: Tensor, progress: float, group: Group) -> bool:
@@ -126,7 +127,7 @@ class ClusteredPrototypes(Prototypes):
         if self._learned is None:
             return
         gradients, rate = self._learned
-        self._learned = None
+        self._learned = self.own_loss = None
         layer = [self.weight, self.bias]
         moments = [[self.get_buffer(f"{name}_{m}") for name in ("weight", "bias")] for m in ("first", "second")]
         self.steps += 1

@@ -29,6 +29,9 @@ class Prototypes(nn.Module):
     first_view = False
     """Whether it observes the first view of each image alone."""
 
+    own_loss: Tensor | None = None
+    """What a learner of the set's own minimised in the step under way, to be logged; None: there is none."""
+
     def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
         """``weight (K, D)`` and optional ``bias (K,)`` with ``logits = z @ weight.T / temperature + bias``.
 

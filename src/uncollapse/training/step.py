@@ -29,7 +29,8 @@ class Done(NamedTuple):
     loss: float
     """Sum of the method's terms, mean over ranks; without what pushes prototypes apart."""
     terms: dict[str, float]
-    """Every term by name, regularisers included."""
+    """Every term by name; beside the method's, regularisers (``regulariser/SET``) and the loss of a set's own learner
+    (``own/SET``)."""
     targets: Targets
     asked: bool
     """Whether some rank was asked to stop."""
@@ -97,6 +98,7 @@ class Stepper:
                 else:
                     of_part = targets
                 self._learn(seen, of_part, at, len(parts), terms, last)
+        terms |= {f"own/{name}": p.own_loss for name, p in moving.items() if p.own_loss is not None}
         done = self._agree(terms, targets, asked, step)
         momentum = self._momentum(step)
         if state.parts.average == "before":
@@ -163,7 +165,7 @@ class Stepper:
 
     def _agree(self, terms: dict[str, Tensor], targets: Targets, asked: bool, step: int) -> Done:
         """Means over ranks; a stop asked of one rank reaches all with them."""
-        own = [term for name, term in terms.items() if not name.startswith("regulariser/")]
+        own = [term for name, term in terms.items() if "/" not in name]
         loss = sum(own[1:], own[0])
         every = torch.stack([loss.float(), loss.new_tensor(float(asked)), *(t.float() for t in terms.values())])
         if self.fabric.world_size > 1:
