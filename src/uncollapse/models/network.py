@@ -39,6 +39,23 @@ class Projected(NamedTuple):
     """The same before the head, ``(n, T, d)``, without gradient."""
 
 
+class _Through(NamedTuple):
+    """What a backbone makes of views."""
+
+    features: list[Tensor]
+    """For each view ``(n, d)``."""
+    tokens: list[Tensor]
+    """For each view whose tokens were asked for ``(n, T, d)``; the others' are of no use."""
+    groups: list[list[int]]
+    """Which views went through it together."""
+
+
+def _share_out(rows: Tensor, group: list[int], views: list[Tensor]) -> None:
+    """Puts the rows of a group of views, one behind the other, at their places in ``views``."""
+    for i, part in zip(group, rows.chunk(len(group)), strict=True):
+        views[i] = part
+
+
 OF_TOKENS = ("patch", "region")
 """Heads that see tokens or regions; every other sees class tokens, or what takes their place."""
 
@@ -90,41 +107,11 @@ class Encoder(nn.Module):
             without: ``(V', n, P)`` bool: patches that the first V' views are seen without, as many of each.
             apart: whether the head, too, sees views of each size on their own, as in MSN's code.
         """
-        hidden = read if without is None else without
-        masked = 0 if hidden is None else len(hidden)
-        groups: dict[tuple[int, bool], list[int]] = {}
-        for i, view in enumerate(views):
-            groups.setdefault((view.shape[-1], i < masked), []).append(i)
-        parts: list[Tensor] = [views[0]] * len(views)
-        patches: list[Tensor | None] = [None] * len(views)
-        places: list[Tensor] = [views[0]] * len(views)
-        for group in groups.values():
-            for drop in self.drops:
-                drop.keys = None if keys is None else keys[group].flatten()
-            stacked = _stack([views[i] for i in group])
-            if "region" in self.heads:
-                features, grids = regions(self.backbone, stacked)
-                for i, part in zip(group, grids.chunk(len(group)), strict=True):
-                    places[i] = part
-            elif without is not None and group[0] < masked:
-                features = seen_without(self.backbone, stacked, without[group].flatten(0, 1))
-            elif read is None or group[0] >= masked:
-                features = self.backbone(stacked)
-            else:
-                mask = read[group].flatten(0, 1)
-                features, tokens = self._backbone_tokens(stacked, mask if hide else None)
-                for i, part in zip(group, tokens.chunk(len(group)), strict=True):
-                    patches[i] = part
-            for i, part in zip(group, features.chunk(len(group)), strict=True):
-                parts[i] = part
-        stacked = _stack(parts)
+        seen = self._backbone_of(views, keys, read, hide, without)
+        stacked = _stack(seen.features)
         features = stacked.unflatten(0, (len(views), -1))
         if apart:
-            for group in groups.values():
-                z = self.head(_stack([parts[i] for i in group]))
-                for i, part in zip(group, z.chunk(len(group)), strict=True):
-                    parts[i] = part
-            return Projected(torch.stack(parts), None, None, features)
+            return Projected(self._each_size(seen), None, None, features)
         by_head = {
             name: head(stacked).unflatten(0, (len(views), -1))
             for name, head in self.heads.items()
@@ -132,14 +119,49 @@ class Encoder(nn.Module):
         }
         cls = by_head.pop("cls")
         if "region" in self.heads:
-            return Projected(cls, None, None, features, by_head, *self._of_regions(places))
+            return Projected(cls, None, None, features, by_head, *self._of_regions(seen.tokens))
         if read is None:
             return Projected(cls, None, None, features, by_head)
-        seen, patch_head = torch.stack([t for t in patches if t is not None]), self.head_of("patch")
+        patches, patch_head = torch.stack(seen.tokens[: len(read)]), self.head_of("patch")
         if not mean:
-            return Projected(cls, patch_head(seen[read]), None, features, by_head)
-        everything = patch_head(seen.flatten(0, 2)).unflatten(0, read.shape)
+            return Projected(cls, patch_head(patches[read]), None, features, by_head)
+        everything = patch_head(patches.flatten(0, 2)).unflatten(0, read.shape)
         return Projected(cls, everything[read], everything.mean((0, 1, 2)), features, by_head)
+
+    def _backbone_of(
+        self, views: list[Tensor], keys: Tensor | None, read: Tensor | None, hide: bool, without: Tensor | None
+    ) -> _Through:
+        """What the backbone makes of each view, views of one size together; those with a mask apart from others."""
+        hidden = read if without is None else without
+        masked = 0 if hidden is None else len(hidden)
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for i, view in enumerate(views):
+            groups.setdefault((view.shape[-1], i < masked), []).append(i)
+        through = _Through([views[0]] * len(views), [views[0]] * len(views), list(groups.values()))
+        for group in through.groups:
+            for drop in self.drops:
+                drop.keys = None if keys is None else keys[group].flatten()
+            stacked, tokens = _stack([views[i] for i in group]), None
+            if "region" in self.heads:
+                features, tokens = regions(self.backbone, stacked)
+            elif without is not None and group[0] < masked:
+                features = seen_without(self.backbone, stacked, without[group].flatten(0, 1))
+            elif read is None or group[0] >= masked:
+                features = self.backbone(stacked)
+            else:
+                mask = read[group].flatten(0, 1)
+                features, tokens = self._backbone_tokens(stacked, mask if hide else None)
+            _share_out(features, group, through.features)
+            if tokens is not None:
+                _share_out(tokens, group, through.tokens)
+        return through
+
+    def _each_size(self, seen: _Through) -> Tensor:
+        """``(V, n, D)``, with the head called once for each group of views."""
+        z = list(seen.features)
+        for group in seen.groups:
+            _share_out(self.head(_stack([seen.features[i] for i in group])), group, z)
+        return torch.stack(z)
 
     def _of_regions(self, places: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Projections of the regions ``(n, T, d)`` of each view, by one call of their head; and the regions."""
