@@ -115,3 +115,11 @@ class Steps:
     def snapshot(self) -> TrainState:
         """The state as it is now, to be compared with later."""
         return copy.deepcopy(self.state)
+
+
+def tensors(content: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """Name → tensor, of nested mappings and lists."""
+    if isinstance(content, torch.Tensor):
+        return {name: content}
+    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    return {n: t for key, value in inner for n, t in tensors(value, f"{name}/{key}").items()}

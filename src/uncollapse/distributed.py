@@ -20,6 +20,11 @@ def world() -> Group:
     return None
 
 
+def same_everywhere(seed: int, number: int) -> torch.Generator:
+    """A generator on the CPU that every rank, and a resumed run, makes alike from a seed and a step or a count."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+
+
 def rank_and_size(group: Group) -> tuple[int, int]:
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steps import Steps, small
+from steps import Steps, small, tensors
 from uncollapse.config.load import load_config
 from uncollapse.config.schema import KINDS
 from uncollapse.errors import CheckpointError, ConfigError
@@ -25,13 +25,6 @@ def trained(config, out, steps):
 
 def branch(config_of, trunk, step):
     return config_of(**{"change.branch": str(trunk), "change.branch_step": step}, **FEW)
-
-
-def tensors(content, name=""):
-    if isinstance(content, torch.Tensor):
-        return {name: content}
-    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    return {n: t for key, value in inner for n, t in tensors(value, f"{name}/{key}").items()}
 
 
 @pytest.mark.parametrize(("method", "kind"), [("carp", "decoupled"), ("ibot-separate", "koleo")])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steps import Steps, small
+from steps import Steps, small, tensors
 from uncollapse.config.facts import arm_keys
 from uncollapse.run_folder.checkpoint import load_checkpoint
 from uncollapse.training.run import train
@@ -16,14 +16,6 @@ def mode(arm):
     """Its keys; a short queue, and prototypes drawn from a longer one, so that some steps reach their ends."""
     short = {"prototypes.queue": 24, "prototypes.floor": 1.0}
     return arm_keys(arm) | short | ({"prototypes.count": 40, "prototypes.memory_length": 72} if arm == "memory" else {})
-
-
-def tensors(content, name=""):
-    """Name → tensor, of nested mappings and lists."""
-    if isinstance(content, torch.Tensor):
-        return {name: content}
-    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    return {n: t for key, value in inner for n, t in tensors(value, f"{name}/{key}").items()}
 
 
 IN_PARTS = {

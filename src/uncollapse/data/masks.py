@@ -80,9 +80,9 @@ def crop_masks(
     """
     side = math.isqrt(patches)
     masks = np.zeros((views, len(positions), side, side), dtype=bool)
-    crops = views * (evenly or 0)
-    order = np.random.default_rng([seed, step, _STREAM]).permutation(crops).reshape(views, -1)
-    masked, (low, high) = int(crops * share), ratio
+    if evenly is not None:
+        order = np.random.default_rng([seed, step, _STREAM]).permutation(views * evenly).reshape(views, -1)
+        masked, (low, high) = int(views * evenly * share), ratio
     for view in range(views):
         for i, position in enumerate(positions):
             random = np.random.default_rng([seed, step, position, view, _STREAM])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.checks import above_zero, fits, one_shape
-from uncollapse.distributed import Group, rank_and_size, sum_over_ranks
+from uncollapse.distributed import Group, rank_and_size, same_everywhere, sum_over_ranks
 from uncollapse.losses.autograd import with_gradient
 from uncollapse.losses.pairs import pair_count
 from uncollapse.numerics import exponent_floor, rows_at_once
@@ -40,8 +40,7 @@ def random_blocks(count: int, size: int, seed: int, step: int) -> Tensor:
     """
     if not 2 <= size <= count:
         raise ValueError(f"blocks of {size} cannot be dealt from {count} prototypes")
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    return torch.randperm(count, generator=generator)[: count - count % size].view(-1, size)
+    return torch.randperm(count, generator=same_everywhere(seed, step))[: count - count % size].view(-1, size)
 
 
 def carp_loss(

@@ -15,7 +15,7 @@ from torch import Tensor
 from uncollapse.config.facts import bottleneck_of, queue_of, targets_of
 from uncollapse.config.schema import Config
 from uncollapse.distributed import Group, gather_ragged, gather_rows, rank_and_size, sum_over_ranks
-from uncollapse.methods.contract import At, Memory, Parts, Seen, Targets
+from uncollapse.methods.contract import At, Memory, Parts, Seen, Targets, at_most
 from uncollapse.targets.sinkhorn import sinkhorn_offsets
 from uncollapse.targets.softmax import SoftmaxTargets
 
@@ -83,13 +83,9 @@ def _new_rows(z: Tensor, key: Tensor | None, most: int, at: At) -> Tensor:
     """``(m, D)`` of all ranks, the same on any number of them; of tokens and regions at most so many, at random."""
     if z.ndim == 2:
         assert key is not None
-        rows = gather_ragged(z, at.group)
-        return rows[gather_ragged(key, at.group).argsort()[:most]]
+        return at_most(gather_ragged(z, at.group), gather_ragged(key, at.group), most, at)
     rows = gather_rows(z.transpose(0, 1), at.group).transpose(0, 1).flatten(0, -2)
-    if z.ndim == 3:
-        return rows
-    generator = torch.Generator().manual_seed((at.seed * 1_000_003 + at.step) % 2**63)
-    return rows[torch.randperm(len(rows), generator=generator)[:most].to(rows.device)]
+    return rows if z.ndim == 3 else at_most(rows, None, most, at)
 
 
 def _shifted(of: SoftmaxTargets, offsets: Tensor) -> SoftmaxTargets:

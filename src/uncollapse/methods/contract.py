@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.config.schema import Config
-from uncollapse.distributed import Group
+from uncollapse.distributed import Group, same_everywhere
 from uncollapse.models.network import Encoder
 from uncollapse.prototypes.sets import Prototypes
 from uncollapse.targets.softmax import SoftmaxTargets
@@ -156,6 +156,16 @@ class Method(Protocol):
 def method_of(c: Config) -> Method:
     """The module of the method that ``c`` names."""
     return cast(Method, import_module(f"uncollapse.methods.{c.method.name}"))
+
+
+def at_most(rows: Tensor, key: Tensor | None, most: int, at: At) -> Tensor:
+    """So many of the rows ``(M, D)`` of all ranks, at random, the same and in the same order on any number of ranks.
+
+    ``key (M,)`` of `token_keys` says which token a row is; None: rows are in one order on any number of ranks.
+    """
+    if key is not None:
+        return rows[key.argsort()[:most]]
+    return rows[torch.randperm(len(rows), generator=same_everywhere(at.seed, at.step))[:most].to(rows.device)]
 
 
 def part_of(targets: SoftmaxTargets, images: slice, image: Tensor | None) -> SoftmaxTargets:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uncollapse.distributed import same_everywhere
 from uncollapse.prototypes.sets import Prototypes, Side
 
 
@@ -81,7 +82,6 @@ class MemoryPrototypes(Prototypes):
             return
         self.queue = queue
         entered = int(self.entered)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + entered) % 2**63)
         among = min(max(entered, len(self.weight)), len(queue))
-        drawn = torch.randperm(among, generator=generator)[: len(self.weight)]
+        drawn = torch.randperm(among, generator=same_everywhere(self.seed, entered))[: len(self.weight)]
         self.weight = queue[drawn.to(queue.device)]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from uncollapse.config.facts import views_assigned
 from uncollapse.config.schema import Config
-from uncollapse.methods.contract import At, Seen
+from uncollapse.methods.contract import At, Seen, at_most
 from uncollapse.prototypes.sets import Prototypes
 
 
@@ -45,7 +45,4 @@ def _rows(everyone: Seen, level: str, first_view: bool, most: int | None, at: At
     rows = (z[0] if first_view and z.ndim > 2 else z).flatten(0, -2)
     if z.ndim == 3 or most is None:
         return rows
-    if z.ndim == 2:
-        return rows[everyone.key[level].argsort()[:most]]
-    generator = torch.Generator().manual_seed((at.seed * 1_000_003 + at.step) % 2**63)
-    return rows[torch.randperm(len(rows), generator=generator)[:most].to(rows.device)]
+    return at_most(rows, everyone.key[level] if z.ndim == 2 else None, most, at)

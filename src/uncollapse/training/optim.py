@@ -76,9 +76,10 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
 
 def clip_gradients(encoder: Encoder, sets: nn.ModuleDict, config: OptimConfig) -> None:
-    """Scales gradients that are longer than ``config.clip`` down to it: tensor by tensor, the encoder's as one, or
+    """Scales gradients that are longer than ``config.clip`` down to it.
 
-    each network's as one: the backbone, and every head with the prototypes behind it.
+    Tensor by tensor; or the encoder's as one; or each network's as one: the backbone, and every head with the
+    prototypes behind it.
     """
     if not config.clip:
         return

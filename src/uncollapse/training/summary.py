@@ -133,9 +133,9 @@ def _of_set(
 
 
 def _of_other_set(job: Job, state: TrainState, name: str, features: Tensor, notes: list[str]) -> dict[str, Any]:
-    """The same of a set beside the first, whose use is seen on the features ``(n, d)`` of held-out images; of a set of
+    """The same of a set beside the first.
 
-    patches or regions on some of these.
+    Its use is seen on the features ``(n, d)`` of held-out images; that of a set of patches or regions on some of these.
     """
     report = None
     head, of_tokens = state.evaluated.head_of(name), state.parts.levels(name)[0] in OF_TOKENS
