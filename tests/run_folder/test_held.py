@@ -105,6 +105,7 @@ def test_two_processes_never_share_a_run_folder(copy):
         ({"run.batch": 16}, r"run\.batch 32 → 16"),
         ({"run.epochs": 5.0}, r"run\.epochs 2\.0 → 5\.0"),
         ({"data.held_out_max": 100}, r"data\.held_out_max"),
+        ({"data.long_tail": 10.0}, r"data\.long_tail 1\.0 → 10\.0"),
     ],
 )
 def test_what_changes_what_is_learned_is_refused_by_name(keys, expected, copy):

@@ -43,7 +43,13 @@ def add_parser(commands: Any) -> None:
     add("--pretrained", action="store_true", help="download the weights of timm:NAME (needs internet)")
     add("--size", type=int, metavar="PIXELS", help="side of the images (default: what the model was made for)")
     add("--limit", type=int, metavar="N", help="most images of each part")
-    add("--long-tail", type=float, metavar="IF", help="cut the training classes to an imbalance factor, such as 100")
+    add(
+        "--long-tail",
+        type=float,
+        metavar="IF",
+        help="cut the training classes to an imbalance factor, such as 100 (a run's own on its own data, if left out; "
+        "1: no cut)",
+    )
     add("--sets", nargs="+", default=[], metavar="SET", help="data sets of the task transfer, as --data takes them")
     add("--max-steps", type=int, metavar="N", help="most training steps of the task finetune")
     add("--masks", type=Path, metavar="DIR", help="images with masks, for the task segment")

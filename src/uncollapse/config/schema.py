@@ -59,6 +59,9 @@ class DataConfig:
     """Column of Parquet or CSV that holds the images (CSV: their paths); "": the usual names."""
     label: str = ""
     """Column of Parquet or CSV that holds the labels; "": the usual names."""
+    long_tail: Annotated[float, Field(ge=1, le=1e9)] = 1.0
+    """Imbalance factor, largest by smallest class, to which the training images are cut (100: CIFAR-10-LT's), class by
+    class in the order of their numbers. The held-out images stay as they are. 1: no cut."""
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ class MemoryImages:
     ``canvas``: uint8 (n, 3, H, W), RGB; ``sizes``: int64 (n, 2), the true (height, width) of each image.
     ``labels``: int64 (n,) or None. ``bad``: "name: reason" of images that could not be read and were dropped.
     ``names``: of the images, such as their paths, fit to be printed; empty where they have none.
-    ``about_labels``: in words, what gave the labels, or why there are none. ``origin``: of held-out images, in words,
-    where they are from.
+    ``about_labels``: in words, what gave the labels, or why there are none. ``origin``: in words, where held-out images
+    are from, and what training images were cut from.
     """
 
     canvas: torch.Tensor

@@ -26,6 +26,7 @@ from uncollapse.config.schema import DataConfig
 from uncollapse.data.decode import open_image, to_rgb
 from uncollapse.data.images import Files, ImageSet, LazyImages, MemoryImages, bad_message, subset
 from uncollapse.data.listing import Items, find_items
+from uncollapse.data.long_tail import cut_long_tail
 from uncollapse.data.parquet import ParquetRows
 from uncollapse.errors import DataError
 from uncollapse.progress import bars
@@ -188,7 +189,14 @@ def described(train: ImageSet, held_out: ImageSet) -> str:
     why = f" ({train.about_labels})" if not classes and train.about_labels else ""
     if classes and held_out.labels is None:
         why = f", but the held-out images have no labels ({held_out.about_labels})"
-    return f"{len(train):,} training images, {labels}{why}; {len(held_out):,} held out ({held_out.origin})"
+    cut = f" ({train.origin})" if train.origin else ""
+    return f"{len(train):,} training images{cut}, {labels}{why}; {len(held_out):,} held out ({held_out.origin})"
+
+
+def _sizes_in_words(images: ImageSet) -> str:
+    assert images.labels is not None
+    sizes = images.labels.unique(return_counts=True)[1]
+    return f"{int(sizes.max()):,} images in the largest class, {int(sizes.min()):,} in the smallest"
 
 
 def _checked(images: LazyImages, show: bool) -> LazyImages:
@@ -273,14 +281,16 @@ def load_images(
     Without a held-out part (or ``val_path``), ``config.held_out`` of the images is split off, by class where
     there are labels, at least one from each class with two; 0.2 for the digits. At most
     ``config.held_out_max`` are held out: of a given split a random subset, otherwise the rest stays in
-    training. ``seed`` fixes both.
+    training. ``seed`` fixes both. ``config.long_tail`` then cuts the training images, and only these, to an imbalance
+    factor (:func:`~uncollapse.data.long_tail.long_tail_rows`); of the same training images every seed keeps the same.
 
     A set whose n×3×max height×max width bytes fit ``config.memory_gb`` is decoded into
     :class:`MemoryImages`, without its unreadable images (see ``bad``); otherwise it is :class:`LazyImages`. Sizes are
     known before anything is decoded; while loading, twice that memory may be in use. Held-out images that are not
     kept in memory are decoded once, so that what evaluates them finds readable ones only.
     ``progress`` shows a bar on stderr while decoding takes more than two seconds. Raises :class:`DataError`
-    where nothing usable is found, fewer than two training or two held-out images remain, or too many are unreadable.
+    where nothing usable is found, fewer than two training or two held-out images remain, too many are unreadable, or
+    a long tail cannot be cut.
     """
     rng = np.random.default_rng(seed)
     train: ImageSet
@@ -288,8 +298,12 @@ def load_images(
     if str(path).startswith("builtin:"):
         if val_path is not None:
             raise DataError(f"{path}: a built-in set has its own held-out images; leave out {val_path}")
-        train, held = _builtin(str(path).removeprefix("builtin:"), config, rng)
+        whole, held = _builtin(str(path).removeprefix("builtin:"), config, rng)
         held.origin = "split off by class"
+        assert whole.labels is not None
+        n_whole = len(whole)
+        kept = cut_long_tail(np.arange(n_whole), whole.labels.numpy(), config.long_tail, f"{path}: data.long_tail")
+        train = subset(whole, kept)
     else:
         items, held_items = find_items(Path(path), config.image, config.label)
         if val_path is not None:
@@ -310,6 +324,8 @@ def load_images(
             held_index = np.sort(rng.permutation(m)[: config.held_out_max])
             if len(held_index) < m:
                 held_items.origin = f"{len(held_index):,} of {m:,} at random from {held_items.origin}"
+        n_whole = len(index)
+        index = cut_long_tail(index, items.labels, config.long_tail, f"{path}: data.long_tail", items.about_labels)
         train = load_items(items, index, config, progress)
         held = load_items(held_items, held_index, config, progress)
         if isinstance(held, LazyImages):
@@ -319,4 +335,6 @@ def load_images(
             f"{path}: {len(train)} training and {len(held)} held-out image(s) are usable, but at "
             f"least two of each are needed; data.held_out and data.held_out_max set how many are held out"
         )
+    if config.long_tail > 1:
+        train.origin = f"a long tail cut from {n_whole:,}: {_sizes_in_words(train)}"
     return train, held

@@ -224,7 +224,8 @@ def _configured(rebuilt: Rebuilt, data: str) -> Config:
         own: Config = rebuilt.config
         data_config = dataclasses.replace(own.data, path=path, val_path="", workers=0)
         if path != own.data.path:
-            data_config = dataclasses.replace(data_config, image="", label="")  # the columns of other files
+            # The columns of other files, and the cut of another set.
+            data_config = dataclasses.replace(data_config, image="", label="", long_tail=1.0)
         return dataclasses.replace(own, data=data_config)
     views = ViewConfig(global_size=rebuilt.size)
     return Config(data=DataConfig(path=path, workers=0), views=views)

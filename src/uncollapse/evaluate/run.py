@@ -22,6 +22,7 @@ from uncollapse.evaluate.extract import extract, identity
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
 from uncollapse.progress import Report
+from uncollapse.run_folder.evaluation import evaluation_key
 
 Say = Callable[[str], None]
 
@@ -41,8 +42,8 @@ class Settings:
     """Of the split where the data has no test part; for our own runs the run's, so that it is training's."""
     limit: int | None = None
     """Most images of each part."""
-    long_tail: float | None = None
-    """Imbalance factor to which the training part is cut; None: as it is."""
+    long_tail: float = 1.0
+    """Imbalance factor to which the training part is cut; 1: as it is. Of our own runs on their own data, the run's."""
     sets: Sequence[str] = ()
     masks: Path | None = None
     cache: Path | None = None
@@ -55,15 +56,11 @@ class Settings:
     @property
     def key(self) -> str:
         """The data set's name in ``evaluation.json``: other images are other numbers."""
-        words = []
-        if self.limit is not None:
-            words.append(f"limit {self.limit}")
-        if self.long_tail is not None:
-            words.append(f"long tail {self.long_tail:g}")
+        words = [] if self.limit is None else [f"limit {self.limit}"]
         if words and self.split_seed:
             words.append(f"seed {self.split_seed}")
         name = self.data.rstrip("/") or ", ".join([*self.sets, *([str(self.masks)] if self.masks else [])])
-        return name + (f" ({', '.join(words)})" if words else "")
+        return evaluation_key(name, self.long_tail, words)
 
 
 @dataclass
@@ -117,7 +114,7 @@ def evaluate(
         cut = (settings.split_seed, settings.limit, settings.long_tail)
         pair = open_pair(settings.data, *cut, settings.data_config, report is not None)
         train, test = pair.train, pair.test
-        rules = [*_split_note(settings), *pair.notes, *_rules(train, test)]
+        rules = [*_split_note(settings), *_tail_note(settings), *pair.notes, *_rules(train, test)]
     counts = [] if train is None else class_counts(train)
     tasks, skipped = chosen(settings.tasks, encoders[0], counts, settings.sets, settings.masks)
     if train is not None and test is not None:
@@ -192,7 +189,7 @@ def _context(
         )
 
     def of_set(spec: str) -> tuple[Features, Features]:
-        pair = open_pair(spec, settings.split_seed, settings.limit, None, settings.data_config, report is not None)
+        pair = open_pair(spec, settings.split_seed, settings.limit, 1.0, settings.data_config, report is not None)
         _check_labels(["transfer"], pair.train, pair.test, spec)
         name = Path(split_spec(spec)[0]).name
         both = features(pair.train, f"{name} train"), features(pair.test, f"{name} test")
@@ -296,8 +293,20 @@ def _split_note(settings: Settings) -> list[str]:
     return [] if second else [f"test images: the test part of {first} if it has one, else held out as training does"]
 
 
+def _tail_note(settings: Settings) -> list[str]:
+    if settings.long_tail == 1:
+        return []
+    return [f"training images are cut to a long tail of imbalance factor {settings.long_tail:g}, test images are not"]
+
+
+def _same_place(data: str, path: str) -> bool:
+    """Whether the training part of ``data`` is what a run was trained on."""
+    first = split_spec(data)[0] if data else ""
+    return first == path or Path(first).expanduser().resolve() == Path(path)
+
+
 def settings_for(encoder: EvalEncoder, columns: dict[str, str] | None = None, **options: Any) -> Settings:
-    """`Settings` with what our own runs bring along: their data, its columns, and the seed of their split.
+    """`Settings` with what our own runs bring along: their data, its columns, long tail, and the seed of their split.
 
     ``columns``: ``image`` and ``label`` column of Parquet and CSV files, where they are named.
 
@@ -318,9 +327,13 @@ def settings_for(encoder: EvalEncoder, columns: dict[str, str] | None = None, **
     if encoder.config is not None:
         options.setdefault("split_seed", encoder.config.seed)
         own = encoder.config.data
+        if options.get("long_tail") is None and _same_place(options["data"], own.path):
+            options["long_tail"] = own.long_tail
         if options["data"] != ",".join(p for p in (own.path, own.val_path) if p):
             own = dataclasses.replace(own, image="", label="")  # the columns of other files
         options.setdefault("data_config", own)
+    if options.get("long_tail") is None:
+        options.pop("long_tail", None)
     if columns:
         options["data_config"] = dataclasses.replace(options.get("data_config") or DataConfig(), **columns)
     return Settings(**options)

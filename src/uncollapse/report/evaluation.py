@@ -11,6 +11,7 @@ from uncollapse.figures.style import Style
 from uncollapse.measure.catalogue import Row, number
 from uncollapse.report.numbers import interval, metric_text
 from uncollapse.report.words import meaning
+from uncollapse.run_folder.evaluation import evaluation_key
 from uncollapse.run_folder.read import Arms, RunRecord
 
 FIXED = ("ci95", "ci95_of", "n", "protocol", "source", "command", "details")
@@ -39,7 +40,8 @@ def probed_by_evaluate(run: RunRecord) -> Row:
     One page then has one number for each. Empty where it was not evaluated on those, or the run went on since.
     """
     paths = [run.config.get(name) for name in ("data.path", "data.val_path")]
-    evaluation = run.evaluation.get(",".join(str(p) for p in paths if p), {})
+    own = evaluation_key(",".join(str(p) for p in paths if p), number(run.config.get("data.long_tail")) or 1.0)
+    evaluation = run.evaluation.get(own, {})
     encoders = evaluation.get("encoders", {})
     encoder: Row = next((encoders[label] for label in LOOKED_AT if label in encoders), {})
     summary = run.summary

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +64,12 @@ class _DataSet(BaseModel):
 
 
 _DATA = TypeAdapter(dict[str, _DataSet])
+
+
+def evaluation_key(data: str, long_tail: float, words: Sequence[str] = ()) -> str:
+    """The name of a data set in ``evaluation.json``: what it is, and how it was cut."""
+    cuts = [*words, *([f"long tail {long_tail:g}"] if long_tail > 1 else [])]
+    return data + (f" ({', '.join(cuts)})" if cuts else "")
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import unicodedata
 import warnings
@@ -21,6 +20,7 @@ from uncollapse.data.decode import open_image
 from uncollapse.data.images import Files, ImageSet, LazyImages, MemoryImages, subset
 from uncollapse.data.listing import Items, find_items, image_names
 from uncollapse.data.load import load_images, load_items, split_items
+from uncollapse.data.long_tail import cut_long_tail
 from uncollapse.data.parquet import ParquetRows
 from uncollapse.errors import DataError
 from uncollapse.evaluate.data.layouts import (
@@ -37,8 +37,6 @@ from uncollapse.evaluate.data.layouts import (
 from uncollapse.shown import shown
 
 BUILTIN = "builtin:"
-BALANCED = 2.0
-"""A long tail is cut from a set whose head would keep more than one in so many images of its largest class."""
 
 
 @dataclass
@@ -63,7 +61,7 @@ def open_pair(
     data: str,
     seed: int = 0,
     limit: int | None = None,
-    long_tail: float | None = None,
+    long_tail: float = 1.0,
     config: DataConfig | None = None,
     progress: bool = False,
 ) -> Pair:
@@ -85,12 +83,9 @@ def open_pair(
 
     Args:
         limit: most images of each part, after ``long_tail``: a random choice in proportion to the classes.
-        long_tail: imbalance factor IF ≥ 1 (largest by smallest class) to which the training part is cut. Class c of
-            C keeps ⌊n·IF^(-c/(C-1))⌋ images, in the order of the classes: the exponential profile of Cui et al.
-            (2019), in the form and class order of Cao et al. (2019, LDAM). n is the largest for which every class
-            has enough images; where that is less than half of the largest class, the set is not balanced enough.
-            The test part is never cut.
-        seed: of the split, of ``limit`` and of ``long_tail``, whose sets for a larger IF lie in those for a smaller.
+        long_tail: imbalance factor (largest by smallest class) to which the training part is cut, by
+            `long_tail_rows`; 1: as it is. The test part is never cut.
+        seed: of the split and of ``limit``.
         progress: a bar on stderr while decoding takes more than two seconds.
 
     Returns:
@@ -108,7 +103,7 @@ def open_pair(
     train, test, chosen, held = _parts(first, second, seed, config, notes)
     classes, test_labels = _aligned(train, test, notes)
     train_index = _cut(train, chosen, seed, limit, long_tail, first)
-    test_index = _cut(test, held, seed, limit, None, second or first)
+    test_index = _cut(test, held, seed, limit, 1.0, second or first)
     sets = (
         _load(train, _labels(train), train_index, classes, config, progress),
         _load(test, test_labels, test_index, classes, config, progress),
@@ -185,7 +180,7 @@ def _parts(
 
 def _parts_of(spec: str, seed: int, config: DataConfig, notes: list[str]) -> tuple[Part, Part | None]:
     if spec.startswith(BUILTIN):
-        digits = load_images(spec, config, seed)
+        digits = load_images(spec, replace(config, long_tail=1.0), seed)  # cut later, as any other part
         assert isinstance(digits[0], MemoryImages)
         assert isinstance(digits[1], MemoryImages)
         return digits[0], digits[1]
@@ -337,45 +332,14 @@ def _any_opens(part: Items, rows: np.ndarray) -> bool:
 # --- cutting ------------------------------------------------------------------------------------------------
 
 
-def _cut(part: Part, index: np.ndarray, seed: int, limit: int | None, long_tail: float | None, spec: str) -> np.ndarray:
+def _cut(part: Part, index: np.ndarray, seed: int, limit: int | None, long_tail: float, spec: str) -> np.ndarray:
     labels = _labels(part)
-    if long_tail is not None:
-        if labels is None:
-            raise DataError(f"{spec}: a long tail is cut by class, but these images have no labels")
-        index = index[long_tail_rows(labels[index], long_tail, seed)]
+    index = cut_long_tail(index, labels, long_tail, spec, part.about_labels)
     if limit is None or len(index) <= limit:
         return index
     if labels is None:
         return np.sort(np.random.default_rng(seed).permutation(index)[:limit])
     return index[proportional_rows(labels[index], limit, seed)]
-
-
-def long_tail_rows(labels: np.ndarray, factor: float, seed: int = 0) -> np.ndarray:
-    """Sorted positions in ``labels`` (n,) that make up the long tail of `open_pair`; C counts the classes there are.
-
-    Raises `DataError` where ``factor`` is below 1, or labels are too uneven or too few for it.
-    """
-    if not (math.isfinite(factor) and factor >= 1):
-        raise DataError(f"long tail: the imbalance factor is largest by smallest class, at least 1, got {factor:g}")
-    classes, counts = np.unique(labels, return_counts=True)
-    if len(classes) < 2:
-        raise DataError("long tail: at least two classes are needed")
-    share = factor ** (-np.arange(len(classes)) / (len(classes) - 1))
-    head = int(np.min((counts + 1 - 1e-6) / share))  # the largest with ⌊head·share⌋ ≤ counts
-    if head * BALANCED < counts.max():
-        raise DataError(
-            f"long tail: with imbalance factor {factor:g} the first class could keep {head} images, less "
-            f"than half of the largest class ({counts.max()}): the set is not balanced enough"
-        )
-    keep = np.floor(head * share + 1e-9).astype(int)
-    if keep.min() < 1:
-        raise DataError(
-            f"long tail: with imbalance factor {factor:g} and {head} images in the first class the last "
-            f"would keep none; the factor can be {head} at most"
-        )
-    rng = np.random.default_rng(seed)
-    rows = [rng.permutation(np.flatnonzero(labels == c))[:k] for c, k in zip(classes, keep, strict=True)]
-    return np.sort(np.concatenate(rows))
 
 
 def proportional_rows(labels: np.ndarray, most: int, seed: int = 0) -> np.ndarray:
