@@ -167,6 +167,7 @@ def test_published_numbers_of_msn():
         ({"run.batch": True}, "run.batch"),
         ({"prototypes.kind": "jiont"}, "prototypes.kind"),
         ({"prototypes.count": 1}, "prototypes.count"),
+        ({"change.branch_step": 5}, "change.branch_step"),
         ({"views.global_scale": [0.9, 0.2]}, "views.global_scale"),
         ({"views.global_scale": [0.9]}, "views.global_scale"),
         ({"teacher.momentum": 1.2}, "teacher.momentum"),

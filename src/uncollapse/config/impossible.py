@@ -17,7 +17,14 @@ _WHOLE_BATCH = {"swav": "SwAV's codes come", "carp": "CARP's entropy comes", "ms
 
 def impossible(config: Config) -> list[tuple[str, str]]:
     """(key, what is wrong with it) for each; empty where all is well."""
-    return [*_views(config), *_schedules(config), *_prototypes(config), *_parts(config), *_of_method(config)]
+    return [
+        *_views(config),
+        *_schedules(config),
+        *_prototypes(config),
+        *_parts(config),
+        *_change(config),
+        *_of_method(config),
+    ]
 
 
 def _views(config: Config) -> Problems:
@@ -56,6 +63,11 @@ def _prototypes(config: Config) -> Problems:
     if protos.kind == "fixed" and protos.start == "simplex" and protos.count > dim + 1:
         why = f"a simplex in head.bottleneck = {dim} dimensions has at most one corner more than that"
         yield "prototypes.start", f"{why}, not {protos.count}"
+    if protos.count % (protos.mixture.blocks or 1):
+        yield (
+            "prototypes.mixture.blocks",
+            f"{protos.count} prototypes do not divide into {protos.mixture.blocks} blocks",
+        )
     if protos.koleo_every > 1 and protos.diversity not in ("koleo", "mst"):
         yield "prototypes.koleo_every", f"{protos.diversity} looks for no neighbours; leave it at 1"
 
@@ -71,6 +83,12 @@ def _parts(config: Config) -> Problems:
     if isinstance(method, DINOv2) and method.koleo_weight and run.accumulate > 1 and part % method.koleo_images:
         why = f"parts of {part} images are not a multiple of method.koleo_images, {method.koleo_images}"
         yield "run.accumulate", why
+
+
+def _change(config: Config) -> Problems:
+    change = config.change
+    if change.branch_step and not change.branch:
+        yield "change.branch_step", "a run leaves no other at a step without change.branch, the folder of that one"
 
 
 def _of_method(config: Config) -> Problems:
