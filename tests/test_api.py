@@ -34,6 +34,20 @@ def test_import_and_help_do_not_load_torch():
     assert "dino-small32" in done.stdout
 
 
+def test_the_pieces_for_other_loops_load_neither_our_trainer_nor_its_configuration():
+    names = [
+        *("OnlineMixture", "MixtureLayer", "koleo_proto", "PrototypeMonitor", "unique_prototypes", "prototypes_of"),
+        *("effective_prototypes", "view_information", "sinkhorn"),
+        *(name for name in uncollapse.__all__ if name.startswith("fused_")),
+    ]
+    code = f"import sys, uncollapse\nfor name in {names}: getattr(uncollapse, name)\nprint(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    ours = {module.split(".")[1] for module in loaded if module.startswith("uncollapse.")}
+    assert not ours & {"training", "config", "cli", "methods", "models", "data", "run_folder", "report", "evaluate"}
+    theirs = {"lightning", "torchmetrics", "timm", "torchvision", "sklearn", "matplotlib", "yaml", "pydantic"}
+    assert not theirs & set(loaded)
+
+
 def test_dir_lists_every_promised_name():
     assert set(uncollapse.__all__) | {"__version__"} <= set(dir(uncollapse))
     assert "OnlineMixture" in dir(uncollapse)

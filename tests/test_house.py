@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "methods": {"config", "losses", "models", "prototypes", "targets"},
     "checkpoints": {"config", "models", "prototypes"},
     "report": {"config", "figures", "measure", "run_folder"},
+    "monitoring": {"checkpoints", "measure"},
     "diagnosis": {"checkpoints", "config", "data", "figures", "measure", "models", "neighbours", "run_folder"},
     "evaluate": {"checkpoints", "config", "data", "figures", "measure", "models", "prototypes", "run_folder"},
     "training": {
@@ -110,6 +111,21 @@ def test_no_two_modules_import_each_other_even_through_others():
         return seen
 
     assert not [module for module in graph if module in reached(module)]
+
+
+def test_what_is_public_reaches_neither_the_trainer_nor_a_recipe():
+    """`diagnose` aside, which reads run folders: nobody with a loop of their own needs a configuration."""
+    graph = imports()
+    homes = {
+        f"uncollapse.{home}" for name, home in uncollapse._HOMES.items() if room(f"uncollapse.{home}") != "diagnosis"
+    }
+    reached, todo = set(homes), list(homes)
+    while todo:
+        todo += (more := graph.get(todo.pop(), set()) - reached - {"uncollapse"})
+        reached |= more
+    assert {room(module) for module in reached} - LEAVES == {
+        *("checkpoints", "losses", "measure", "monitoring", "neighbours", "prototypes", "targets")
+    }
 
 
 def test_errors_and_recipes_are_read_without_torch():

@@ -28,13 +28,30 @@ if TYPE_CHECKING:
     from uncollapse.losses.pairs import fused_dino_loss as fused_dino_loss
     from uncollapse.losses.pairs import fused_patch_loss as fused_patch_loss
     from uncollapse.losses.pairs import patch_weights as patch_weights
+    from uncollapse.measure.geometry import effective_rank as effective_rank
     from uncollapse.measure.information import ViewInformation as ViewInformation
     from uncollapse.measure.information import view_information as view_information
     from uncollapse.measure.monitor import PrototypeMonitor as PrototypeMonitor
+    from uncollapse.measure.monitor import alive_prototypes as alive_prototypes
+    from uncollapse.measure.monitor import nearest_cosine as nearest_cosine
     from uncollapse.measure.unique import epsilon_sweep as epsilon_sweep
     from uncollapse.measure.unique import unique_prototypes as unique_prototypes
     from uncollapse.measure.usage import effective_prototypes as effective_prototypes
+    from uncollapse.measure.usage import prototype_argmax as prototype_argmax
     from uncollapse.measure.usage import prototype_report as prototype_report
+    from uncollapse.measure.usage import unique_among_used as unique_among_used
+    from uncollapse.measure.usage import usage_counts as usage_counts
+    from uncollapse.measure.usage import used_prototypes as used_prototypes
+    from uncollapse.monitoring.callback import PrototypeCallback as PrototypeCallback
+    from uncollapse.monitoring.layer import prototypes_of as prototypes_of
+    from uncollapse.monitoring.metrics import AlivePrototypesMetric as AlivePrototypesMetric
+    from uncollapse.monitoring.metrics import EffectivePrototypesMetric as EffectivePrototypesMetric
+    from uncollapse.monitoring.metrics import EffectiveRankMetric as EffectiveRankMetric
+    from uncollapse.monitoring.metrics import NearestCosineMetric as NearestCosineMetric
+    from uncollapse.monitoring.metrics import UniqueAmongUsedMetric as UniqueAmongUsedMetric
+    from uncollapse.monitoring.metrics import UniquePrototypesMetric as UniquePrototypesMetric
+    from uncollapse.monitoring.metrics import UsedPrototypesMetric as UsedPrototypesMetric
+    from uncollapse.monitoring.metrics import ViewInformationMetric as ViewInformationMetric
     from uncollapse.prototypes.layer import MixtureLayer as MixtureLayer
     from uncollapse.prototypes.mixture import OnlineMixture as OnlineMixture
     from uncollapse.prototypes.vmf import vmf_bias as vmf_bias
@@ -46,16 +63,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AlivePrototypesMetric": "monitoring.metrics",
     "Diagnosis": "diagnosis.result",
+    "EffectivePrototypesMetric": "monitoring.metrics",
+    "EffectiveRankMetric": "monitoring.metrics",
     "MixtureLayer": "prototypes.layer",
+    "NearestCosineMetric": "monitoring.metrics",
     "OnlineMixture": "prototypes.mixture",
+    "PrototypeCallback": "monitoring.callback",
     "PrototypeMonitor": "measure.monitor",
     "SoftmaxTargets": "targets.softmax",
+    "UniqueAmongUsedMetric": "monitoring.metrics",
+    "UniquePrototypesMetric": "monitoring.metrics",
+    "UsedPrototypesMetric": "monitoring.metrics",
     "ViewInformation": "measure.information",
+    "ViewInformationMetric": "monitoring.metrics",
+    "alive_prototypes": "measure.monitor",
     "centred_softmax": "targets.sinkhorn",
     "diagnose": "diagnosis.run",
     "dino_loss": "losses.pairs",
     "effective_prototypes": "measure.usage",
+    "effective_rank": "measure.geometry",
     "epsilon_sweep": "measure.unique",
     "fused_carp_loss": "losses.carp",
     "fused_dino_loss": "losses.pairs",
@@ -66,16 +94,22 @@ _HOMES = {
     "koleo_proto": "losses.koleo",
     "me_max": "losses.mean_entropy",
     "mst_length": "losses.diversity",
+    "nearest_cosine": "measure.monitor",
     "nearest_neighbours": "losses.koleo",
     "orthogonality": "losses.diversity",
     "patch_weights": "losses.pairs",
+    "prototype_argmax": "measure.usage",
     "prototype_report": "measure.usage",
+    "prototypes_of": "monitoring.layer",
     "random_blocks": "losses.carp",
     "repulsion": "losses.diversity",
     "sinkhorn": "targets.sinkhorn",
     "sinkhorn_offsets": "targets.sinkhorn",
     "spanning_pairs": "losses.diversity",
+    "unique_among_used": "measure.usage",
     "unique_prototypes": "measure.unique",
+    "usage_counts": "measure.usage",
+    "used_prototypes": "measure.usage",
     "view_information": "measure.information",
     "vmf_bias": "prototypes.vmf",
 }

@@ -17,7 +17,7 @@ from uncollapse.measure.usage import (
     prototype_report,
     unique_among_used,
     usage_counts,
-    used,
+    used_prototypes,
 )
 
 
@@ -51,7 +51,7 @@ def test_argmax_is_of_the_raw_cosine(seed: int, block: int | None) -> None:
 def test_counts() -> None:
     counts = usage_counts(torch.tensor([3, 0, 3, 3]), 5)
     assert counts.tolist() == [1, 0, 0, 3, 0]
-    assert used(counts) == 2
+    assert used_prototypes(counts) == 2
     for bad in ([5], [-1]):
         with pytest.raises(ValueError, match=r"outside \[0, 5\)"):
             usage_counts(torch.tensor(bad), 5)
@@ -68,7 +68,7 @@ def test_effective_is_the_definition(seed: int, eps: float) -> None:
     expected = math.exp(-sum(p * math.log(p) for p in shares))
     counts = usage_counts(argmax, len(w))
     assert effective_prototypes(counts, w, eps) == pytest.approx(expected, rel=1e-9)
-    assert 1 <= expected <= used(counts) + 1e-9
+    assert 1 <= expected <= used_prototypes(counts) + 1e-9
 
 
 def test_unique_prototypes_that_nobody_uses_count_for_nothing() -> None:

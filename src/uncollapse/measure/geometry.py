@@ -26,7 +26,15 @@ def effective_rank(z: Tensor) -> float:
     """
     z = finite(z).double()
     z = z / z.abs().max().clamp_min(1e-300)
-    gram = z.T @ z if len(z) > z.shape[1] else z @ z.T
+    return effective_rank_of_gram(z.T @ z if len(z) > z.shape[1] else z @ z.T)
+
+
+def effective_rank_of_gram(gram: Tensor) -> float:
+    """:func:`effective_rank` of z from ``zᵀz (D, D)``, float64, which sums over batches and ranks.
+
+    Raises:
+        ValueError: all of it is zero.
+    """
     values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     if float(values.sum()) == 0:
         raise ValueError("z is all zero and has no rank; check that the encoder's output is alive")

@@ -81,16 +81,18 @@ def view_information(z_views: Tensor, w: Tensor, z_fit: Tensor | None = None) ->
         ValueError: shapes disagree, too few views or images, or a row that is zero, NaN or infinite.
     """
     _check(z_views, "z_views", w, 2 if z_fit is not None else 4)
-    z = _unit(z_views)
     if z_fit is not None:
         _check(z_fit, "z_fit", w, 1)
-        share, n_fit, fitted_on = _share(z, w, _unit(z_fit), same=False), z_fit.shape[1], "other images"
-    else:
-        # Every other image, so that an order by class does not make the halves differ.
-        share = z.new_empty(z.shape[1], dtype=torch.float64)
-        for half in (0, 1):
-            share[half::2] = _share(z[:, half::2], w, z[:, 1 - half :: 2], same=True)
-        n_fit, fitted_on = z.shape[1] // 2, "the other half"
+    with torch.autocast(w.device.type, enabled=False):
+        z = _unit(z_views)
+        if z_fit is not None:
+            share, n_fit, fitted_on = _share(z, w, _unit(z_fit), same=False), z_fit.shape[1], "other images"
+        else:
+            # Every other image, so that an order by class does not make the halves differ.
+            share = z.new_empty(z.shape[1], dtype=torch.float64)
+            for half in (0, 1):
+                share[half::2] = _share(z[:, half::2], w, z[:, 1 - half :: 2], same=True)
+            n_fit, fitted_on = z.shape[1] // 2, "the other half"
     share = share.cpu() / math.log(2)
     error = float(share.std()) / math.sqrt(len(share))
     return ViewInformation(float(share.mean()), error, fitted_on, n_fit, len(share), len(z), share)

@@ -10,8 +10,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uncollapse.checks import fits
 from uncollapse.measure.unique import EPSILONS, epsilon_sweep
 from uncollapse.numerics import rows_at_once
+
+
+def alive_window(prototypes: int, rows: int, window: int = 0) -> int:
+    """The calls within which a prototype must have been an argmax to be alive: ``20 · K / rows`` unless one is given.
+
+    Raises:
+        ValueError: fewer than one prototype or row, or a negative window.
+    """
+    if prototypes < 1 or rows < 1 or window < 0:
+        raise ValueError(f"need prototypes and rows ≥ 1 and window ≥ 0: {prototypes}, {rows}, {window}")
+    return window or math.ceil(20 * prototypes / rows)
+
+
+def alive_prototypes(last_used: Tensor, calls: Tensor | int, window: Tensor | int) -> int:
+    """How many prototypes were an argmax within the last ``window`` calls.
+
+    Args:
+        last_used: ``(K,)`` integers, the number of the call, from 1, in which each was an argmax last; below 1: never.
+        calls: made so far. window: calls that count.
+
+    Returns:
+        Between 0 and K.
+    """
+    since = torch.as_tensor(calls - window, device=last_used.device).clamp_min(0)
+    return int((last_used > since).sum())
+
+
+@torch.no_grad()
+def projection_argmax(z: Tensor, vectors: Tensor) -> Tensor:
+    """The largest product ``z · w_k`` of every projection, of any float type, in float32 at least and block by block.
+
+    On unit rows of ``vectors`` this is the nearest prototype, as fast as a training step needs it;
+    `prototype_argmax` decides near ties as float64 does.
+
+    Args:
+        z: ``(n, D)``. vectors: ``(K, D)``, on the same device.
+
+    Returns:
+        ``(n,)`` int64 in [0, K).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if z.ndim != 2:
+        raise ValueError(f"projections must be (rows, dimensions), got {tuple(z.shape)}; flatten views and tokens")
+    fits(z, vectors)
+    wide = torch.promote_types(torch.promote_types(z.dtype, vectors.dtype), torch.float32)
+    with torch.autocast(z.device.type, enabled=False):
+        z, vectors = z.detach().to(wide), vectors.detach().to(wide)
+        parts = z.split(rows_at_once(len(vectors)))
+        return torch.cat([_argmax(part @ vectors.T) for part in parts]) if len(z) else z.new_empty(0, dtype=torch.long)
 
 
 def _argmax(x: Tensor) -> Tensor:
@@ -21,7 +73,7 @@ def _argmax(x: Tensor) -> Tensor:
 
 
 class PrototypeMonitor(nn.Module):
-    """Follows one set of prototypes in any training loop.
+    """Follows one set of prototypes in any training loop; each rank its own rows (`AlivePrototypesMetric`: all ranks').
 
     It has buffers and nothing to learn: make it an attribute of your model, and it moves and is checkpointed with it.
 
@@ -51,10 +103,8 @@ class PrototypeMonitor(nn.Module):
 
     def __init__(self, prototypes: int, rows: int, window: int = 0, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        if prototypes < 1 or rows < 1 or window < 0:
-            raise ValueError(f"need prototypes and rows ≥ 1 and window ≥ 0: {prototypes}, {rows}, {window}")
+        window = alive_window(prototypes, rows, window)
         self.prototypes = prototypes
-        window = window or math.ceil(20 * prototypes / rows)
         self.register_buffer("last_used", torch.full((prototypes,), -1, dtype=torch.long, device=device))
         self.register_buffer("called", torch.zeros((), dtype=torch.long, device=device))
         self.register_buffer("in_window", torch.tensor(window, device=device))
@@ -70,14 +120,27 @@ class PrototypeMonitor(nn.Module):
         return int(self.in_window)
 
     def observe(self, cosines: Tensor) -> None:
-        """Notes the argmax of every row of raw cosines ``(n, K)``: uncentred, unbalanced."""
+        """Notes the argmax of every row of raw cosines ``(..., K)``: uncentred, unbalanced.
+
+        Raises:
+            ValueError: the last dimension is not K.
+        """
+        if not cosines.ndim or cosines.shape[-1] != self.prototypes:
+            raise ValueError(f"cosines must be (rows, {self.prototypes}), got {tuple(cosines.shape)}")
         self.observe_argmax(_argmax(cosines.detach()))
 
     @torch.no_grad()
     def observe_projections(self, z: Tensor, vectors: Tensor) -> None:
-        """As :meth:`observe`, from projections ``(n, D)`` and prototypes ``(K, D)``, in blocks of rows."""
-        rows = rows_at_once(len(vectors))
-        self.observe_argmax(torch.cat([_argmax(part @ vectors.T) for part in z.detach().split(rows)]))
+        """As :meth:`observe`, from projections ``(n, D)`` and prototypes ``(K, D)`` of length 1, in blocks of rows.
+
+        Where the prototypes have other lengths, it is the argmax of what a linear layer of them gives.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        if len(vectors) != self.prototypes:
+            raise ValueError(f"{len(vectors)} vectors; this monitor was made for {self.prototypes} prototypes")
+        self.observe_argmax(projection_argmax(z, vectors))
 
     @torch.no_grad()
     def observe_argmax(self, argmax: Tensor) -> None:
@@ -87,7 +150,7 @@ class PrototypeMonitor(nn.Module):
 
     def alive(self) -> int:
         """How many prototypes were an argmax within the window."""
-        return int((self.last_used > (self.called - self.in_window).clamp_min(0)).sum())
+        return alive_prototypes(self.last_used, self.called, self.in_window)
 
     @property
     def window_full(self) -> bool:
@@ -107,9 +170,19 @@ class PrototypeMonitor(nn.Module):
 
 
 def nearest_cosine(vectors: Tensor, sample: int = 128) -> float:
-    """Mean cosine of an evenly spaced sample of prototypes to their nearest other one."""
-    unit = F.normalize(vectors.float(), dim=-1)
+    """Mean cosine of an evenly spaced sample of prototypes to their nearest other one: 1 where all are copies.
+
+    Args:
+        vectors: ``(K, D)`` of any float type, K ≥ 2. sample: how many are looked at.
+
+    Raises:
+        ValueError: no such matrix.
+    """
+    if vectors.ndim != 2 or len(vectors) < 2 or not vectors.is_floating_point():
+        raise ValueError(f"vectors must be floating (K, D) with K ≥ 2, got {vectors.dtype} {tuple(vectors.shape)}")
+    unit = F.normalize(vectors.detach().float(), dim=-1)
     chosen = torch.linspace(0, len(unit) - 1, min(sample, len(unit)), device=unit.device).long()
-    cosines = unit[chosen] @ unit.T
+    with torch.autocast(unit.device.type, enabled=False):
+        cosines = unit[chosen] @ unit.T
     cosines[torch.arange(len(chosen), device=unit.device), chosen] = -2
     return float(cosines.max(1).values.mean())

@@ -37,9 +37,11 @@ def usage_counts(argmax: Tensor, prototypes: int) -> Tensor:
     """How many images chose each prototype: (n,) int64 in [0, K) -> (K,) int64, summing to n.
 
     Raises:
-        ValueError: an index is outside [0, K).
+        ValueError: an index is outside [0, K), or no integer.
     """
     argmax = argmax.reshape(-1)
+    if argmax.is_floating_point():
+        raise ValueError(f"argmax is of {argmax.dtype}; pass indices, such as prototype_argmax or z.argmax(-1) gives")
     if len(argmax) and (int(argmax.min()) < 0 or int(argmax.max()) >= prototypes):
         raise ValueError(
             f"argmax runs from {int(argmax.min())} to {int(argmax.max())}, outside [0, {prototypes}); "
@@ -48,7 +50,7 @@ def usage_counts(argmax: Tensor, prototypes: int) -> Tensor:
     return torch.bincount(argmax, minlength=prototypes)
 
 
-def used(counts: Tensor) -> int:
+def used_prototypes(counts: Tensor) -> int:
     """Number of prototypes chosen at least once: (K,) counts -> int in [0, K]. Print n beside it."""
     return int((counts > 0).sum())
 
@@ -150,7 +152,7 @@ def prototype_report(
         prototypes=len(w),
         n=len(z),
         unique={eps: len(kept[eps]) for eps in epsilons},
-        used=used(counts),
+        used=used_prototypes(counts),
         unique_used={eps: unique_among_used(w, counts, eps) for eps in epsilons},
         effective={eps: _effective(counts, nearest_kept(w, kept[eps])) for eps in epsilons},
         view_information=None if z_views is None else view_information(z_views, w, z_fit),
