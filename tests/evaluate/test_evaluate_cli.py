@@ -13,7 +13,7 @@ from uncollapse.config.tiny import tiny
 from uncollapse.evaluate import extract as extraction
 from uncollapse.evaluate.catalogue import TASKS, Task, chosen
 from uncollapse.report.numbers import interval, metric_text
-from uncollapse.run_folder.checkpoint import load_checkpoint, save_checkpoint
+from uncollapse.run_folder.checkpoint import save_checkpoint
 from uncollapse.training.state import build_state, state_dicts
 
 # ------------------------------------------------------------------------------------------ what it does
@@ -40,43 +40,6 @@ def test_a_run_is_evaluated_on_its_own_data(run, tasks, capsys):
     assert kept["tasks"]["knn"]["n"] == len(held)
     assert kept["tasks"]["knn"]["ci95"] == [0.4, 0.6]
     assert kept["tasks"]["knn"]["command"].startswith("uncollapse")
-
-
-@pytest.mark.parametrize(
-    ("options", "factor", "key"),
-    [
-        ([], 10, "builtin:digits (long tail 10)"),
-        (["--data", "builtin:digits"], 10, "builtin:digits (long tail 10)"),
-        (["--long-tail", "1"], 1, "builtin:digits"),
-        (["--long-tail", "5"], 5, "builtin:digits (long tail 5)"),
-    ],
-)
-def test_a_run_on_a_long_tail_is_evaluated_on_the_same_training_images(options, factor, key, run, tasks, capsys):
-    lengthen(run, 10.0)
-    main(["evaluate", str(run), "--tasks", "knn", "longtail", *options])
-    from uncollapse.config.schema import DataConfig
-    from uncollapse.data.load import load_images
-
-    train, held = load_images("builtin:digits", DataConfig(long_tail=factor), 0)
-    context = tasks[0][1]
-    assert torch.equal(context.train.labels, train.labels)
-    assert torch.equal(context.test.labels, held.labels)
-    assert list(json.loads((run / "evaluation.json").read_text())["data"]) == [key]
-    assert ("cut to a long tail of imbalance factor" in capsys.readouterr().out) == (factor > 1)
-
-
-def lengthen(run, factor):
-    """Makes it a run on a long tail."""
-    saved = load_checkpoint(run / "checkpoints")
-    saved["config"]["data"]["long_tail"] = factor
-    save_checkpoint(run / "checkpoints", saved.pop("step"), saved, 1)
-
-
-def test_other_data_has_no_tail_of_the_run(run, tasks, tmp_path):
-    lengthen(run, 10.0)
-    other = images(tmp_path / "other", "ab", 20)
-    main(["evaluate", str(run), "--data", str(other), "--tasks", "knn"])
-    assert tasks[0][1].train.labels.bincount().tolist() == [18, 18]
 
 
 def test_the_second_call_reads_features_and_keeps_older_results(run, tasks, capsys, monkeypatch):

@@ -30,7 +30,12 @@ def add_parser(commands: Any) -> None:
         "task failed (the others' results are kept), 2 where input cannot be used.",
     )
     add = parser.add_argument
-    add("source", metavar="RUN|FILE|timm:NAME", help="run folder, checkpoint of any known family, or a timm model")
+    add(
+        "sources",
+        metavar="RUN|FILE|timm:NAME",
+        nargs="+",
+        help="run folders, whose modes are then compared; or a checkpoint of any known family, or a timm model",
+    )
     add(
         "--data",
         metavar="TRAIN[,TEST]",
@@ -89,6 +94,31 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     if tasks is not None and (unknown := [t for t in tasks if t not in TASKS and t != "all"]):
         raise ConfigError(f"--tasks: no task {', '.join(map(repr, unknown))}; there are {', '.join(TASKS)} and all")
     tasks = ["all"] if tasks and "all" in tasks else tasks
+    sources = list(dict.fromkeys(arguments.sources))
+    if len(sources) > 1 and arguments.out is not None:
+        raise ConfigError(f"--out: results of {len(sources)} encoders would overwrite one another; leave it out")
+    done = {source: _one(arguments, source, tasks, columns) for source in sources}
+    if arguments.json:
+        whole = {source: to_json(evaluated) for source, evaluated in done.items()}
+        print(json.dumps(whole if len(sources) > 1 else whole[sources[0]], indent=1, allow_nan=False))
+    elif len(sources) > 1:
+        _compare([Path(source) for source in sources if Path(source).is_dir()])
+    failed = [
+        f"{f'{source}: ' if len(sources) > 1 else ''}{one.label}: {task} failed: {reason}"
+        for source, evaluated in done.items()
+        for one in evaluated
+        for task, reason in one.failures.items()
+    ]
+    for line in failed:
+        print(f"uncollapse: {shown(line)}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+
+
+def _one(
+    arguments: argparse.Namespace, source: str, tasks: list[str] | None, columns: dict[str, str]
+) -> list[Evaluated]:
+    """Evaluates one encoder, its control too where that was asked for, and shows and keeps what was found."""
     import torch
     from rich.console import Console
 
@@ -101,7 +131,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         raise ConfigError("--device cuda: torch finds no CUDA device here; leave it out to use the CPU")
     device = torch.device("cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu")
     encoder = open_encoder(
-        arguments.source,
+        source,
         arguments.side,
         size=arguments.size,
         weights=arguments.weights,
@@ -109,9 +139,9 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         trust=arguments.trust,
         seed=arguments.seed,
     )
-    folder = Path(arguments.source)
+    folder = Path(source)
     of_run = encoder.config is not None and folder.is_dir()
-    out = arguments.out or (folder if of_run else Path("runs") / f"evaluate-{_slug(arguments.source)}")
+    out = arguments.out or (folder if of_run else Path("runs") / f"evaluate-{_slug(source)}")
     cache = None if arguments.no_cache else arguments.cache or (folder if of_run else Path("runs")) / "features"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = settings_for(
@@ -134,7 +164,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     encoders = [encoder]
     if arguments.untrained:
         if encoder.untrained is None:
-            raise ConfigError(f"--untrained: {arguments.source} is at a random start already; give --weights FILE")
+            raise ConfigError(f"--untrained: {source} is at a random start already; give --weights FILE")
         encoders.append(encoder.untrained())
     command = shlex.join(["uncollapse", *sys.argv[1:]])
     console = Console(stderr=True)
@@ -146,17 +176,22 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         add_scalars(out, settings.key, evaluated)
         _rewrite_report(out)
     if arguments.json:
-        print(json.dumps(to_json(evaluated), indent=1, allow_nan=False))
         for note in _notes(evaluated):
             print(f"note: {note}", file=sys.stderr)
     else:
         print_results(evaluated, settings.key)
         print(f"results     {shown(out / 'evaluation.json')}")
-    failed = [f"{one.label}: {task} failed: {reason}" for one in evaluated for task, reason in one.failures.items()]
-    for line in failed:
-        print(f"uncollapse: {shown(line)}", file=sys.stderr)
-    if failed:
-        sys.exit(1)
+    return evaluated
+
+
+def _compare(folders: Sequence[Path]) -> None:
+    """A table for each data set that finished runs were evaluated on, with a column for each mode."""
+    from uncollapse.report.table import print_tails
+    from uncollapse.run_folder.read import read_run
+
+    runs = [run for folder in folders if (run := read_run(folder)).summary]
+    if len(runs) > 1:
+        print_tails(runs)
 
 
 def _slug(source: str) -> str:

@@ -16,11 +16,9 @@ from uncollapse.errors import ConfigError
 from uncollapse.evaluate.encoder import EvalEncoder
 from uncollapse.evaluate.features import Features
 from uncollapse.evaluate.result import Result
+from uncollapse.measure.shots import Ints, is_imbalanced
 from uncollapse.progress import Report
 from uncollapse.shown import in_words
-
-IMBALANCED = 2.0
-"""The long-tail split joins the default tasks where the largest training class has so many times the smallest."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,8 @@ class Context:
     """Where a task may leave pictures."""
     report: Report | None = None
     """Called by tasks that train, with (name, steps done, steps to do, loss)."""
+    frequency: Ints | None = None
+    """(C,) images of each class that the encoder was trained on, where it was on others than these."""
     pictures: list[Picture] = field(default_factory=list)
     """Filled by tasks that draw."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Task:
 def _called(function: Callable[..., Any], context: Context, *arguments: Any) -> Result | Sequence[Result]:
     """Settings go to the tasks that have them; each task's own defaults are its published protocol."""
     offered = {"seed": context.seed, "device": context.device, "out": context.out, "report": context.report}
-    offered |= context.options
+    offered |= {"frequency": context.frequency, **context.options}
     takes = inspect.signature(function).parameters
     result: Result | Sequence[Result] = function(*arguments, **{n: value for n, value in offered.items() if n in takes})
     return result
@@ -126,7 +126,7 @@ def _longtail(c: Context) -> Result | Sequence[Result]:
 
     assert c.train is not None
     assert c.test is not None
-    return longtail(c.train, c.test, device=c.device, probe=c.probe())
+    return longtail(c.train, c.test, device=c.device, probe=c.probe(), frequency=c.frequency)
 
 
 def _cluster(c: Context) -> Result | Sequence[Result]:
@@ -187,7 +187,7 @@ TASKS: dict[str, Task] = {
     for task in (
         Task("knn", "weighted nearest neighbours", _knn, default=True),
         Task("linear", "the best of a grid of linear classifiers on frozen features", _linear, default=True),
-        Task("longtail", "accuracy on many-, medium- and few-shot classes", _longtail, default=True),
+        Task("longtail", "accuracy on frequent and on rare classes", _longtail, default=True),
         Task("cluster", "clusters against classes: NMI, ARI, matched accuracy", _cluster, default=True),
         Task("prototypes", "what each prototype stands for", _prototypes, default=True, needs="prototypes"),
         Task("fewshot", "a classifier from 1, 2, 5 and 10 images per class", _fewshot),
@@ -206,7 +206,8 @@ def chosen(
 
     Args:
         asked: names, or ``["all"]``; None: the cheap ones, as far as encoder and data allow.
-        counts: training images of each class that has any; empty where there are no labels.
+        counts: training images of each class that has any, the encoder's where it was trained on others; empty where
+            there are no labels.
         sets, masks: what `transfer` and `segment` work on, where given.
 
     Raises:
@@ -244,7 +245,3 @@ def chosen(
         else:
             tasks.append(task)
     return tasks, skipped
-
-
-def is_imbalanced(counts: Sequence[int]) -> bool:
-    return bool(counts) and max(counts) > IMBALANCED * min(counts)

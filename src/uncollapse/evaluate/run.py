@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from uncollapse.config.schema import DataConfig
 from uncollapse.data.images import ImageSet, LazyImages
+from uncollapse.data.long_tail import long_tail_rows
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.evaluate.catalogue import TASKS, Context, Picture, Task, chosen
 from uncollapse.evaluate.data.pair import open_pair, split_spec
@@ -44,6 +46,9 @@ class Settings:
     """Most images of each part."""
     long_tail: float = 1.0
     """Imbalance factor to which the training part is cut; 1: as it is. Of our own runs on their own data, the run's."""
+    trained_on_tail: float = 1.0
+    """Imbalance factor of the long tail of these training images that the encoder was trained on, where they are uncut
+    here: it says which classes are frequent."""
     sets: Sequence[str] = ()
     masks: Path | None = None
     cache: Path | None = None
@@ -115,7 +120,8 @@ def evaluate(
         pair = open_pair(settings.data, *cut, settings.data_config, report is not None)
         train, test = pair.train, pair.test
         rules = [*_split_note(settings), *_tail_note(settings), *pair.notes, *_rules(train, test)]
-    counts = [] if train is None else class_counts(train)
+    frequency = None if train is None else _frequency(train, settings)
+    counts = [] if train is None else class_counts(train) if frequency is None else frequency.tolist()
     tasks, skipped = chosen(settings.tasks, encoders[0], counts, settings.sets, settings.masks)
     if train is not None and test is not None:
         _check_labels([t.name for t in tasks if t.data], train, test, settings.data)
@@ -127,6 +133,7 @@ def evaluate(
         if train is not None and test is not None:
             done.n_train, done.n_test, done.classes = len(train), len(test), len(train.classes)
         context = _context(encoder, train, test, own_tasks, settings, say, report, done.notes)
+        context.frequency = frequency
         if context.train is not None and context.test is not None:
             done.n_train, done.n_test = len(context.train), len(context.test)
         for part, of_part, features in (("training", train, context.train), ("test", test, context.test)):
@@ -252,6 +259,14 @@ def class_counts(images: ImageSet) -> list[int]:
     return [int(c) for c in torch.bincount(images.labels) if c]
 
 
+def _frequency(train: ImageSet, settings: Settings) -> np.ndarray | None:
+    """(C,) images of each class in the long tail that the encoder was trained on; None where it was on these images."""
+    if settings.trained_on_tail == 1 or train.labels is None:
+        return None
+    labels = train.labels.numpy()
+    return np.bincount(labels[long_tail_rows(labels, settings.trained_on_tail)])
+
+
 def _check_labels(needing: Sequence[str], train: ImageSet, test: ImageSet, data: str) -> None:
     if not needing:
         return
@@ -294,9 +309,17 @@ def _split_note(settings: Settings) -> list[str]:
 
 
 def _tail_note(settings: Settings) -> list[str]:
-    if settings.long_tail == 1:
-        return []
-    return [f"training images are cut to a long tail of imbalance factor {settings.long_tail:g}, test images are not"]
+    notes = []
+    if settings.long_tail > 1:
+        notes.append(
+            f"training images are cut to a long tail of imbalance factor {settings.long_tail:g}, test images are not"
+        )
+    if settings.trained_on_tail > 1:
+        notes.append(
+            "classes are frequent or rare as in what the encoder was trained on, a long tail of imbalance factor "
+            f"{settings.trained_on_tail:g} of these training images"
+        )
+    return notes
 
 
 def _same_place(data: str, path: str) -> bool:
@@ -327,8 +350,11 @@ def settings_for(encoder: EvalEncoder, columns: dict[str, str] | None = None, **
     if encoder.config is not None:
         options.setdefault("split_seed", encoder.config.seed)
         own = encoder.config.data
-        if options.get("long_tail") is None and _same_place(options["data"], own.path):
-            options["long_tail"] = own.long_tail
+        if _same_place(options["data"], own.path):
+            if options.get("long_tail") is None:
+                options["long_tail"] = own.long_tail
+            elif options["long_tail"] == 1 and options.get("limit") is None:
+                options["trained_on_tail"] = own.long_tail
         if options["data"] != ",".join(p for p in (own.path, own.val_path) if p):
             own = dataclasses.replace(own, image="", label="")  # the columns of other files
         options.setdefault("data_config", own)

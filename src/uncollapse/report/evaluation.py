@@ -10,16 +10,13 @@ import numpy as np
 from uncollapse.figures.style import Style
 from uncollapse.measure.catalogue import Row, number
 from uncollapse.report.numbers import interval, metric_text
+from uncollapse.report.tails import LEGEND, LOOKED_AT, tail_picture, tails
 from uncollapse.report.words import meaning
 from uncollapse.run_folder.evaluation import evaluation_key
 from uncollapse.run_folder.read import Arms, RunRecord
 
 FIXED = ("ci95", "ci95_of", "n", "protocol", "source", "command", "details")
 """Entries of a task that are not metrics."""
-
-
-LOOKED_AT = ("teacher", "model")
-"""The network that a run's own numbers are of: the teacher, or the only one."""
 
 
 def metrics_of(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +28,11 @@ def evaluations(arms: Arms, look: Mapping[str, Style]) -> list[Row]:
     named = [(arm, run) for arm, runs in arms.items() for run in runs]
     keys = dict.fromkeys(key for _, run in named for key in run.evaluation)
     several = {arm: len(runs) > 1 for arm, runs in arms.items()}
-    return [_one(key, [(arm, run) for arm, run in named if key in run.evaluation], several, look) for key in keys]
+    return [
+        _one(key, [(arm, run) for arm, run in named if key in run.evaluation], several, look)
+        | {"tails": tails(arms, key), "tails_legend": LEGEND, "by_class": tail_picture(arms, key, look)}
+        for key in keys
+    ]
 
 
 def probed_by_evaluate(run: RunRecord) -> Row:
@@ -84,8 +85,8 @@ def _one(key: str, runs: list[tuple[str, RunRecord]], several: Mapping[str, bool
 
 
 OWNERS = (
-    "prototypes that each class owns (it is the commonest class of the training images assigned to them), against the "
-    "training images of the class"
+    "prototypes that each class owns (it is the commonest class of the training images assigned to them), and distinct "
+    "ones that equally many test images of each class use, against the training images of the class"
 )
 
 
@@ -102,6 +103,14 @@ def _owned(classes: Any) -> Any:
     return tuple(arrays) if alike and arrays[0].any() else None
 
 
+def _used(classes: Any, n: int) -> np.ndarray | None:
+    """The (C,) prototypes in use of a ``prototypes`` result; None of one that has none."""
+    values = classes.get("used")
+    if not isinstance(values, list) or len(values) != n:
+        return None
+    return np.array([np.nan if (v := number(value)) is None else v for value in values])
+
+
 def _pictures(runs: list[tuple[str, RunRecord]], key: str) -> list[Row]:
     """What tasks drew, and which class owns how many prototypes where the task ``prototypes`` was done."""
     pictures_of: list[Row] = []
@@ -112,7 +121,7 @@ def _pictures(runs: list[tuple[str, RunRecord]], key: str) -> list[Row]:
             if (counts := _owned(classes)) is not None:
                 from uncollapse.figures.owners import draw_owners
 
-                src, alt = draw_owners(*counts)
+                src, alt = draw_owners(counts[0], counts[1], counts[2], _used(classes, len(counts[0])))
                 pictures_of.append({"src": src, "alt": alt, "caption": f"{name}: {OWNERS}"})
             drawn = [p for pictures in encoder.get("pictures", {}).values() for p in pictures if "src" in p]
             pictures_of += [{"src": p["src"], "alt": p["alt"], "caption": f"{name}: {p['caption']}"} for p in drawn]

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from uncollapse.measure.catalogue import Measure, Row, measured
 from uncollapse.measure.verdict import judge_row
-from uncollapse.report.arms import CONTROL, arm_name, set_name
+from uncollapse.report.arms import CONTROL, arm_name, group, set_name
 from uncollapse.report.comparing import stat
+from uncollapse.report.tails import LEGEND, tails
 from uncollapse.run_folder.read import RunRecord
 from uncollapse.shown import shown
 
@@ -50,6 +51,19 @@ def print_table(summaries: list[Row], console: Console | None = None) -> None:
             console.print(line, highlight=False, markup=False)
     console.print()
     _print(console, "what a step costs, ms", list(arms), _parts(arms))
+
+
+def print_tails(runs: Sequence[RunRecord], console: Console | None = None) -> None:
+    """Prints what evaluations found of frequent and of rare classes: a column per arm, a table per data set."""
+    console = console or Console()
+    arms = group(runs).arms
+    for key in dict.fromkeys(key for run in runs for key in run.evaluation):
+        if (found := tails(arms, key)) is not None:
+            seeds = max(len(members) for members in arms.values())
+            over = f", mean ± sd over {seeds} seeds" if seeds > 1 else ""
+            console.print()
+            _print(console, f"{shown(key)}: frequent against rare classes{over}", found.columns, found.lines)
+            console.print(f"{found.groups}. {LEGEND}.", highlight=False, markup=False)
 
 
 def _with_sets(arm: str, rows: list[Row]) -> dict[str, list[Row]]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
-_SPLIT = r"(?P<split>many|medium|few)"
+_SPLIT = r"(?P<split>many|medium|few|head|body|tail)"
 _OF = {
     "many": "classes of over 100 training images",
     "medium": "classes of 20 to 100 training images",
     "few": "classes of fewer than 20 training images",
+    "head": "the third of the classes with the most training images",
+    "body": "the third of the classes between head and tail",
+    "tail": "the third of the classes with the fewest training images",
     "linear": "the linear classifier",
     "knn": "kNN",
     "prototypes": "prototypes as clusters",
@@ -55,6 +58,14 @@ _MEANINGS = [
     (rf"{_SPLIT}_coverage", "{split} that own a prototype"),
     (rf"{_SPLIT}_prototypes_per_class", "prototypes owned, mean over {split}"),
     (rf"{_SPLIT}_distinct_per_class", "the same, ε-duplicates counted once"),
+    (
+        rf"{_SPLIT}_used_per_class",
+        "distinct prototypes on which equally many test images of each class are, mean over {split}",
+    ),
+    (rf"{_SPLIT}_own_per_class", "those of them on which most of these images are of the class, mean over {split}"),
+    (rf"{_SPLIT}_own_ratio", "the same by its mean over all classes, 1 by chance: {split}"),
+    (rf"{_SPLIT}_share_ratio", "share of the distinct prototypes owned by share of the training images: {split}"),
+    (rf"{_SPLIT}_share_ratio_random", "the same with labels at random: {split}"),
     (rf"{_SPLIT}_top1", "named right by their prototype's class, mean over {split}"),
 ]
 

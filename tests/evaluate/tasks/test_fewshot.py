@@ -57,13 +57,18 @@ def test_fewshot_rejects_what_it_cannot_do():
 def test_long_tail_splits_by_training_count_with_both_limits_medium():
     train, test = digits([110, 105, 101, 100, 60, 40, 20, 19, 8, 3])
     result = longtail(train, test)
-    assert result.details["classes"] == {"many": 3, "medium": 4, "few": 3}
+    assert result.details["classes"] == {"many": 3, "medium": 4, "few": 3, "head": 4, "body": 3, "tail": 3}
     m = result.metrics
+    shares = {s: c / len(test) for s, c in result.details["test_images"].items()}
+    by_class = result.details["by_class"]
+    for name in ("linear", "knn"):
+        for groups in (("many", "medium", "few"), ("head", "body", "tail")):
+            assert m[f"{name}_overall"] == pytest.approx(sum(shares[s] * m[f"{name}_{s}"] for s in groups))
+        right = np.array(by_class[name]) * by_class["test_images"]
+        assert m[f"{name}_tail"] == pytest.approx(right[7:].sum() / sum(by_class["test_images"][7:]))
+    assert m["linear_head"] > m["linear_tail"]
     assert m["macro"] == m["linear_macro"]
     assert result.ci95[0] < m["macro"] < result.ci95[1]
-    shares = {s: c / len(test) for s, c in result.details["test_images"].items()}
-    for name in ("linear", "knn"):
-        assert m[f"{name}_overall"] == pytest.approx(sum(shares[s] * m[f"{name}_{s}"] for s in shares))
     assert m["linear_many"] > m["linear_few"]
     assert m["linear_overall"] == pytest.approx(linear(train, test).metrics["top1"])
     assert m["knn_overall"] == pytest.approx(knn(train, test).metrics["top1"])

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncollapse.evaluate.features import Features
-from uncollapse.evaluate.tasks.prototypes import FEWEST, ownership, prototype_owners
+from uncollapse.evaluate.tasks.ownership import ownership
+from uncollapse.evaluate.tasks.prototypes import FEWEST, prototype_owners
 from uncollapse.figures.owners import draw_owners
-from uncollapse.measure.shots import splits
 
 
 def features(labels, z, classes=()) -> Features:
@@ -118,13 +118,6 @@ def test_random_groups_of_the_same_sizes_show_what_small_groups_flatter() -> Non
     assert result.metrics["top1"] == result.metrics["top1_commonest"] == pytest.approx(share)
 
 
-def test_splits_follow_training_counts_and_their_edges() -> None:
-    many, medium, few = splits(np.array([101, 100, 20, 19, 1, 0]))
-    assert many.tolist() == [True, *[False] * 5]
-    assert medium.tolist() == [False, True, True, False, False, False]
-    assert few.tolist() == [False, False, False, True, True, False]
-
-
 def test_a_tail_that_owns_nothing_shows() -> None:
     w = torch.eye(4)
     # 150 of class 0 on prototypes 0 and 1, 30 of class 1 on prototype 2, 5 of class 2 among class 0's
@@ -174,7 +167,7 @@ def test_no_duplicates_only_duplicates_and_a_single_prototype(kind: str) -> None
         assert m["distinct_top1"] == m["top1"] == m["top1_merged"]
     assert result.details["duplicates"]["images"] + result.details["distinct"]["images"] == 30
     o = ownership(random(40, 0), random(30, 1), w)
-    picture, alt = draw_owners(o.class_train, o.owned(), o.owned_distinct())
+    picture, alt = draw_owners(o.class_train, o.owned(), o.owned_distinct(), np.array([3.0, 4.0, math.nan, 5.0]))
     assert picture.startswith("data:image/svg+xml;base64,")
     assert "4 classes" in alt
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from uncollapse.evaluate.features import Features, Ints, labelled
+from uncollapse.evaluate.features import Features, Ints
 from uncollapse.evaluate.result import Result, bootstrap95_class_means, bootstrap95_mean
+from uncollapse.evaluate.tasks.ownership import Floats, Ownership, majority, ownership
+from uncollapse.evaluate.tasks.prototype_shares import Shares, by_group, shares
 from uncollapse.measure.probes import confidence95
-from uncollapse.measure.shots import SPLITS, splits
-from uncollapse.measure.unique import greedy_cover, nearest_kept
-from uncollapse.measure.usage import prototype_argmax
-
-Floats = NDArray[np.float64]
+from uncollapse.measure.shots import groups, padded
 
 FEWEST = 5
 """Held-out images that a prototype needs before its own purity and entropy are looked at."""
@@ -25,99 +22,13 @@ SHUFFLES = 20
 """Random assignments with the same group sizes, behind the purity of chance."""
 
 
-@dataclass(frozen=True)
-class Ownership:
-    """Prototypes against classes, all by the argmax of the raw cosine. A class owns a prototype if it is the
-
-    commonest one among the *training* images there (ties: the lowest class); test images only judge that.
-    """
-
-    owner: Ints
-    """(K,) class, or -1 where no training image is assigned."""
-    group: Ints
-    """(K,) index of the kept prototype (greedy ε-cover) that each one merges into."""
-    train_counts: Ints
-    """(K,) training images assigned."""
-    test_counts: Ints
-    """(K,) test images assigned."""
-    purity: Floats
-    """(K,) share of the commonest class among the test images assigned; NaN where there is none."""
-    entropy: Floats
-    """(K,) entropy of the class in bits among them (plug-in: few images make it small); NaN where there is none."""
-    merged_owner: Ints
-    """(K,) as `owner`, after all images of a group are put together."""
-    argmax: Ints
-    """(n,) the prototype of each test image."""
-    class_train: Ints
-    """(C,) training images of each class."""
-
-    @property
-    def duplicated(self) -> NDArray[np.bool_]:
-        """(K,) whether a prototype shares its group with another."""
-        return np.bincount(self.group, minlength=len(self.group))[self.group] > 1
-
-    def owned(self) -> Ints:
-        """(C,) prototypes that each class owns."""
-        return np.bincount(self.owner[self.owner >= 0], minlength=len(self.class_train))
-
-    def owned_distinct(self) -> Ints:
-        """(C,) groups that each class owns after merging."""
-        leaders = np.flatnonzero(self.group == np.arange(len(self.group)))
-        owner = self.merged_owner[leaders]
-        return np.bincount(owner[owner >= 0], minlength=len(self.class_train))
-
-
-def ownership(train: Features, test: Features, vectors: torch.Tensor, eps: float = 0.025) -> Ownership:
-    """Assigns both parts to the prototypes and says who owns what.
-
-    Args:
-        train, test: with labels and projections. vectors: (K, D) prototypes. eps: cosine distance in (0, 2].
-
-    Raises:
-        ValueError: as `labelled`; no projections, other widths, zero or non-finite rows, eps out of range.
-    """
-    labels, classes, truth = labelled(train, test)
-    if train.projections is None or test.projections is None:
-        raise ValueError("no projections: the encoder has no head that leads into the prototypes' space")
-    w = vectors.detach().float().cpu()
-    k = len(w)
-    group = nearest_kept(w, greedy_cover(w, eps)).numpy()
-    nearest = prototype_argmax(train.projections, w).numpy()
-    theirs = prototype_argmax(test.projections, w).numpy()
-    _, largest, entropy = _majority(theirs, truth, k, classes)
-    counts = np.bincount(theirs, minlength=k)
-    with np.errstate(invalid="ignore"):
-        purity = largest / counts
-    return Ownership(
-        _majority(nearest, labels, k, classes)[0],
-        group,
-        np.bincount(nearest, minlength=k),
-        counts,
-        purity,
-        entropy,
-        _majority(group[nearest], labels, k, classes)[0][group],
-        theirs,
-        np.bincount(labels, minlength=classes),
-    )
-
-
-def _majority(cluster: Ints, labels: Ints, k: int, classes: int) -> tuple[Ints, Ints, Floats]:
-    """Of each of k clusters: its commonest class (-1: empty), how many it has of that, entropy in bits (NaN: empty)."""
-    # Only the cells that hold an image: 65,536 prototypes times 8,142 classes would be half a billion.
-    cells, counts = np.unique(cluster * classes + labels, return_counts=True)
-    where, what = cells // classes, cells % classes
-    order = np.lexsort((what, -counts, where))
-    filled, first = np.unique(where[order], return_index=True)
-    owner, largest = np.full(k, -1), np.zeros(k, np.int64)
-    owner[filled], largest[filled] = what[order][first], counts[order][first]
-    share = counts / np.bincount(cluster, minlength=k)[where]
-    entropy = np.full(k, math.nan)
-    entropy[filled] = np.bincount(where, weights=-share * np.log2(share), minlength=k)[filled] + 0.0
-    return owner, largest, entropy
-
-
 def prototype_owners(
-    train: Features, test: Features, vectors: torch.Tensor, eps: float = 0.025, seed: int = 0
+    train: Features,
+    test: Features,
+    vectors: torch.Tensor,
+    eps: float = 0.025,
+    seed: int = 0,
+    frequency: Ints | None = None,
 ) -> Result:
     """What the prototypes know about classes, and what collapse costs.
 
@@ -128,6 +39,8 @@ def prototype_owners(
     Args:
         train: N images with labels and projections. test: n such. vectors: (K, D) prototypes.
         eps: prototypes closer than this cosine distance are duplicates. seed: of the shuffles.
+        frequency: (C,) images of each class that the encoder was trained on, where ``train`` has others: it decides
+            which classes are frequent. None: those of ``train``.
 
     Returns:
         Shares in [0, 1] unless said otherwise: ``top1`` and ``top1_merged`` (ε-duplicates put together);
@@ -137,21 +50,28 @@ def prototype_owners(
         ``purity_random``, the same of random groups of the same sizes; ``class_entropy_bits``, what is left to
         learn about the class once the prototype is known; ``n_used`` and ``n_owned``, numbers of prototypes;
         ``duplicates_top1`` and ``distinct_top1``, of the test images on prototypes in groups of duplicates and on
-        those alone, with ``duplicates_usage``, the share of images on the former; and for each split by training
-        images per class (many > 100, medium 20 to 100, few < 20; Liu et al., 2019) ``*_coverage``,
-        ``*_prototypes_per_class`` and ``*_distinct_per_class`` (owned, means) and ``*_top1`` (mean over its
-        classes). NaN where nothing is there to measure.
+        those alone, with ``duplicates_usage``, the share of images on the former. Then for each of the
+        `uncollapse.measure.shots.groups` of classes (many, medium, few; head, body, tail where training images are
+        imbalanced) ``*_coverage``; ``*_prototypes_per_class`` and ``*_distinct_per_class`` (owned, means; the latter
+        and what follows count duplicates as one); ``*_used_per_class`` and ``*_own_per_class``, on which equally many
+        test images of each class are, and are the most; ``*_own_ratio``, the latter by its mean over all classes, 1 by
+        chance; ``*_share_ratio``, the group's share of the owned ones by its share of the training images, with
+        ``*_share_ratio_random``, that of random labels; and ``*_top1`` (mean over its classes). NaN where nothing is
+        there to measure.
 
     Raises:
         ValueError: as `ownership`.
     """
     o = ownership(train, test, vectors, eps)
+    assert train.labels is not None
     assert test.labels is not None
     truth = test.labels.numpy()
+    s = shares(o, train.labels.numpy(), truth, seed)
+    frequency = o.class_train if frequency is None else padded(frequency, len(o.class_train))
     right = o.owner[o.argmax] == truth
     right_merged = o.merged_owner[o.argmax] == truth
     in_train, in_test = o.class_train > 0, np.bincount(truth, minlength=len(o.class_train)) > 0
-    owned, distinct = o.owned(), o.owned_distinct()
+    owned = o.owned()
     hit = np.bincount(truth[right], minlength=len(in_test)) > 0
     random = _random_purity(o.argmax, truth, seed)
     on_copy = o.duplicated[o.argmax]
@@ -170,16 +90,16 @@ def prototype_owners(
         "n_used": float((o.test_counts > 0).sum()),
         "n_owned": float((o.owner >= 0).sum()),
     }
-    metrics |= _by_split(o, truth, right, owned, distinct)
+    metrics |= by_group(o, s, truth, right, frequency)
     return Result(
         "prototypes",
         metrics,
         bootstrap95_mean(right.astype(np.float64)),
         len(truth),
         f"owner: commonest class of {len(train)} training images by raw cosine argmax, K = {len(o.owner)}, "
-        f"duplicates at ε = {eps:g}",
+        f"duplicates at ε = {eps:g}; used by {s.images} test images of each class",
         "ours; duplicates as in partial prototype collapse (Govindarajan et al., 2024), splits of Liu et al., 2019",
-        _details(o, test, truth, right, owned, distinct, seed),
+        _details(o, s, test, truth, right, frequency, seed),
         {
             "top1_merged": bootstrap95_mean(right_merged),
             "duplicates_usage": bootstrap95_mean(on_copy),
@@ -191,7 +111,7 @@ def prototype_owners(
             },
             **{
                 f"{name}_top1": bootstrap95_class_means(right[chosen], truth[chosen])
-                for name, of_class in zip(SPLITS, splits(o.class_train), strict=True)
+                for name, of_class in groups(frequency).items()
                 if (chosen := of_class[truth]).any()
             },
         },
@@ -199,7 +119,7 @@ def prototype_owners(
 
 
 def _details(
-    o: Ownership, test: Features, truth: Ints, right: NDArray[np.bool_], owned: Ints, distinct: Ints, seed: int
+    o: Ownership, s: Shares, test: Features, truth: Ints, right: NDArray[np.bool_], frequency: Ints, seed: int
 ) -> dict[str, Any]:
     enough = o.test_counts >= FEWEST
     unowned = int((o.owner[o.argmax] < 0).sum())
@@ -217,10 +137,13 @@ def _details(
             "class_entropy_bits": _mean(o.entropy[enough]),
         },
         "classes": {
-            "names": [test.classes[c] if c < len(test.classes) else str(c) for c in range(len(owned))],
-            "train_images": o.class_train.tolist(),
-            "prototypes": owned.tolist(),
-            "distinct": distinct.tolist(),
+            "names": [test.classes[c] if c < len(test.classes) else str(c) for c in range(len(frequency))],
+            "train_images": frequency.tolist(),
+            "prototypes": o.owned().tolist(),
+            "distinct": s.distinct.tolist(),
+            "distinct_random": s.distinct_random.tolist(),
+            "used": s.used.tolist(),
+            "own": s.own.tolist(),
         },
         "rules": [
             "test images on a prototype without training images count as errors",
@@ -228,6 +151,8 @@ def _details(
             "purity and entropy are of the test images themselves: few images per prototype flatter both, which is "
             "what purity_random shows; top1 has no such bias",
             "exact copies never share images: equal cosines go to the first of them",
+            "frequent classes own most prototypes by chance alone (share_ratio_random); among equally many test images "
+            "of each class none has an advantage (used, own)",
         ],
     }
 
@@ -252,24 +177,10 @@ def _quality(
     }
 
 
-def _by_split(o: Ownership, truth: Ints, right: NDArray[np.bool_], owned: Ints, distinct: Ints) -> dict[str, float]:
-    total = np.bincount(truth, minlength=len(owned))
-    with np.errstate(invalid="ignore"):
-        accuracy = np.bincount(truth[right], minlength=len(owned)) / total
-    metrics: dict[str, float] = {}
-    for name, of_class in zip(SPLITS, splits(o.class_train), strict=True):
-        if of_class.any():
-            metrics[f"{name}_coverage"] = float((owned[of_class] > 0).mean())
-            metrics[f"{name}_prototypes_per_class"] = float(owned[of_class].mean())
-            metrics[f"{name}_distinct_per_class"] = float(distinct[of_class].mean())
-            metrics[f"{name}_top1"] = _mean(accuracy[of_class & (total > 0)])
-    return metrics
-
-
 def _random_purity(cluster: Ints, truth: Ints, seed: int) -> float:
     rng = np.random.default_rng(seed)
     k, classes = int(cluster.max()) + 1, int(truth.max()) + 1
-    draws = [_majority(cluster, rng.permutation(truth), k, classes)[1].sum() for _ in range(SHUFFLES)]
+    draws = [majority(cluster, rng.permutation(truth), k, classes)[1].sum() for _ in range(SHUFFLES)]
     return float(np.mean(draws)) / len(truth)
 
 

@@ -1,0 +1,114 @@
+"""How prototypes are divided among classes: frequent ones against rare ones, and against what chance would give."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uncollapse.evaluate.features import Ints
+from uncollapse.evaluate.tasks.ownership import Floats, Ownership, majority
+from uncollapse.measure.shots import groups
+
+FEWEST = 5
+"""Test images that a class needs before it is counted which prototypes they use."""
+SHUFFLES = 20
+"""Random assignments of the labels, behind the number of prototypes that a class would own by chance."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What each class has of the distinct prototypes: ε-duplicates count as one."""
+
+    distinct: Ints
+    """(C,) that it owns: it is the commonest class of the training images there."""
+    distinct_random: Floats
+    """(C,) the same where training images had their labels at random; frequent classes own most by chance alone."""
+    images: int
+    """Test images that are looked at of each class for the rest, the same number of every class; 0: too few."""
+    used: Floats
+    """(C,) on which such an image is; NaN for classes with fewer images."""
+    own: Floats
+    """(C,) on which most of these images are its own; classes with equally many share a prototype. By chance every
+    class has as many, whatever its training images. NaN as for ``used``."""
+
+
+def shares(o: Ownership, labels: Ints, truth: Ints, seed: int = 0) -> Shares:
+    """Counts the distinct prototypes of each class.
+
+    Args:
+        labels: (N,) classes of the training images. truth: (n,) of the test images.
+        seed: of the random labels, and of which test images of a class are looked at where it has more.
+    """
+    rng = np.random.default_rng(seed)
+    k, classes = len(o.group), len(o.class_train)
+    cluster, random = o.group[o.train_argmax], np.zeros(classes)
+    for _ in range(SHUFFLES):
+        owner = majority(cluster, rng.permutation(labels), k, classes)[0]
+        random += np.bincount(owner[owner >= 0], minlength=classes)
+    images, used, own = _in_use(o.group[o.argmax], truth, o.class_train > 0, k, rng)
+    return Shares(o.owned_distinct(), random / SHUFFLES, images, used, own)
+
+
+def _in_use(
+    cluster: Ints, truth: Ints, there: NDArray[np.bool_], k: int, rng: np.random.Generator
+) -> tuple[int, Floats, Floats]:
+    """Equally many test images of each class, and (C,) clusters with one of them, and with most of them."""
+    classes = len(there)
+    counts = np.bincount(truth, minlength=classes)
+    enough = (counts >= FEWEST) & there
+    used, own = np.full(classes, math.nan), np.full(classes, math.nan)
+    if not enough.any():
+        return 0, used, own
+    images = int(counts[enough].min())
+    order = rng.permutation(len(truth))
+    order = order[np.argsort(truth[order], kind="stable")]
+    place = np.arange(len(truth)) - (np.cumsum(counts) - counts)[truth[order]]  # of each image within its class
+    rows = order[(place < images) & enough[truth[order]]]
+    cells, n = np.unique(cluster[rows] * classes + truth[rows], return_counts=True)
+    where, what = cells // classes, cells % classes
+    most = np.zeros(k, np.int64)
+    np.maximum.at(most, where, n)
+    leads = n == most[where]
+    parts = np.bincount(where[leads], minlength=k)
+    used[enough] = np.bincount(what, minlength=classes)[enough]
+    own[enough] = np.bincount(what[leads], weights=1 / parts[where[leads]], minlength=classes)[enough]
+    return images, used, own
+
+
+def by_group(o: Ownership, s: Shares, truth: Ints, right: NDArray[np.bool_], frequency: Ints) -> dict[str, float]:
+    """The metrics of each group of classes, as `prototype_owners` describes them.
+
+    Args:
+        right: (n,) whether a test image's prototype names its class. frequency: (C,) images that order the classes.
+    """
+    owned, total = o.owned(), np.bincount(truth, minlength=len(o.class_train))
+    with np.errstate(invalid="ignore"):
+        accuracy = np.bincount(truth[right], minlength=len(total)) / total
+    metrics: dict[str, float] = {}
+    for name, of_class in groups(frequency).items():
+        if not of_class.any():
+            continue
+        metrics[f"{name}_coverage"] = float((owned[of_class] > 0).mean())
+        metrics[f"{name}_prototypes_per_class"] = float(owned[of_class].mean())
+        metrics[f"{name}_distinct_per_class"] = float(s.distinct[of_class].mean())
+        metrics[f"{name}_used_per_class"] = _mean(s.used[of_class])
+        metrics[f"{name}_own_per_class"] = _mean(s.own[of_class])
+        metrics[f"{name}_own_ratio"] = _mean(s.own[of_class]) / _mean(s.own)
+        metrics[f"{name}_share_ratio"] = _share_ratio(s.distinct, o.class_train, of_class)
+        metrics[f"{name}_share_ratio_random"] = _share_ratio(s.distinct_random, o.class_train, of_class)
+        metrics[f"{name}_top1"] = _mean(accuracy[of_class & (total > 0)])
+    return metrics
+
+
+def _share_ratio(prototypes: Ints | Floats, images: Ints, of_class: NDArray[np.bool_]) -> float:
+    """Share of the prototypes by share of the images."""
+    image_share = float(images[of_class].sum() / images.sum())
+    return float(prototypes[of_class].sum() / prototypes.sum()) / image_share if image_share else math.nan
+
+
+def _mean(values: Floats) -> float:
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else math.nan
