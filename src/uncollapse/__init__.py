@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uncollapse.diagnosis.result import Diagnosis as Diagnosis
     from uncollapse.diagnosis.run import diagnose as diagnose
+    from uncollapse.export.load import Export as Export
+    from uncollapse.export.load import load_export as load_export
     from uncollapse.losses.carp import fused_carp_loss as fused_carp_loss
     from uncollapse.losses.carp import random_blocks as random_blocks
     from uncollapse.losses.diversity import hyperspherical_energy as hyperspherical_energy
@@ -67,6 +69,7 @@ _HOMES = {
     "Diagnosis": "diagnosis.result",
     "EffectivePrototypesMetric": "monitoring.metrics",
     "EffectiveRankMetric": "monitoring.metrics",
+    "Export": "export.load",
     "MixtureLayer": "prototypes.layer",
     "NearestCosineMetric": "monitoring.metrics",
     "OnlineMixture": "prototypes.mixture",
@@ -92,6 +95,7 @@ _HOMES = {
     "hyperspherical_energy": "losses.diversity",
     "koleo_features": "losses.diversity",
     "koleo_proto": "losses.koleo",
+    "load_export": "export.load",
     "me_max": "losses.mean_entropy",
     "mst_length": "losses.diversity",
     "nearest_cosine": "measure.monitor",

@@ -92,7 +92,8 @@ def rebuild_encoder(loaded: Any, tensors: Mapping[str, Tensor], s: PrototypeSet,
 
 
 def _own(loaded: Any, s: PrototypeSet, where: str) -> Rebuilt:
-    encoder, config = own_encoder(loaded, "student" if s.side == "student" else "teacher", where)
+    alone = s.side == "shared" and "teacher" not in loaded  # a student's export
+    encoder, config = own_encoder(loaded, "student" if s.side == "student" or alone else "teacher", where)
     tokens = s.name in PATCHES
     backbone, head = own_parts(encoder, s.name)
     size, described = config.views.global_size, config.backbone.name

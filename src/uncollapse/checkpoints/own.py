@@ -6,12 +6,12 @@ sensible size reach timm, and nothing is built that is larger than the weights t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from uncollapse.checkpoints.files import line_of
 from uncollapse.checkpoints.prototypes import OWN, PrototypeSet
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from uncollapse.config.schema import Config
     from uncollapse.models.network import Encoder
 
+M = TypeVar("M", bound=nn.Module)
 _ENTRIES, _DEEP, _LONG = 2000, 8, 1000
 """Of a configuration: its most entries, levels and letters of a text."""
 _LARGEST, _PIXELS, _BLUR = 16_384, 1024, 100.0
@@ -95,17 +96,43 @@ def own_encoder(loaded: Any, side: str, where: object) -> tuple[Encoder, Config]
     from uncollapse.models.network import build_encoder
 
     config = own_config(loaded, where)
-    side = side if has_teacher(config) else "student"
+    weights = _weights(loaded, side if has_teacher(config) else "student", where)
+    return _filled(lambda: build_encoder(config, drop_path=False), weights, where), config
+
+
+def own_backbone(loaded: Any, side: str, where: object) -> tuple[nn.Module, Config]:
+    """The backbone alone of one side, in evaluation mode, as `own_encoder` has it; no head is needed.
+
+    Raises:
+        InputError: no configuration, no weights, or the two do not fit.
+    """
+    from uncollapse.config.facts import has_teacher, hides_patches
+    from uncollapse.models.backbones import build_backbone
+
+    config = own_config(loaded, where)
+    prefix = "backbone.vit." if hides_patches(config) else "backbone."
+    weights = _weights(loaded, side if has_teacher(config) else "student", where)
+    weights = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    return _filled(lambda: build_backbone(config.backbone, drop_path=False)[0], weights, where), config
+
+
+def _weights(loaded: Any, side: str, where: object) -> dict[str, Tensor]:
     weights = loaded.get(side)
     if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise InputError(f"{where}: it holds no weights of a {side}")
+        other = next((name for name in ("teacher", "student") if isinstance(loaded.get(name), Mapping)), "")
+        raise InputError(f"{where}: it holds no weights of a {side}" + (f", only of a {other}" if other else ""))
+    return dict(weights)
+
+
+def _filled(build: Callable[[], M], weights: dict[str, Tensor], where: object) -> M:
+    """What is built no larger than the weights, and filled with all of them."""
     try:
         with Within(weights.values()):
-            encoder = build_encoder(config, drop_path=False)
-        encoder.load_state_dict(dict(weights))
+            module = build()
+        module.load_state_dict(weights)
     except Exception as error:  # timm may fail in any way on options that are not its own
         raise InputError(f"{where}: its encoder does not fit its configuration ({line_of(error)})") from None
-    return encoder.eval(), config
+    return module.eval()
 
 
 def own_directions(loaded: Any, s: PrototypeSet, tensors: Mapping[str, Tensor]) -> PrototypeSet:
@@ -114,6 +141,9 @@ def own_directions(loaded: Any, s: PrototypeSet, tensors: Mapping[str, Tensor]) 
     rows with their normalisers. Any other set as it is.
     """
     stem = s.key.removesuffix("mean")
+    of = loaded.get("prototypes_of") if isinstance(loaded, dict) else None
+    if OWN.match(s.key) and of in ("student", "teacher"):
+        s = replace(s, side=of)  # an export has one side's alone
     if OWN.match(s.key) and s.scale is not None:
         return _with_normaliser(loaded, s)
     if OWN.match(s.key) and s.bias is not None and s.side == "shared":

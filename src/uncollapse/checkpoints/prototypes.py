@@ -56,7 +56,7 @@ MIXTURE = re.compile(r"^((?:.*[./])?)mean$")
 """Means of an `OnlineMixture`, where its variances, evidence and offsets stand beside them."""
 
 FAMILIES: tuple[tuple[str, str], ...] = (
-    ("uncollapse", r"^prototypes/\w+/(student_v|weight|mixture\.mean)$"),
+    ("uncollapse", r"^prototypes/\w+/((student|teacher)_v|weight|mixture\.mean)$"),
     ("EsViT", r"head_dense\."),
     ("iBOT", r"last_layer2\.|^ibot_loss"),
     ("DINOv2 / DINOv3", r"(^|[./])ibot_head\.|(^|[./])dino_head\."),

@@ -38,21 +38,24 @@ def read_tensors(path: Path, trust: bool = False, only: Callable[[str], bool] | 
     """What a file holds: nested dicts with tensors (mapped from disk where possible), or one tensor.
 
     Args:
-        path: a file of any of the kinds of `file_kind`, or a folder of torch.distributed.checkpoint.
+        path: a file of any of the kinds of `file_kind`, or a folder of torch.distributed.checkpoint or of an export.
         trust: the user's word that the file may run code while it is loaded.
         only: of such a folder, whether to read the values of the tensor at a path; None: of all.
 
     Raises:
         InputError: unreadable, damaged, or needing ``trust``.
     """
+    from uncollapse.checkpoints.exported import is_export, read_export
     from uncollapse.checkpoints.sharded import is_sharded, read_sharded
 
     if is_sharded(path):
         with damage_is_said(path):
             return read_sharded(path, only)
+    if path.is_dir() and is_export(path):
+        return read_export(path)
     kind = file_kind(path)
     if kind == "safetensors":
-        return read_safetensors(path)
+        return read_export(path) if is_export(path) else read_safetensors(path)
     if kind in ("npy", "npz"):
         content = read_numpy(path)
         if isinstance(content, np.ndarray):
@@ -126,15 +129,16 @@ def _is_optimizer(value: Any) -> bool:
 
 
 def newest_of(path: Path) -> tuple[Path, list[str]]:
-    """What to read: a file or a folder of torch.distributed.checkpoint is itself; of one of our run folders, the
+    """What to read: a file or a folder of torch.distributed.checkpoint or of an export is itself; of a run folder, the
     newest checkpoint whose digest fits, and a line that names the newer ones that were passed over.
 
     Raises:
         InputError: a folder without a usable checkpoint.
     """
+    from uncollapse.checkpoints.exported import is_export
     from uncollapse.checkpoints.sharded import is_sharded
 
-    if not path.is_dir() or is_sharded(path):
+    if not path.is_dir() or is_sharded(path) or is_export(path):
         return path, []
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = sorted(folder.glob("step-*.json"), reverse=True)

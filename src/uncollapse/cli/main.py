@@ -18,6 +18,7 @@ from uncollapse import __version__
 from uncollapse.cli.compare import add_parser as add_compare
 from uncollapse.cli.diagnose import run_diagnose
 from uncollapse.cli.evaluate import add_parser as add_evaluate
+from uncollapse.cli.export import add_parser as add_export
 from uncollapse.cli.recipes import add_parsers as add_recipes
 from uncollapse.cli.terminal import tolerate_any_encoding
 from uncollapse.cli.train import add_parsers as add_train
@@ -135,6 +136,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     diagnose.set_defaults(run=run_diagnose)
 
     add_evaluate(commands)
+    add_export(commands)
 
     report = commands.add_parser("report", help="write report.html again from finished run folders")
     report.add_argument("runs", nargs="+", type=Path, help="run folders")

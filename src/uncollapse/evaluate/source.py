@@ -18,7 +18,7 @@ from uncollapse.checkpoints.backbones import backbone_of, renamed
 from uncollapse.checkpoints.encoder import Rebuilt, backbone_part, one_side, own_parts
 from uncollapse.checkpoints.encoder import rebuild_encoder as rebuild
 from uncollapse.checkpoints.files import damage_is_said
-from uncollapse.checkpoints.own import own_directions, own_encoder
+from uncollapse.checkpoints.own import own_backbone, own_directions
 from uncollapse.checkpoints.prototypes import OWN, PrototypeSet, clean, find_prototypes, side_of
 from uncollapse.checkpoints.read import flatten, newest_of, read_tensors
 from uncollapse.config.facts import has_teacher
@@ -107,7 +107,7 @@ def _checkpoint(loaded: Any, tensors: Mapping[str, Tensor], side: str, where: st
         return _encoder(rebuilt, own_directions(loaded, s, tensors), side, where, notes)
     if sets and not notes:
         notes.append("its prototypes divide up patches, not images: only the backbone is evaluated")
-    if own:
+    if own or (isinstance(loaded, dict) and loaded.get("exported") is True):
         return _own_backbone(loaded, side, where, notes)
     found_backbone = _backbone(tensors, side, where)
     stated = any(side_of(clean(path)) == side for path in tensors)
@@ -126,9 +126,9 @@ def _checkpoint(loaded: Any, tensors: Mapping[str, Tensor], side: str, where: st
 
 def _own_backbone(loaded: Any, side: str, where: str, notes: list[str]) -> EvalEncoder:
     """Of one of our runs whose prototypes are of no use for whole images."""
-    encoder, config = own_encoder(loaded, side, where)
+    backbone, config = own_backbone(loaded, side, where)
     made = EvalEncoder(
-        own_parts(encoder)[0],
+        backbone,
         config.views.global_size,
         config.views.mean,
         config.views.std,

@@ -56,6 +56,18 @@ _NOT_OF_MODELS = frozenset(
 """Options of ``timm.create_model`` that are not the model's."""
 
 
+def timm_options(config: BackboneConfig) -> dict[str, Any]:
+    """What ``timm.create_model`` takes, beside name and ``num_classes=0``, to build an encoder without stochastic
+    depth."""
+    options: dict[str, Any] = dict(config.options)
+    if "vit" in config.name or "deit" in config.name:
+        options.setdefault("dynamic_img_size", True)
+    if config.name.startswith("swin"):
+        options.setdefault("strict_img_size", False)
+        options["drop_path_rate"] = 0.0  # timm's own default is another
+    return options
+
+
 def build_backbone(config: BackboneConfig, drop_path: bool = True) -> tuple[nn.Module, int]:
     """The encoder and the length of its feature vector (class token, or pooled map).
 
@@ -79,12 +91,7 @@ def build_backbone(config: BackboneConfig, drop_path: bool = True) -> tuple[nn.M
         raise ConfigError(f"backbone.name: timm has no model {config.name!r}; timm.list_models() names what it has")
     if refused := [name for name in config.options if name.startswith("pretrained") or name in _NOT_OF_MODELS]:
         raise ConfigError(f"backbone.options: {refused[0]} is no option of a model's architecture; leave it out")
-    options: dict[str, Any] = dict(config.options)
-    if "vit" in config.name or "deit" in config.name:
-        options.setdefault("dynamic_img_size", True)
-    if config.name.startswith("swin"):
-        options.setdefault("strict_img_size", False)
-        options["drop_path_rate"] = 0.0  # timm's own default is another
+    options = timm_options(config)
     if config.drop_path and drop_path:
         options["drop_path_rate"] = config.drop_path
     try:

@@ -1,0 +1,1 @@
+"""A run handed to other libraries: encoder, head with prototypes, and a card that says how they fared."""

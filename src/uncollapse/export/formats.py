@@ -1,0 +1,3 @@
+"""The formats that a run is exported to; free of torch."""
+
+FORMATS = ("timm", "hf", "safetensors", "dino")
