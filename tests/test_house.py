@@ -115,7 +115,7 @@ def test_no_two_modules_import_each_other_even_through_others():
 
 
 def test_what_is_public_reaches_neither_the_trainer_nor_a_recipe():
-    """`diagnose` and `load_export` aside, which read what a run left: nobody with a loop of their own needs a configuration."""
+    """`diagnose` and `load_export` aside, which read what a run left: a loop of one's own needs no configuration."""
     graph = imports()
     homes = {
         f"uncollapse.{home}"
