@@ -53,17 +53,33 @@ def test_cells_are_means_and_deviations_over_seeds(tmp_path):
     ]
     evaluated(tmp_path, "decoupled", 0, (0.1, 0.1, 0.1), (1, 1, 1), "untrained")
     runs = [read_run(folder) for folder in folders]
-    found = tails(group(runs).arms, KEY)
+    found = tails(group(runs), KEY)
     assert found.columns == ["joint", "decoupled", "decoupled, untrained"]
     lines = dict(found.lines)
     assert lines["kNN, %, head"] == [f"60.0±{100 * np.std([0.5, 0.7], ddof=1):.1f}", "50.0", "10.0"]
     assert lines["used, tail"] == [f"13.0±{np.std([10, 16], ddof=1):.1f}", "30.0", "1.0"]
     assert "linear, %, head" not in lines
     assert "thirds" in found.groups
+    assert found.gaps == ["decoupled"]
+    assert dict(found.gap_lines)["kNN, %, tail"] == ["+20.0"]  # of the one seed that both have
+    assert {"knn_head", "tail_used_per_class"} <= found.shown
     text = io.StringIO()
     print_tails(runs, Console(file=text, width=100))
     assert "kNN, %, body" in text.getvalue()
     assert "mean ± sd over 2 seeds" in text.getvalue()
+
+
+def test_differences_are_seed_by_seed(tmp_path):
+    """Seeds differ by far more than modes do."""
+    knn = {0: 0.2, 1: 0.5, 2: 0.8}
+    made = [("joint", seed, at) for seed, at in knn.items()] + [("fixed", s, at + 0.01 * s) for s, at in knn.items()]
+    grouping = group([read_run(evaluated(tmp_path, arm, s, (at, at, at), (1, 1, 1))) for arm, s, at in made])
+    found = tails(grouping, KEY)
+    assert found.gaps == ["fixed"]
+    assert dict(found.gap_lines)["kNN, %, body"] == [f"+1.0±{1 / 3**0.5:.1f}"]
+    text = io.StringIO()
+    print_tails([run for runs in grouping.arms.values() for run in runs], Console(file=text, width=100))
+    assert "more than joint has, seed by seed ± its standard error" in text.getvalue()
 
 
 def test_classes_stand_in_the_order_of_their_training_images(tmp_path):
@@ -89,8 +105,8 @@ def test_details_that_no_evaluation_wrote_have_no_picture(details, tmp_path):
     run.evaluation[KEY]["encoders"]["teacher"]["tasks"] = {"longtail": {"knn_head": 0.5, "details": details}}
     arms = group([run]).arms
     assert tail_picture(arms, KEY, styles(arms)) is None
-    assert tails(arms, KEY) is None  # one group has nothing to stand against
-    assert tails(arms, "another set") is None
+    assert tails(group([run]), KEY) is None  # one group has nothing to stand against
+    assert tails(group([run]), "another set") is None
 
 
 def test_many_classes_become_as_many_points_as_can_be_seen():

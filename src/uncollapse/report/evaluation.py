@@ -9,11 +9,12 @@ import numpy as np
 
 from uncollapse.figures.style import Style
 from uncollapse.measure.catalogue import Row, number
+from uncollapse.report.arms import Grouping
 from uncollapse.report.numbers import interval, metric_text
 from uncollapse.report.tails import LEGEND, LOOKED_AT, tail_picture, tails
 from uncollapse.report.words import meaning
 from uncollapse.run_folder.evaluation import evaluation_key
-from uncollapse.run_folder.read import Arms, RunRecord
+from uncollapse.run_folder.read import RunRecord
 
 FIXED = ("ci95", "ci95_of", "n", "protocol", "source", "command", "details")
 """Entries of a task that are not metrics."""
@@ -23,16 +24,20 @@ def metrics_of(task: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in task.items() if name not in FIXED}
 
 
-def evaluations(arms: Arms, look: Mapping[str, Style]) -> list[Row]:
+def evaluations(grouping: Grouping, look: Mapping[str, Style]) -> list[Row]:
     """For each data set that any run was evaluated on, what the template shows; empty without evaluations."""
+    arms = grouping.arms
     named = [(arm, run) for arm, runs in arms.items() for run in runs]
     keys = dict.fromkeys(key for _, run in named for key in run.evaluation)
     several = {arm: len(runs) > 1 for arm, runs in arms.items()}
-    return [
-        _one(key, [(arm, run) for arm, run in named if key in run.evaluation], several, look)
-        | {"tails": tails(arms, key), "tails_legend": LEGEND, "by_class": tail_picture(arms, key, look)}
-        for key in keys
-    ]
+    sections = []
+    for key in keys:
+        found = tails(grouping, key)
+        runs = [(arm, run) for arm, run in named if key in run.evaluation]
+        section = _one(key, runs, several, look, frozenset() if found is None else found.shown)
+        tables = {"tails": found, "tails_legend": LEGEND, "by_class": tail_picture(arms, key, look)}
+        sections.append(section | tables)
+    return sections
 
 
 def probed_by_evaluate(run: RunRecord) -> Row:
@@ -60,7 +65,14 @@ def probed_by_evaluate(run: RunRecord) -> Row:
     return out
 
 
-def _one(key: str, runs: list[tuple[str, RunRecord]], several: Mapping[str, bool], look: Mapping[str, Style]) -> Row:
+def _one(
+    key: str,
+    runs: list[tuple[str, RunRecord]],
+    several: Mapping[str, bool],
+    look: Mapping[str, Style],
+    elsewhere: frozenset[str],
+) -> Row:
+    """What the template shows of one data set, but for metrics that another table of it has."""
     rows: list[Row] = []
     notes: dict[str, None] = {}
     for arm, run in runs:
@@ -68,7 +80,7 @@ def _one(key: str, runs: list[tuple[str, RunRecord]], several: Mapping[str, bool
             notes |= dict.fromkeys(encoder.get("notes", []))
             for task, content in encoder.get("tasks", {}).items():
                 name = f"{arm}, seed {run.seed}" if several[arm] else arm
-                rows.append(_row(name, look[arm].colour, label, task, content))
+                rows.append(_row(name, look[arm].colour, label, task, content, elsewhere))
     # Tasks in the order of the first run that has them, so that encoders stand below one another.
     order = {task: i for i, task in enumerate(dict.fromkeys(row["task"] for row in rows))}
     rows.sort(key=lambda row: order[row["task"]])
@@ -128,7 +140,7 @@ def _pictures(runs: list[tuple[str, RunRecord]], key: str) -> list[Row]:
     return pictures_of
 
 
-def _row(arm: str, colour: str, label: str, task: str, content: Row) -> Row:
+def _row(arm: str, colour: str, label: str, task: str, content: Row, elsewhere: frozenset[str]) -> Row:
     values = metrics_of(content)
     (metric, value), *others = values.items() if values else [("", None)]
     return {
@@ -142,7 +154,7 @@ def _row(arm: str, colour: str, label: str, task: str, content: Row) -> Row:
         "others": [
             (n, metric_text(n, v), interval((content.get("ci95_of") or {}).get(n)), meaning(n))
             for n, v in others
-            if isinstance(v, int | float) or v is None
+            if (isinstance(v, int | float) or v is None) and n not in elsewhere
         ],
         "n": f"{content['n']:,}" if isinstance(content.get("n"), int) else "",
         "protocol": content.get("protocol", ""),

@@ -80,7 +80,7 @@ def write_report(runs: list[RunRecord], path: Path, title: str = "", notes: Sequ
         figures=_figures(arms, look),
         sweeps=sweeps(runs),
         diagnosis_share=_diagnosis_share(arms),
-        evaluations=evaluations(arms, look),
+        evaluations=evaluations(grouping, look),
         probes_replaced=replaced,
         examples=[_examples(arm, members, look[arm].colour) for arm, members in arms.items() if not members[0].set],
         has_control=any(members[0].name == CONTROL for members in arms.values()),

@@ -56,13 +56,16 @@ def print_table(summaries: list[Row], console: Console | None = None) -> None:
 def print_tails(runs: Sequence[RunRecord], console: Console | None = None) -> None:
     """Prints what evaluations found of frequent and of rare classes: a column per arm, a table per data set."""
     console = console or Console()
-    arms = group(runs).arms
+    grouping = group(runs)
+    seeds = max(len(members) for members in grouping.arms.values())
     for key in dict.fromkeys(key for run in runs for key in run.evaluation):
-        if (found := tails(arms, key)) is not None:
-            seeds = max(len(members) for members in arms.values())
+        if (found := tails(grouping, key)) is not None:
             over = f", mean ± sd over {seeds} seeds" if seeds > 1 else ""
             console.print()
             _print(console, f"{shown(key)}: frequent against rare classes{over}", found.columns, found.lines)
+            if found.gaps:
+                error = " ± its standard error" if seeds > 1 else ""
+                _print(console, f"more than joint has, seed by seed{error}", found.gaps, found.gap_lines)
             console.print(f"{found.groups}. {LEGEND}.", highlight=False, markup=False)
 
 

@@ -12,6 +12,7 @@ from uncollapse.figures.classes import ByClass, by_frequency, class_panels
 from uncollapse.figures.style import Style
 from uncollapse.measure.catalogue import Row, number
 from uncollapse.measure.shots import SPLITS, THIRDS, Ints
+from uncollapse.report.arms import BASELINE, Grouping, rival
 from uncollapse.run_folder.read import Arms
 
 LOOKED_AT = ("teacher", "model")
@@ -38,75 +39,105 @@ MEASURES = (
     Measured("linear, %", "longtail", "linear_{}", ".1f", 100, "by_class.linear", "Linear accuracy (%)"),
     Measured("used", "prototypes", "{}_used_per_class", ".1f", 1, "classes.used", "Prototypes used"),
     Measured("own", "prototypes", "{}_own_per_class", ".1f", 1, "classes.own", "Prototypes of its own"),
-    Measured("own, by chance 1", "prototypes", "{}_own_ratio", ".2f"),
-    Measured("owned by share", "prototypes", "{}_share_ratio", ".2f"),
+    Measured("own / mean", "prototypes", "{}_own_ratio", ".2f"),
+    Measured("owned", "prototypes", "{}_distinct_per_class", ".1f"),
+    Measured("owned / images", "prototypes", "{}_share_ratio", ".2f"),
     Measured("the same, random", "prototypes", "{}_share_ratio_random", ".2f"),
 )
 LEGEND = (
-    "used: distinct prototypes on which equally many test images of each class are, mean over the group's classes; "
-    "own: those on which most of these images are of the class, below it by the mean over all classes; owned by share: "
-    "share of the distinct prototypes whose commonest class of training images is in the group, by the group's share "
-    "of these images, and the same with labels at random"
+    "distinct prototypes of a class, mean over the group's classes: used, on which equally many test images of each "
+    "class are; own, on which most of these images are of the class; by the mean of own over all classes, 1 by chance; "
+    "owned, on which most training images are of the class; the group's share of these by its share of the training "
+    "images, and the same with labels at random. Classes differ in more than their images: compare modes, not groups"
 )
+Lines = list[tuple[str, list[str]]]
+"""A label, and a cell for each column."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tails:
-    """One data set's table: a column for each arm."""
+    """The tables of one data set."""
 
-    columns: list[str]
     groups: str
     """Which groups of classes there are, in words."""
-    lines: list[tuple[str, list[str]]]
-    """Label, and a cell for each column."""
+    columns: list[str]
+    """Arms, each with its untrained encoder behind it where that was evaluated."""
+    lines: Lines
+    gaps: list[str]
+    """Arms that have a joint one to stand against, and its seeds."""
+    gap_lines: Lines
+    """How much more each of them has than that, seed by seed: mean and its standard error over seeds."""
+    shown: frozenset[str]
+    """Metrics that the tables hold."""
 
 
-def _encoders(arms: Arms, key: str) -> dict[str, list[Row]]:
-    """The tasks of each arm's runs on a data set; those of the untrained encoder behind the arm."""
-    columns: dict[str, list[Row]] = {}
+Tasks = dict[str, dict[int, Row]]
+"""Arm → seed → the tasks of its evaluation."""
+
+
+def _tasks(arms: Arms, key: str) -> Tasks:
+    """Of each arm's runs on a data set; those of the untrained encoder behind the arm."""
+    columns: Tasks = {}
     for arm, runs in arms.items():
         for run in runs:
             for label, encoder in run.evaluation.get(key, {}).get("encoders", {}).items():
                 name = arm if label in LOOKED_AT else f"{arm}, {label}"
-                columns.setdefault(name, []).append(encoder.get("tasks", {}))
-    return {name: tasks for name, tasks in columns.items() if any("longtail" in t or "prototypes" in t for t in tasks)}
+                columns.setdefault(name, {})[run.seed] = encoder.get("tasks", {})
+    both = {measure.task for measure in MEASURES}
+    return {name: of_seed for name, of_seed in columns.items() if any(both & t.keys() for t in of_seed.values())}
 
 
-def tails(arms: Arms, key: str) -> Tails | None:
-    """Mean and standard deviation over seeds of what groups of classes have; None where there is but one group."""
-    columns = _encoders(arms, key)
+def tails(grouping: Grouping, key: str) -> Tails | None:
+    """What groups of classes have, over seeds; None where there is but one group."""
+    tasks = _tasks(grouping.arms, key)
+    joint = {arm: rival(arm, grouping, BASELINE) for arm in tasks if arm in grouping.arms}
+    against = {arm: other for arm, other in joint.items() if other in tasks and tasks[arm].keys() & tasks[other].keys()}
     for names in (THIRDS, SPLITS):
-        lines, there = [], []
-        for measure in MEASURES:
-            for group in names:
-                values = [
-                    _numbers([tasks.get(measure.task, {}).get(measure.metric.format(group)) for tasks in of_arm])
-                    for of_arm in columns.values()
-                ]
-                if any(values):
-                    lines.append((f"{measure.label}, {group}", [_cell(measure, one) for one in values]))
-                    there.append(group)
-        if len(set(there)) > 1:
-            return Tails(list(columns), _in_words([g for g in names if g in there]), lines)
+        metrics = [(m, name, m.metric.format(name)) for m in MEASURES for name in names]
+        there = [(m, name, metric) for m, name, metric in metrics if any(_of(m, metric, t) for t in tasks.values())]
+        if len({name for _, name, _ in there}) > 1:
+            lines = [
+                (f"{m.label}, {name}", [_mean(m, list(_of(m, metric, t).values())) for t in tasks.values()])
+                for m, name, metric in there
+            ]
+            gap_lines = [
+                (
+                    f"{m.label}, {name}",
+                    [_gap(m, _of(m, metric, tasks[a]), _of(m, metric, tasks[b])) for a, b in against.items()],
+                )
+                for m, name, metric in there
+            ]
+            shown = frozenset(metric for _, _, metric in there)
+            return Tails(_in_words({n for _, n, _ in there}), list(tasks), lines, list(against), gap_lines, shown)
     return None
 
 
-def _numbers(values: list[Any]) -> list[float]:
-    return [v for value in values if (v := number(value)) is not None]
+def _of(measure: Measured, metric: str, of_seed: dict[int, Row]) -> dict[int, float]:
+    """The numbers of an arm by seed; empty where no run has any."""
+    values = {seed: number(tasks.get(measure.task, {}).get(metric)) for seed, tasks in of_seed.items()}
+    return {seed: measure.factor * v for seed, v in values.items() if v is not None}
 
 
-def _cell(measure: Measured, values: list[float]) -> str:
+def _mean(measure: Measured, values: list[float]) -> str:
     if not values:
         return "–"
-    mean = format(measure.factor * float(np.mean(values)), measure.form)
-    spread = f"±{format(measure.factor * float(np.std(values, ddof=1)), measure.form)}" if len(values) > 1 else ""
-    return mean + spread
+    spread = f"±{np.std(values, ddof=1):{measure.form}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{measure.form}}{spread}"
 
 
-def _in_words(names: list[str]) -> str:
-    if names[0] in THIRDS:
+def _gap(measure: Measured, ours: dict[int, float], theirs: dict[int, float]) -> str:
+    differences = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    if not differences:
+        return "–"
+    error = np.std(differences, ddof=1) / len(differences) ** 0.5 if len(differences) > 1 else None
+    return f"{np.mean(differences):+{measure.form}}" + ("" if error is None else f"±{error:{measure.form}}")
+
+
+def _in_words(names: set[str]) -> str:
+    if THIRDS[0] in names:
         return "head, body, tail: thirds of the classes, those with the most training images first"
-    return f"{', '.join(names)}: classes by training images, many above 100, few below 20"
+    there = ", ".join(name for name in SPLITS if name in names)
+    return f"{there}: classes by training images, many above 100, few below 20, medium between"
 
 
 # --- class by class -----------------------------------------------------------------------------------------
@@ -114,15 +145,15 @@ def _in_words(names: list[str]) -> str:
 
 def tail_picture(arms: Arms, key: str, look: Mapping[str, Style]) -> Row | None:
     """Every class of every arm, most training images first; None where no run has numbers of classes."""
-    tasks_of = {arm: tasks for arm, tasks in _encoders(arms, key).items() if arm in look}
+    tasks_of = {arm: of_seed for arm, of_seed in _tasks(arms, key).items() if arm in look}
     train: Ints | None = None
     measures: dict[str, ByClass] = {}
     for measure in (m for m in MEASURES if m.of_classes):
         place, name = measure.of_classes.split(".")
         lines: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for arm, of_arm in tasks_of.items():
+        for arm, of_seed in tasks_of.items():
             values = []
-            for tasks in of_arm:
+            for tasks in of_seed.values():
                 found = _by_class(tasks.get(measure.task, {}).get("details", {}).get(place), name)
                 if found is None:
                     continue

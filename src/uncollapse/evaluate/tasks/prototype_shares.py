@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uncollapse.evaluate.features import Ints
-from uncollapse.evaluate.tasks.ownership import Floats, Ownership, majority
-from uncollapse.measure.shots import groups
+from uncollapse.evaluate.tasks.ownership import Floats, Ownership
+from uncollapse.measure.shots import THIRDS, groups
 
 FEWEST = 5
 """Test images that a class needs before it is counted which prototypes they use."""
@@ -22,17 +22,17 @@ SHUFFLES = 20
 class Shares:
     """What each class has of the distinct prototypes: ε-duplicates count as one."""
 
-    distinct: Ints
-    """(C,) that it owns: it is the commonest class of the training images there."""
-    distinct_random: Floats
+    owned: Floats
+    """(C,) on which most training images are its own; classes with equally many share a prototype."""
+    owned_random: Floats
     """(C,) the same where training images had their labels at random; frequent classes own most by chance alone."""
     images: int
     """Test images that are looked at of each class for the rest, the same number of every class; 0: too few."""
     used: Floats
     """(C,) on which such an image is; NaN for classes with fewer images."""
     own: Floats
-    """(C,) on which most of these images are its own; classes with equally many share a prototype. By chance every
-    class has as many, whatever its training images. NaN as for ``used``."""
+    """(C,) on which most of these images are its own, shared as ``owned``. By chance every class has as many, whatever
+    its training images. NaN as for ``used``."""
 
 
 def shares(o: Ownership, labels: Ints, truth: Ints, seed: int = 0) -> Shares:
@@ -44,12 +44,29 @@ def shares(o: Ownership, labels: Ints, truth: Ints, seed: int = 0) -> Shares:
     """
     rng = np.random.default_rng(seed)
     k, classes = len(o.group), len(o.class_train)
-    cluster, random = o.group[o.train_argmax], np.zeros(classes)
+    cluster = o.group[o.train_argmax]
+    owned = _on(cluster, labels, k, classes)[1]
+    random = np.zeros(classes)
     for _ in range(SHUFFLES):
-        owner = majority(cluster, rng.permutation(labels), k, classes)[0]
-        random += np.bincount(owner[owner >= 0], minlength=classes)
+        random += _on(cluster, rng.permutation(labels), k, classes)[1]
     images, used, own = _in_use(o.group[o.argmax], truth, o.class_train > 0, k, rng)
-    return Shares(o.owned_distinct(), random / SHUFFLES, images, used, own)
+    return Shares(owned, random / SHUFFLES, images, used, own)
+
+
+def _on(cluster: Ints, labels: Ints, k: int, classes: int) -> tuple[Floats, Floats]:
+    """(C,) clusters that each class is on, and those of which it is the commonest, in equal parts where several are.
+
+    Ownership gives such a cluster to the first of them; where classes are numbered by size that favours frequent ones.
+    """
+    cells, n = np.unique(cluster * classes + labels, return_counts=True)
+    where, what = cells // classes, cells % classes
+    most = np.zeros(k, np.int64)
+    np.maximum.at(most, where, n)
+    leads = n == most[where]
+    parts = np.bincount(where[leads], minlength=k)
+    commonest = np.zeros(classes)
+    np.add.at(commonest, what[leads], 1 / parts[where[leads]])
+    return np.bincount(what, minlength=classes).astype(np.float64), commonest
 
 
 def _in_use(
@@ -67,14 +84,7 @@ def _in_use(
     order = order[np.argsort(truth[order], kind="stable")]
     place = np.arange(len(truth)) - (np.cumsum(counts) - counts)[truth[order]]  # of each image within its class
     rows = order[(place < images) & enough[truth[order]]]
-    cells, n = np.unique(cluster[rows] * classes + truth[rows], return_counts=True)
-    where, what = cells // classes, cells % classes
-    most = np.zeros(k, np.int64)
-    np.maximum.at(most, where, n)
-    leads = n == most[where]
-    parts = np.bincount(where[leads], minlength=k)
-    used[enough] = np.bincount(what, minlength=classes)[enough]
-    own[enough] = np.bincount(what[leads], weights=1 / parts[where[leads]], minlength=classes)[enough]
+    used[enough], own[enough] = (counts[enough] for counts in _on(cluster[rows], truth[rows], k, classes))
     return images, used, own
 
 
@@ -84,26 +94,28 @@ def by_group(o: Ownership, s: Shares, truth: Ints, right: NDArray[np.bool_], fre
     Args:
         right: (n,) whether a test image's prototype names its class. frequency: (C,) images that order the classes.
     """
-    owned, total = o.owned(), np.bincount(truth, minlength=len(o.class_train))
+    owned, distinct, total = o.owned(), o.owned_distinct(), np.bincount(truth, minlength=len(o.class_train))
     with np.errstate(invalid="ignore"):
         accuracy = np.bincount(truth[right], minlength=len(total)) / total
     metrics: dict[str, float] = {}
-    for name, of_class in groups(frequency).items():
-        if not of_class.any():
-            continue
+    of = {name: of_class for name, of_class in groups(frequency).items() if of_class.any()}
+    compared = [name for name in of if name in THIRDS] or list(of)
+    for name, of_class in of.items():
         metrics[f"{name}_coverage"] = float((owned[of_class] > 0).mean())
         metrics[f"{name}_prototypes_per_class"] = float(owned[of_class].mean())
-        metrics[f"{name}_distinct_per_class"] = float(s.distinct[of_class].mean())
-        metrics[f"{name}_used_per_class"] = _mean(s.used[of_class])
-        metrics[f"{name}_own_per_class"] = _mean(s.own[of_class])
-        metrics[f"{name}_own_ratio"] = _mean(s.own[of_class]) / _mean(s.own)
-        metrics[f"{name}_share_ratio"] = _share_ratio(s.distinct, o.class_train, of_class)
-        metrics[f"{name}_share_ratio_random"] = _share_ratio(s.distinct_random, o.class_train, of_class)
+        metrics[f"{name}_distinct_per_class"] = float(distinct[of_class].mean())
         metrics[f"{name}_top1"] = _mean(accuracy[of_class & (total > 0)])
+        if name in compared:
+            metrics[f"{name}_used_per_class"] = _mean(s.used[of_class])
+            metrics[f"{name}_own_per_class"] = _mean(s.own[of_class])
+        if name in compared and len(compared) > 1:
+            metrics[f"{name}_own_ratio"] = _mean(s.own[of_class]) / _mean(s.own)
+            metrics[f"{name}_share_ratio"] = _share_ratio(s.owned, o.class_train, of_class)
+            metrics[f"{name}_share_ratio_random"] = _share_ratio(s.owned_random, o.class_train, of_class)
     return metrics
 
 
-def _share_ratio(prototypes: Ints | Floats, images: Ints, of_class: NDArray[np.bool_]) -> float:
+def _share_ratio(prototypes: Floats, images: Ints, of_class: NDArray[np.bool_]) -> float:
     """Share of the prototypes by share of the images."""
     image_share = float(images[of_class].sum() / images.sum())
     return float(prototypes[of_class].sum() / prototypes.sum()) / image_share if image_share else math.nan

@@ -52,12 +52,12 @@ def prototype_owners(
         ``duplicates_top1`` and ``distinct_top1``, of the test images on prototypes in groups of duplicates and on
         those alone, with ``duplicates_usage``, the share of images on the former. Then for each of the
         `uncollapse.measure.shots.groups` of classes (many, medium, few; head, body, tail where training images are
-        imbalanced) ``*_coverage``; ``*_prototypes_per_class`` and ``*_distinct_per_class`` (owned, means; the latter
-        and what follows count duplicates as one); ``*_used_per_class`` and ``*_own_per_class``, on which equally many
-        test images of each class are, and are the most; ``*_own_ratio``, the latter by its mean over all classes, 1 by
-        chance; ``*_share_ratio``, the group's share of the owned ones by its share of the training images, with
-        ``*_share_ratio_random``, that of random labels; and ``*_top1`` (mean over its classes). NaN where nothing is
-        there to measure.
+        imbalanced) ``*_coverage``, ``*_prototypes_per_class`` and ``*_distinct_per_class`` (owned, means; the latter
+        and what follows count duplicates as one) and ``*_top1`` (mean over its classes); for each of the thirds, or of
+        the others where there are none, ``*_used_per_class`` and ``*_own_per_class``, on which equally many test images
+        of each class are, and are the most; ``*_own_ratio``, the latter by its mean over all classes, 1 by chance; and
+        ``*_share_ratio``, the group's share of the owned ones by its share of the training images, with
+        ``*_share_ratio_random``, that of random labels. NaN where nothing is there to measure.
 
     Raises:
         ValueError: as `ownership`.
@@ -140,8 +140,9 @@ def _details(
             "names": [test.classes[c] if c < len(test.classes) else str(c) for c in range(len(frequency))],
             "train_images": frequency.tolist(),
             "prototypes": o.owned().tolist(),
-            "distinct": s.distinct.tolist(),
-            "distinct_random": s.distinct_random.tolist(),
+            "distinct": o.owned_distinct().tolist(),
+            "owned": s.owned.tolist(),
+            "owned_random": s.owned_random.tolist(),
             "used": s.used.tolist(),
             "own": s.own.tolist(),
         },
@@ -153,6 +154,7 @@ def _details(
             "exact copies never share images: equal cosines go to the first of them",
             "frequent classes own most prototypes by chance alone (share_ratio_random); among equally many test images "
             "of each class none has an advantage (used, own)",
+            "classes with equally many images on a prototype share it in own and share_ratio; else the first owns it",
         ],
     }
 
