@@ -22,6 +22,7 @@ _WORDS = {
     "optim.lr": "learning rate",
     "run.batch": "batch",
     "change.freeze": "frozen",
+    "data.long_tail": "long tail",
 }
 MOST_NAMED = 3
 """Most differences that a name lists."""
