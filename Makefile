@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 	  $(PYTHON) -m pip install -q --target $(VENV)-boot virtualenv && \
 	  PYTHONPATH=$(VENV)-boot $(PYTHON) -m virtualenv -q $(VENV); } || \
 	  { rm -rf $(VENV); echo "no virtual environment could be made: $(PYTHON) has neither venv nor pip"; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev,examples]"
 	@touch $@
 
 demo: install

@@ -102,6 +102,17 @@ def test_without_arguments_it_listens_to_the_layer(tmp_path):
     assert not model.prototypes._forward_pre_hooks
 
 
+def test_alive_is_counted_where_only_validation_returns_projections(tmp_path):
+    class OnlyThere(SwAVLike):
+        def training_step(self, batch, batch_idx):
+            return self.step(batch)["loss"]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "PrototypeCallback")
+        _, logged = fit([PrototypeCallback(target="views")], tmp_path, OnlyThere("views"))
+    assert {"prototypes/alive", "prototypes/view_information"} < set(logged)
+
+
 def test_a_run_without_validation_has_its_training_images_under_names_that_say_so(tmp_path):
     _, logged = fit([PrototypeCallback(queue_length=40)], tmp_path, validate=False)
     assert logged["prototypes/train/n"] == 40

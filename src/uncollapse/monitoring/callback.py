@@ -49,7 +49,8 @@ class PrototypeCallback(Callback):
         name: what the keys begin with; one callback for each set of prototypes.
         target: where a step's projections are: a key of what it returns, or of its batch, or a function of both
             (``outputs, batch``) → tensor. ``(n, D)``; or ``(V, n, D)``, of V ≥ 2 views of the same images. None: what
-            goes into the layer of the prototypes, of its first call in each step.
+            goes into the layer of the prototypes, of its first call in each step; `alive` is counted on that, too,
+            where training steps do not have the target.
         queue_length: images whose projections are kept, over all ranks.
         target_shape: shape of one projection, where it is not ``(D,)``: the last dimensions of ``target``.
         prototypes: as `prototypes_of` takes it: a path, a layer, a matrix, a function of the module; None: by name.
@@ -113,7 +114,7 @@ class PrototypeCallback(Callback):
         self._heard = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        z = self._projections(outputs, batch)
+        z = self._projections(outputs, batch, kept=not trainer.enable_validation)
         if z is not None:
             self._see(z, vectors_of(self._located(), pl_module))
             if not trainer.enable_validation:
@@ -129,7 +130,7 @@ class PrototypeCallback(Callback):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        z = self._projections(outputs, batch)
+        z = self._projections(outputs, batch, kept=True)
         if z is not None and dataloader_idx == 0:
             self._keep(z)
 
@@ -164,16 +165,14 @@ class PrototypeCallback(Callback):
     def _begin(self, pl_module: Any) -> None:
         if self._place is not None:
             return
-        self._place = locate(pl_module, self.prototypes)
-        if self.target is not None:
-            return
-        layer = self._place
-        if not isinstance(layer, nn.Module) or type(layer).forward is nn.Module.forward:
+        self._place = layer = locate(pl_module, self.prototypes)
+        if isinstance(layer, nn.Module) and type(layer).forward is not nn.Module.forward:
+            self._hook = layer.register_forward_pre_hook(self._listen)
+        elif self.target is None:
             raise ValueError(
                 f"PrototypeCallback {self.name!r}: nothing goes through these prototypes that could be listened to; "
                 "pass target=, the key of the projections in what training_step and validation_step return"
             )
-        self._hook = layer.register_forward_pre_hook(self._listen)
 
     def _listen(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self._heard is None and inputs and isinstance(inputs[0], Tensor):
@@ -183,10 +182,15 @@ class PrototypeCallback(Callback):
         assert self._place is not None
         return self._place
 
-    def _projections(self, outputs: Any, batch: Any) -> Tensor | None:
-        """``(V, n, D)``, V = 1 where there are no views; None where a step has none."""
-        z = self._heard if self.target is None else self._of_step(outputs, batch)
-        self._heard = None
+    def _projections(self, outputs: Any, batch: Any, kept: bool) -> Tensor | None:
+        """``(V, n, D)``, V = 1 where there are no views; None where a step has none.
+
+        Of those that are not ``kept``, `alive` is counted on what goes into the layer where the target is not there.
+        """
+        heard, self._heard = self._heard, None
+        z = heard if self.target is None else self._of_step(outputs, batch, kept or heard is None)
+        if z is None and not kept and heard is not None:
+            return heard.unsqueeze(0)
         if z is None:
             return None
         if self.target_shape is not None:
@@ -199,17 +203,15 @@ class PrototypeCallback(Callback):
             return None
         return z.detach() if z.ndim == 3 else z.detach().unsqueeze(0)
 
-    def _of_step(self, outputs: Any, batch: Any) -> Tensor | None:
+    def _of_step(self, outputs: Any, batch: Any, needed: bool) -> Tensor | None:
         if callable(self.target):
             return self.target(outputs, batch)
         for where in (outputs, batch):
             if isinstance(where, Mapping) and isinstance(where.get(self.target), Tensor):
                 return where[self.target]
-        keys = [
-            sorted(map(str, where)) if isinstance(where, Mapping) else type(where).__name__
-            for where in (outputs, batch)
-        ]
-        self._tell(f"no tensor {self.target!r} in what a step returned ({keys[0]}) or in its batch ({keys[1]})")
+        if needed:
+            told = [sorted(map(str, x)) if isinstance(x, Mapping) else type(x).__name__ for x in (outputs, batch)]
+            self._tell(f"no tensor {self.target!r} in what a step returned ({told[0]}) or in its batch ({told[1]})")
         return None
 
     def _see(self, z: Tensor, w: Tensor) -> None:

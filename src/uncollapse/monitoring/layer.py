@@ -15,7 +15,9 @@ Where = str | nn.Module | Tensor | Callable[[Any], Tensor] | None
 
 
 def prototypes_of(module: nn.Module, where: Where = None) -> Tensor:
-    """The prototypes of a model as they are now: ``(K, D)`` without gradient, rows of any length.
+    """The prototypes of a model as they are now: ``(K, D)``, rows of any length, with a gradient if they learn by one.
+
+    Looking for them by name costs some milliseconds: pass ``where`` in every step.
 
     Args:
         module: any model.
@@ -26,23 +28,28 @@ def prototypes_of(module: nn.Module, where: Where = None) -> Tensor:
     Raises:
         ValueError: no prototypes found, several sets of them, or something that is no floating (K, D) matrix.
     """
-    return vectors_of(locate(module, where), module)
+    return _vectors(locate(module, where), module)
 
 
 def locate(module: nn.Module, where: Where = None) -> nn.Module | Tensor | Callable[[Any], Tensor]:
     """The layer, matrix or function that `prototypes_of` reads the prototypes from; arguments and errors as there."""
     path = _found(module) if where is None else where
     place = _at(module, path) if isinstance(path, str) else path
-    vectors_of(place, module)
+    _vectors(place, module)
     return place
 
 
 def vectors_of(place: nn.Module | Tensor | Callable[[Any], Tensor], module: nn.Module) -> Tensor:
-    """What `prototypes_of` gives, of what `locate` found.
+    """What `prototypes_of` gives, without gradient, of what `locate` found.
 
     Raises:
         ValueError: no floating (K, D) matrix.
     """
+    with torch.no_grad():
+        return _vectors(place, module).detach()
+
+
+def _vectors(place: nn.Module | Tensor | Callable[[Any], Tensor], module: nn.Module) -> Tensor:
     w: Any = place
     if isinstance(place, nn.Module):
         w = _matrix(place)
@@ -54,10 +61,9 @@ def vectors_of(place: nn.Module | Tensor | Callable[[Any], Tensor], module: nn.M
         raise ValueError(
             f"{name} gives {what}, not prototypes (K, D): pass prototypes=, a path such as 'head.last_layer'"
         )
-    return w.detach()
+    return w
 
 
-@torch.no_grad()
 def _matrix(layer: nn.Module) -> Any:
     if callable(directions := getattr(layer, "directions", None)):  # a mixture
         return directions()
