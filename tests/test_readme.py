@@ -1,4 +1,4 @@
-"""The README's Python runs as printed, and its loop keeps its prototypes."""
+"""The Python of the README and of docs/loop.md runs as printed, and its loop keeps its prototypes."""
 
 import re
 from pathlib import Path
@@ -9,15 +9,19 @@ import torch.nn.functional as F
 
 import uncollapse
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.S | re.M)
+
+def blocks(name):
+    text = (Path(__file__).parent.parent / name).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.S | re.M)
+
+
+BLOCKS = blocks("docs/loop.md")
 MIXTURE = "mixture = OnlineMixture(components=256, dim=64, rows=2 * 64)"
 
 
-def run(block):
-    names = {}
+def run(block, **names):
     torch.manual_seed(0)
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "docs/loop.md", "exec"), names)
     return names
 
 
@@ -29,6 +33,16 @@ def test_there_is_something_to_run():
 @pytest.mark.parametrize("block", [block for block in BLOCKS if MIXTURE not in block])
 def test_every_other_block_runs_as_printed(block, capsys):
     run(block)
+
+
+def test_the_five_lines_run_inside_a_step(capsys):
+    (five,) = blocks("README.md")
+    assert len(five.replace("\n\n", "\n").splitlines()) == 5
+    head = torch.nn.Linear(64, 1024, bias=False)
+    names = run(five, head=head, z=torch.randn(256, 64), loss=torch.zeros(()))
+    names["loss"].backward()
+    assert head.weight.grad.abs().sum() > 0
+    assert re.fullmatch(r"\d+ alive, 1024 unique of 1024\n", capsys.readouterr().out)
 
 
 def distinct_in_use(names):
