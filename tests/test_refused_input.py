@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from uncollapse import MixtureLayer, PrototypeMonitor, nearest_cosine, usage_counts
 from uncollapse.losses.carp import carp_loss, fused_carp_loss, random_blocks
 from uncollapse.losses.cross_entropy import fused_cross_entropy
 from uncollapse.losses.koleo import koleo_proto, nearest_neighbours
@@ -125,6 +126,23 @@ SHAPES = {
     "the centre": (lambda: centred_softmax(z() @ W.T, torch.zeros(1), 0.1), r"center is \(1,\), not \(8,\)"),
     "a mask of numbers": (lambda: patch_weights(torch.ones(3, 4)), "boolean"),
     "a mixture's rows": (lambda: OnlineMixture(K, D, N).responsibilities(z(d=3)), r"\(6, 3\)"),
+    "a mixture of nothing": (lambda: OnlineMixture(0, 0, N), "above 0: components = 0, dim = 0"),
+    "a mixture layer's projections": (lambda: MixtureLayer(K, D, N)(z(N, 7)), "projections have 7 dimensions"),
+    "a monitor's cosines": (lambda: PrototypeMonitor(K, N).observe(z(N, K - 1)), r"must be \(rows, 8\), got \(6, 7\)"),
+    "a monitor's prototypes": (
+        lambda: PrototypeMonitor(K + 1, N).observe_projections(z(), W),
+        "8 vectors; this monitor was made for 9 prototypes",
+    ),
+    "a monitor's projections": (
+        lambda: PrototypeMonitor(K, N).observe_projections(z(N, 7), W),
+        "projections have 7 dimensions, their prototypes 4",
+    ),
+    "views that nobody flattened": (
+        lambda: PrototypeMonitor(K, N).observe_projections(torch.stack([z(), z()]), W),
+        "flatten views",
+    ),
+    "cosines as argmaxes": (lambda: usage_counts(z(), K), "argmax is of torch.float32; pass indices"),
+    "one vector": (lambda: nearest_cosine(W[:1]), "K ≥ 2"),
     "a mixture's beta": (lambda: OnlineMixture(K, D, N).responsibilities(z(), -1.0), "beta must be above 0"),
 }
 

@@ -30,7 +30,7 @@ def one_shape(tensors: Sequence[Tensor], what: str) -> None:
     Raises:
         ValueError: saying ``what`` must be alike, and which is not.
     """
-    if not tensors:
+    if not len(tensors):  # a stacked tensor is a sequence too
         raise ValueError(f"there are none of {what}")
     shape = tuple(tensors[0].shape)
     if odd := [tuple(t.shape) for t in tensors if tuple(t.shape) != shape]:

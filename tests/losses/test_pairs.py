@@ -77,6 +77,15 @@ def test_fused_gradients_equal_autograd_of_the_plain_form(views, monkeypatch):
     torch.testing.assert_close(actual, expected)
 
 
+def test_views_may_be_stacked():
+    z, w = torch.randn(3, 5, 4), torch.randn(7, 4)
+    targets = torch.softmax(torch.randn(2, 5, 7), -1)
+    expected = dino_loss(list(z @ w.T / 0.1), list(targets))
+    torch.testing.assert_close(dino_loss(z @ w.T / 0.1, targets), expected)
+    torch.testing.assert_close(fused_dino_loss(z, w, targets, 0.1), expected)
+    torch.testing.assert_close(fused_dino_loss_on_logits(z @ w.T, targets, 0.1), expected)
+
+
 def test_gradient_check():
     z, weight, targets = random_case(0, 3, 2, 2, 4, 3)
     stacked = torch.stack(z).double().requires_grad_()

@@ -40,3 +40,14 @@ def test_what_an_earlier_version_saved_is_read():
 def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match="need prototypes and rows"):
         PrototypeMonitor(0, rows=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_projections_of_any_float_type_are_compared_in_float32_at_least(dtype):
+    random = torch.Generator().manual_seed(0)
+    vectors, z = torch.randn(300, 8, generator=random), torch.randn(64, 8, generator=random).to(dtype)
+    monitor = PrototypeMonitor(300, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        monitor.observe_projections(z, vectors)
+    expected = (z.double() @ vectors.double().T).argmax(1).unique()
+    assert monitor.last_used.add(1).nonzero()[:, 0].tolist() == expected.tolist()

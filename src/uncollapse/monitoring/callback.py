@@ -254,8 +254,9 @@ class PrototypeCallback(Callback):
         w, group = vectors_of(self._located(), pl_module), world()
         rows = torch.tensor([sum(map(len, self._queue))], device=w.device)
         if int(max_over_ranks(-rows, group)) == 0:  # the fewest of any rank
-            what = "step returned projections" if self.target is not None else "step used the layer of the prototypes"
-            self._tell(f"no {what} on some rank, so their use is not measured; pass target=")
+            what = "returned projections" if self.target is not None else "used the layer of the prototypes"
+            where = "target=, or prototypes= for the layer that is used there"
+            self._tell(f"no step {what} (on some rank), so the use of prototypes is not measured; pass {where}")
             return {}
         z = gather_ragged(torch.cat(list(self._queue)), group)
         self._queue.clear()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uncollapse.checks import fits
 from uncollapse.distributed import gather_rows, world
 from uncollapse.prototypes.mixture import OnlineMixture
 from uncollapse.targets.softmax import SoftmaxTargets
@@ -45,7 +46,11 @@ class MixtureLayer(nn.Module):
         """Projections ``(..., D)`` of any length → cosines ``(..., K)``, float32 whatever autocast says.
 
         To be divided by the student's temperature in the loss, as DINO does it.
+
+        Raises:
+            ValueError: projections of another dimension.
         """
+        fits(z, self.mixture.mean)
         with torch.autocast(z.device.type, enabled=False):
             return self._unit(z) @ self.weight.T
 

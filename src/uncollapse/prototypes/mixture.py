@@ -133,7 +133,8 @@ class OnlineMixture(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices[name]))}, got {value!r}")
         if blocks < 1 or components % blocks:
             raise ValueError(f"{components} components do not divide into {blocks} blocks")
-        positive = {"rows": rows, "memory_steps": memory_steps, "variance_floor": variance_floor}
+        positive = {"components": components, "dim": dim, "rows": rows, "memory_steps": memory_steps}
+        positive["variance_floor"] = variance_floor
         positive |= {} if temperature is None else {"temperature": temperature}
         if wrong := [f"{name} = {value}" for name, value in positive.items() if not value > 0]:
             raise ValueError(f"must be above 0: {', '.join(wrong)}")
