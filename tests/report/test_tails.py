@@ -92,7 +92,7 @@ def test_classes_stand_in_the_order_of_their_training_images(tmp_path):
     assert picture["src"].startswith("data:image/svg+xml;base64,")
     assert "training images (500 50 5)" in picture["alt"]
     assert "kNN accuracy (%): joint 60 30 15" in picture["alt"]
-    assert "Prototypes used: joint 31 nan 13" in picture["alt"]
+    assert "Used: joint 31 nan 13" in picture["alt"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from uncollapse.measure.catalogue import number
 
 COUNTS = re.compile(r"(^n_|_clusters$|^count|_count$|^prototypes$|_prototypes$|^classes$|_classes$)")
 """Names of metrics that are counts, whatever their value."""
-PLAIN = re.compile(r"((prototypes|distinct|used|own)_per_class|_bits|_nats|_ratio(_random)?)$")
+PLAIN = re.compile(r"((prototypes|distinct|used|wide|own)_per_class|_bits|_nats|_ratio(_random)?)$")
 """Names of metrics that are no shares, even where they lie between 0 and 1."""
 
 

@@ -27,28 +27,33 @@ class Measured(NamedTuple):
     metric: str
     """With the group's name for ``{}``."""
     form: str
-    factor: float = 1.0
+    factor: float
     of_classes: str = ""
     """Where the values of the classes stand in the details; empty: nowhere."""
     title: str = ""
     """Of their panel."""
 
 
+_ACCURACY = ".1f", 100.0
+_COUNT = ".1f", 1.0
+_RATIO = ".2f", 1.0
 MEASURES = (
-    Measured("kNN, %", "longtail", "knn_{}", ".1f", 100, "by_class.knn", "kNN accuracy (%)"),
-    Measured("linear, %", "longtail", "linear_{}", ".1f", 100, "by_class.linear", "Linear accuracy (%)"),
-    Measured("used", "prototypes", "{}_used_per_class", ".1f", 1, "classes.used", "Prototypes used"),
-    Measured("own", "prototypes", "{}_own_per_class", ".1f", 1, "classes.own", "Prototypes of its own"),
-    Measured("own / mean", "prototypes", "{}_own_ratio", ".2f"),
-    Measured("owned", "prototypes", "{}_distinct_per_class", ".1f"),
-    Measured("owned / images", "prototypes", "{}_share_ratio", ".2f"),
-    Measured("the same, random", "prototypes", "{}_share_ratio_random", ".2f"),
+    Measured("kNN, %", "longtail", "knn_{}", *_ACCURACY, "by_class.knn", "kNN accuracy (%)"),
+    Measured("linear, %", "longtail", "linear_{}", *_ACCURACY, "by_class.linear", "Linear accuracy (%)"),
+    Measured("used", "prototypes", "{}_used_per_class", *_COUNT, "classes.used", "Used"),
+    Measured("used, ε .25", "prototypes", "{}_used_wide_per_class", *_COUNT, "classes.used_wide", "Used at ε = 0.25"),
+    Measured("own", "prototypes", "{}_own_per_class", *_COUNT, "classes.own", "Its own"),
+    Measured("own / mean", "prototypes", "{}_own_ratio", *_RATIO),
+    Measured("owned", "prototypes", "{}_distinct_per_class", *_COUNT, "classes.distinct", "Owned, training images"),
+    Measured("owned / images", "prototypes", "{}_share_ratio", *_RATIO),
+    Measured("the same, random", "prototypes", "{}_share_ratio_random", *_RATIO),
 )
 LEGEND = (
     "distinct prototypes of a class, mean over the group's classes: used, on which equally many test images of each "
-    "class are; own, on which most of these images are of the class; by the mean of own over all classes, 1 by chance; "
-    "owned, on which most training images are of the class; the group's share of these by its share of the training "
-    "images, and the same with labels at random. Classes differ in more than their images: compare modes, not groups"
+    "class are, and the same where those within ε = .25 count as one; own, on which most of these images are of the "
+    "class; by the mean of own over all classes, 1 by chance; owned, on which most training images are of the class; "
+    "the group's share of these by its share of the training images, and the same with labels at random. Classes "
+    "differ in more than their images: compare modes, not groups"
 )
 Lines = list[tuple[str, list[str]]]
 """A label, and a cell for each column."""

@@ -62,7 +62,11 @@ _MEANINGS = [
         rf"{_SPLIT}_used_per_class",
         "distinct prototypes on which equally many test images of each class are, mean over {split}",
     ),
-    (rf"{_SPLIT}_own_per_class", "those of them on which most of these images are of the class, mean over {split}"),
+    (rf"{_SPLIT}_used_wide_per_class", "the same where prototypes count as one within ε = 0.25, mean over {split}"),
+    (
+        rf"{_SPLIT}_own_per_class",
+        "distinct prototypes on which most of these images are of the class, mean over {split}",
+    ),
     (rf"{_SPLIT}_own_ratio", "the same by its mean over all classes, 1 by chance: {split}"),
     (rf"{_SPLIT}_share_ratio", "share of the distinct prototypes owned by share of the training images: {split}"),
     (rf"{_SPLIT}_share_ratio_random", "the same with labels at random: {split}"),

@@ -13,6 +13,8 @@ from uncollapse.evaluate.tasks.ownership import ownership
 from uncollapse.evaluate.tasks.prototype_shares import FEWEST, shares
 from uncollapse.evaluate.tasks.prototypes import prototype_owners
 
+WIDE = np.array([0, 0, 0, 3, 3, 3, 6, 6, 6])
+
 
 def features(labels, prototypes, w):
     """An image on each of the prototypes named."""
@@ -45,10 +47,11 @@ def test_used_and_own_are_what_counting_gives(seed, classes, each):
     train = features(labels, rng.integers(0, 9, len(labels)), w)
     test = features(labels, rng.integers(0, 9, len(labels)), w)
     o = ownership(train, test, w)
-    s = shares(o, labels, labels)
+    s = shares(o, labels, labels, WIDE)
     used, own = counted(o.group[o.argmax].tolist(), labels.tolist(), classes)
     assert s.images == each
     assert s.used.tolist() == used
+    assert s.used_wide.tolist() == counted(WIDE[o.argmax].tolist(), labels.tolist(), classes)[0]
     assert s.own.tolist() == pytest.approx(own)
     assert s.owned.tolist() == pytest.approx(counted(o.group[o.train_argmax].tolist(), labels.tolist(), classes)[1])
     assert s.owned_random.sum() == pytest.approx(s.owned.sum())
@@ -58,10 +61,10 @@ def test_every_class_is_looked_at_through_equally_many_images():
     w = torch.eye(12)
     labels = [0] * 60 + [1] * 6 + [2] * (FEWEST - 1)
     images = features(labels, [*(i % 10 for i in range(60)), *[10] * 6, *[11] * (FEWEST - 1)], w)
-    s = shares(ownership(images, images, w), np.array(labels), np.array(labels))
+    s = shares(ownership(images, images, w), np.array(labels), np.array(labels), np.zeros(12, int))
     assert s.images == 6
     assert 2 <= s.used[0] <= 6  # of ten, as six images can be on six at most
-    assert (s.used[1], s.own[1]) == (1, 1)
+    assert (s.used[1], s.used_wide[1], s.own[1]) == (1, 1, 1)
     assert np.isnan(s.used[2])
     assert np.isnan(s.own[2])
 
@@ -69,7 +72,7 @@ def test_every_class_is_looked_at_through_equally_many_images():
 def test_nothing_is_said_of_classes_with_too_few_test_images():
     w = torch.eye(4)
     images = features([0, 0, 1, 1], [0, 1, 2, 3], w)
-    s = shares(ownership(images, images, w), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]))
+    s = shares(ownership(images, images, w), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]), np.arange(4))
     assert s.images == 0
     assert np.isnan(s.used).all()
 
@@ -103,12 +106,13 @@ def test_of_equally_frequent_classes_none_owns_more_by_chance():
     rng, w = np.random.default_rng(0), torch.eye(60)
     labels = np.tile(np.arange(4), 30)
     images = features(labels, rng.integers(0, 60, 120), w)
-    random = shares(ownership(images, images, w), labels, labels).owned_random
+    random = shares(ownership(images, images, w), labels, labels, np.arange(60)).owned_random
     assert random == pytest.approx(random.mean(), rel=0.1)
 
 
 def test_where_each_class_has_prototypes_of_its_own_every_class_has_its_share():
     m = imbalanced(np.random.default_rng(0), 60, knows=True)
+    assert m["tail_used_wide_per_class"] == m["tail_used_per_class"] == 20  # at right angles
     assert m["tail_own_per_class"] == m["head_own_per_class"] == 20
     assert m["head_own_ratio"] == m["tail_own_ratio"] == 1
     assert m["tail_share_ratio"] > 10  # a third of the prototypes, as far as 9 images reach

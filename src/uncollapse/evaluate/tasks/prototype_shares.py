@@ -20,7 +20,7 @@ SHUFFLES = 20
 
 @dataclass(frozen=True)
 class Shares:
-    """What each class has of the distinct prototypes: ε-duplicates count as one."""
+    """What each class has of the distinct prototypes: ε-duplicates count as one, by the ε of the ownership."""
 
     owned: Floats
     """(C,) on which most training images are its own; classes with equally many share a prototype."""
@@ -30,16 +30,19 @@ class Shares:
     """Test images that are looked at of each class for the rest, the same number of every class; 0: too few."""
     used: Floats
     """(C,) on which such an image is; NaN for classes with fewer images."""
+    used_wide: Floats
+    """The same where prototypes closer than `WIDE` count as one."""
     own: Floats
     """(C,) on which most of these images are its own, shared as ``owned``. By chance every class has as many, whatever
     its training images. NaN as for ``used``."""
 
 
-def shares(o: Ownership, labels: Ints, truth: Ints, seed: int = 0) -> Shares:
+def shares(o: Ownership, labels: Ints, truth: Ints, wide: Ints, seed: int = 0) -> Shares:
     """Counts the distinct prototypes of each class.
 
     Args:
         labels: (N,) classes of the training images. truth: (n,) of the test images.
+        wide: (K,) index of the prototype that each one merges into at `WIDE`.
         seed: of the random labels, and of which test images of a class are looked at where it has more.
     """
     rng = np.random.default_rng(seed)
@@ -49,8 +52,12 @@ def shares(o: Ownership, labels: Ints, truth: Ints, seed: int = 0) -> Shares:
     random = np.zeros(classes)
     for _ in range(SHUFFLES):
         random += _on(cluster, rng.permutation(labels), k, classes)[1]
-    images, used, own = _in_use(o.group[o.argmax], truth, o.class_train > 0, k, rng)
-    return Shares(owned, random / SHUFFLES, images, used, own)
+    rows, enough, images = _equally_many(truth, o.class_train > 0, rng)
+    used, own = _on(o.group[o.argmax[rows]], truth[rows], k, classes)
+    used_wide = _on(wide[o.argmax[rows]], truth[rows], k, classes)[0]
+    for counts in (used, used_wide, own):
+        counts[~enough] = math.nan
+    return Shares(owned, random / SHUFFLES, images, used, used_wide, own)
 
 
 def _on(cluster: Ints, labels: Ints, k: int, classes: int) -> tuple[Floats, Floats]:
@@ -69,23 +76,17 @@ def _on(cluster: Ints, labels: Ints, k: int, classes: int) -> tuple[Floats, Floa
     return np.bincount(what, minlength=classes).astype(np.float64), commonest
 
 
-def _in_use(
-    cluster: Ints, truth: Ints, there: NDArray[np.bool_], k: int, rng: np.random.Generator
-) -> tuple[int, Floats, Floats]:
-    """Equally many test images of each class, and (C,) clusters with one of them, and with most of them."""
-    classes = len(there)
-    counts = np.bincount(truth, minlength=classes)
+def _equally_many(
+    truth: Ints, there: NDArray[np.bool_], rng: np.random.Generator
+) -> tuple[Ints, NDArray[np.bool_], int]:
+    """Test images at random, as many of each class that has enough; (C,) which those are, and how many images."""
+    counts = np.bincount(truth, minlength=len(there))
     enough = (counts >= FEWEST) & there
-    used, own = np.full(classes, math.nan), np.full(classes, math.nan)
-    if not enough.any():
-        return 0, used, own
-    images = int(counts[enough].min())
+    images = int(counts[enough].min()) if enough.any() else 0
     order = rng.permutation(len(truth))
     order = order[np.argsort(truth[order], kind="stable")]
     place = np.arange(len(truth)) - (np.cumsum(counts) - counts)[truth[order]]  # of each image within its class
-    rows = order[(place < images) & enough[truth[order]]]
-    used[enough], own[enough] = (counts[enough] for counts in _on(cluster[rows], truth[rows], k, classes))
-    return images, used, own
+    return order[(place < images) & enough[truth[order]]], enough, images
 
 
 def by_group(o: Ownership, s: Shares, truth: Ints, right: NDArray[np.bool_], frequency: Ints) -> dict[str, float]:
@@ -107,6 +108,7 @@ def by_group(o: Ownership, s: Shares, truth: Ints, right: NDArray[np.bool_], fre
         metrics[f"{name}_top1"] = _mean(accuracy[of_class & (total > 0)])
         if name in compared:
             metrics[f"{name}_used_per_class"] = _mean(s.used[of_class])
+            metrics[f"{name}_used_wide_per_class"] = _mean(s.used_wide[of_class])
             metrics[f"{name}_own_per_class"] = _mean(s.own[of_class])
         if name in compared and len(compared) > 1:
             metrics[f"{name}_own_ratio"] = _mean(s.own[of_class]) / _mean(s.own)

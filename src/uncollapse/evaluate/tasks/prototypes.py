@@ -15,6 +15,8 @@ from uncollapse.evaluate.tasks.ownership import Floats, Ownership, majority, own
 from uncollapse.evaluate.tasks.prototype_shares import Shares, by_group, shares
 from uncollapse.measure.probes import confidence95
 from uncollapse.measure.shots import groups, padded
+from uncollapse.measure.sweep import WIDE
+from uncollapse.measure.unique import greedy_cover, nearest_kept
 
 FEWEST = 5
 """Held-out images that a prototype needs before its own purity and entropy are looked at."""
@@ -54,10 +56,11 @@ def prototype_owners(
         `uncollapse.measure.shots.groups` of classes (many, medium, few; head, body, tail where training images are
         imbalanced) ``*_coverage``, ``*_prototypes_per_class`` and ``*_distinct_per_class`` (owned, means; the latter
         and what follows count duplicates as one) and ``*_top1`` (mean over its classes); for each of the thirds, or of
-        the others where there are none, ``*_used_per_class`` and ``*_own_per_class``, on which equally many test images
-        of each class are, and are the most; ``*_own_ratio``, the latter by its mean over all classes, 1 by chance; and
-        ``*_share_ratio``, the group's share of the owned ones by its share of the training images, with
-        ``*_share_ratio_random``, that of random labels. NaN where nothing is there to measure.
+        the others where there are none, ``*_used_per_class``, on which equally many test images of each class are,
+        ``*_used_wide_per_class``, the same at ε = 0.25, and ``*_own_per_class``, on which most of these are of the
+        class; ``*_own_ratio``, the latter by its mean over all classes, 1 by chance; and ``*_share_ratio``, the group's
+        share of the owned ones by its share of the training images, with ``*_share_ratio_random``, that of random
+        labels. NaN where nothing is there to measure.
 
     Raises:
         ValueError: as `ownership`.
@@ -66,7 +69,8 @@ def prototype_owners(
     assert train.labels is not None
     assert test.labels is not None
     truth = test.labels.numpy()
-    s = shares(o, train.labels.numpy(), truth, seed)
+    wide = nearest_kept(vectors.detach().float().cpu(), greedy_cover(vectors.detach().float().cpu(), WIDE)).numpy()
+    s = shares(o, train.labels.numpy(), truth, wide, seed)
     frequency = o.class_train if frequency is None else padded(frequency, len(o.class_train))
     right = o.owner[o.argmax] == truth
     right_merged = o.merged_owner[o.argmax] == truth
@@ -144,6 +148,7 @@ def _details(
             "owned": s.owned.tolist(),
             "owned_random": s.owned_random.tolist(),
             "used": s.used.tolist(),
+            "used_wide": s.used_wide.tolist(),
             "own": s.own.tolist(),
         },
         "rules": [
