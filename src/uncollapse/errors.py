@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 from uncollapse.shown import shown
+
+
+def meant(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """``did you mean X?`` for a name that is none of ``names``; where none is close, ``otherwise``, or all of them."""
+    known = list(names)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else otherwise or f"there are {', '.join(known)}"
 
 
 class ConfigError(ValueError):

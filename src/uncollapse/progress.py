@@ -105,9 +105,11 @@ def say(console: Console, line: str) -> None:
 
 
 @contextmanager
-def training_bar(show: bool = True) -> Iterator[tuple[Callable[[str], None], Callable[[int, int, float], None]]]:
-    """Yields ``say(line)`` and ``progress(done, total, loss)`` that share one terminal."""
-    console = SteadyConsole(quiet=not show)
+def training_bar(
+    show: bool = True, stderr: bool = False
+) -> Iterator[tuple[Callable[[str], None], Callable[[int, int, float], None]]]:
+    """Yields ``say(line)`` and ``progress(done, total, loss)`` that share one terminal; ``stderr``: not stdout."""
+    console = SteadyConsole(quiet=not show, stderr=stderr)
     with bars(console, ["training"], keep=True, show=show) as report:
 
         def progress(done: int, total: int, loss: float) -> None:

@@ -59,7 +59,7 @@ def test_arms_leave_one_run_in_mid_run(tmp_path, capsys):
 def grid_of(words, monkeypatch, tmp_path):
     """The cells and trunks that a command would train."""
     grids = []
-    monkeypatch.setattr("uncollapse.cli.grid.write_grid", lambda *asked: grids.append(asked))
+    monkeypatch.setattr("uncollapse.cli.grid.write_grid", lambda *asked, as_json: grids.append(asked))
     start = ["compare", "--recipes", "dino-small32", "--data", "builtin:digits", "--out", str(tmp_path), *words]
     main([*start, "--device", "cpu"])
     ((cells, *_, (trunks, step)),) = grids
@@ -176,7 +176,7 @@ def test_an_arm_that_is_another_one_under_this_method_is_trained_once(tmp_path, 
     """SwAV balances anyway; DINO does not."""
     seen = {}
 
-    def write_grid(cells, *_):
+    def write_grid(cells, *_, as_json):
         seen["cells"], seen["notes"] = [cell.name for cell in cells], _[6]
 
     monkeypatch.setattr("uncollapse.cli.grid.write_grid", write_grid)

@@ -38,7 +38,7 @@ def test_an_interruption_keeps_the_tasks_that_were_done(run, tasks, monkeypatch)
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--tasks", "knnn"], "no task 'knnn'; there are knn, linear"),
+        (["--tasks", "knnn"], "no task 'knnn' (did you mean knn?)"),
         (["--tasks", "knnn,all"], "no task 'knnn'"),
         (["--masks", "nowhere"], "--masks: nowhere is no folder"),
         (["--tasks", ","], "no task named"),

@@ -57,6 +57,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--tiny", action="store_true", help="shrink every recipe to run in seconds")
     parser.add_argument("--jobs", type=int, help="runs at once (default: one per CUDA device, else per core)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else on stdout")
     parser.set_defaults(run=compare)
 
 
@@ -120,6 +121,7 @@ def compare(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         "Do the prototypes collapse?",
         (*((left,) if trunks else ()), *dict.fromkeys(notes)),
         (trunks, arguments.branch),
+        as_json=arguments.json,
     )
 
 

@@ -24,6 +24,7 @@ def run_demo(
     jobs: int | None,
     overrides: dict[str, Any],
     again: str,
+    as_json: bool = False,
 ) -> Outcome:
     """A comparison on real 8×8 digits; ``again`` is the command that goes on where it was interrupted.
 
@@ -40,4 +41,4 @@ def run_demo(
         for arm in arms
     ]
     jobs = min(jobs or cores(), len(cells))
-    return write_grid(cells, out, max_steps, jobs, [], again, "Do the prototypes collapse?", (NOTE,))
+    return write_grid(cells, out, max_steps, jobs, [], again, "Do the prototypes collapse?", (NOTE,), as_json=as_json)

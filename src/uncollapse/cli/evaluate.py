@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, meant
+from uncollapse.evaluate.names import TASK_NAMES
 from uncollapse.shown import shown
 
 if TYPE_CHECKING:
@@ -89,10 +90,9 @@ def run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         raise ConfigError("--cache and --no-cache exclude each other")
     words = ",".join(arguments.tasks or []).split(",")
     tasks = None if arguments.tasks is None else [t.strip() for t in words if t.strip()]
-    from uncollapse.evaluate.catalogue import TASKS
-
-    if tasks is not None and (unknown := [t for t in tasks if t not in TASKS and t != "all"]):
-        raise ConfigError(f"--tasks: no task {', '.join(map(repr, unknown))}; there are {', '.join(TASKS)} and all")
+    known = (*TASK_NAMES, "all")
+    if tasks is not None and (unknown := [t for t in tasks if t not in known]):
+        raise ConfigError(f"--tasks: no task {', '.join(map(repr, unknown))} ({meant(unknown[0], known)})")
     tasks = ["all"] if tasks and "all" in tasks else tasks
     sources = list(dict.fromkeys(arguments.sources))
     if len(sources) > 1 and arguments.out is not None:

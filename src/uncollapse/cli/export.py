@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+from uncollapse.cli.terminal import print_json
 from uncollapse.errors import ConfigError
 from uncollapse.export.formats import FORMATS
 from uncollapse.shown import shown
@@ -37,8 +37,7 @@ def _export(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
     written = export(arguments.folder, arguments.to, arguments.out, arguments.side, arguments.overwrite)
     if arguments.json:
-        row = {**dataclasses.asdict(written), "out": str(written.out)}
-        print(json.dumps(row, indent=1, allow_nan=False))
+        print_json({**dataclasses.asdict(written), "out": str(written.out)})
         return
     print(f"exported    {written.side} of step {written.step:,} → {shown(written.out)}")
     for name, facts in written.sets.items():

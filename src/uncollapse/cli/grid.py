@@ -8,7 +8,7 @@ import os
 import queue
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,16 +17,18 @@ from typing import Any
 
 from rich.console import Console
 
+from uncollapse.cli.terminal import print_json
 from uncollapse.config.load import load_config
 from uncollapse.config.schema import Config
 from uncollapse.errors import ConfigError, TrainingError
-from uncollapse.progress import bars
+from uncollapse.progress import SteadyConsole, bars
 from uncollapse.report.grid import markdown, table, to_csv
 from uncollapse.report.page import write_report
 from uncollapse.report.table import print_table
 from uncollapse.run_folder.files import write_atomically
 from uncollapse.run_folder.read import read_run
 from uncollapse.shown import in_words
+from uncollapse.training.interrupt import StopRequest
 
 ALL = "all"
 """The bar of all cells together."""
@@ -70,6 +72,7 @@ def write_grid(
     title: str,
     notes: tuple[str, ...] = (),
     trunks: tuple[Sequence[Cell], int | None] = ((), None),
+    as_json: bool = False,
 ) -> Outcome:
     """Trains the cells and writes ``summary.json``, ``table.md``, ``table.csv`` and ``report.html`` to ``out``.
 
@@ -79,6 +82,7 @@ def write_grid(
         title: of the page.
         notes: shown with the tables.
         trunks: runs that cells leave, and the step at which; trained up to there before the cells.
+        as_json: whether stdout gets one JSON object and stderr what is said besides.
 
     Raises:
         ConfigError: ``out`` holds something else than a grid, or one of another configuration.
@@ -88,7 +92,7 @@ def write_grid(
     if out.exists() and any(out.iterdir()) and not any(folder.is_dir() for folder in folders):
         raise ConfigError(f"--out {out}: holds something else than such a comparison; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = SteadyConsole(stderr=as_json)
     console.print(
         f"{len(cells)} runs, {jobs} at a time on {f'{len(devices)} GPUs' if devices else f'{cores()} cores'} → {out}",
         highlight=False,
@@ -115,6 +119,11 @@ def write_grid(
             console.print(note, highlight=False, markup=False)
         for name in ("table.md", "report.html"):
             console.print(f"{name.partition('.')[0]}: {out / name}", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        arms = [
+            {"run": str(cell.out), **outcome.summaries[cell.name]} for cell in cells if cell.name in outcome.summaries
+        ]
+        print_json({"out": str(out), "arms": arms, "failed": outcome.failed, "notes": list(notes)})
     if outcome.failed:
         raise TrainingError(_failed(outcome, len(cells), again))
     return outcome
@@ -160,8 +169,12 @@ def run_grid(
             pool.submit(_train_cell, cell.name, cell.config, str(cell.out), max_steps, bool(devices)): cell.name
             for cell in cells
         }
+        # Not an exception out of nowhere: one within a call to the manager would leave it without its answer, and
+        # `stopped` could not be set any more.
+        request = StopRequest(speaks=False)
         try:
-            follow(started_cells, messages, console)
+            with request.listening():
+                follow(started_cells, messages, console, lambda: request.asked)
         except KeyboardInterrupt:
             stopped.set()
             console.print("finishing the steps under way and saving them; again to stop now", highlight=False)
@@ -200,12 +213,23 @@ def _train_cell(name: str, config: Config, out: str, max_steps: int | None, on_g
     return train(config, Path(out), max_steps, resume, progress, lambda line: None, "cuda" if on_gpu else "cpu")
 
 
-def follow(started: dict[Future[dict[str, Any]], str], messages: Any, console: Console) -> None:
-    """Shows every cell's progress, and that of all together with the time they still need, until all have ended."""
+def follow(
+    started: dict[Future[dict[str, Any]], str],
+    messages: Any,
+    console: Console,
+    asked: Callable[[], bool] = lambda: False,
+) -> None:
+    """Shows every cell's progress, and that of all together with the time they still need, until all have ended.
+
+    Raises:
+        KeyboardInterrupt: once ``asked`` says that they are to stop.
+    """
     waiting, heard = set(started), dict[str, tuple[int, int, float]]()
     several = [ALL] if len(started) > 1 else []
     with bars(console, [*started.values(), *several], keep=True) as report:
         while waiting:
+            if asked():
+                raise KeyboardInterrupt
             with suppress(queue.Empty):
                 name, done, total, loss = messages.get(timeout=0.5)
                 heard[name] = (done, total, loss)

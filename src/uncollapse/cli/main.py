@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import shlex
@@ -16,29 +15,42 @@ from typing import Any, NoReturn
 
 from uncollapse import __version__
 from uncollapse.cli.compare import add_parser as add_compare
+from uncollapse.cli.completion import WITH_KEYS
+from uncollapse.cli.completion import add_parser as add_completion
 from uncollapse.cli.diagnose import run_diagnose
 from uncollapse.cli.evaluate import add_parser as add_evaluate
 from uncollapse.cli.export import add_parser as add_export
 from uncollapse.cli.recipes import add_parsers as add_recipes
-from uncollapse.cli.terminal import tolerate_any_encoding
+from uncollapse.cli.terminal import nobody_reads, print_json, tolerate_any_encoding
 from uncollapse.cli.train import add_parsers as add_train
 from uncollapse.cli.train import take_keys, unknown
-from uncollapse.errors import ConfigError, PairingError
+from uncollapse.errors import ConfigError, PairingError, meant
 from uncollapse.shown import shown
+
+EXIT_CODES = {
+    0: "done",
+    1: "the work failed, or `--fail-under` does not let a checkpoint pass",
+    2: "input that cannot be used: a word, a key, a file, images",
+    3: "a method and a way to learn prototypes, or targets, that mean nothing together",
+    130: "stopped by Ctrl-C, or a scheduler's SIGTERM; what was trained is saved",
+}
+"""What each exit status means; docs/cli.md has the same table."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits 0, 1 (the run failed), 2 (bad input) or 3 (a pairing that means nothing), with one clear line
-    on stderr."""
+    """Entry point; exits with one of `EXIT_CODES`, and with one clear line on stderr where it is not 0."""
     tolerate_any_encoding()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments, overrides = _parsed(words)
         arguments.run(arguments, overrides)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            return  # | head
         if os.environ.get("UNCOLLAPSE_TRACEBACK"):
             raise
         code = _exit_code(error)
@@ -77,7 +89,12 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line, like all others."""
+    """Errors in one line, like all others, that say what may have been meant."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            hint = meant(str(value), map(str, action.choices))
+            raise argparse.ArgumentError(action, f"there is no {str(value)!r} ({hint})")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
@@ -87,14 +104,12 @@ def _parsed(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Options of the command, and keys of the recipe."""
     parser, commands = _parser()
     if words and not words[0].startswith("-") and words[0] not in commands:
-        close = difflib.get_close_matches(words[0], commands, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
-        raise ConfigError(f"no command {words[0]!r} ({hint})")
+        raise ConfigError(f"no command {words[0]!r} ({meant(words[0], commands)})")
     left, overrides = take_keys(words)
     arguments, rest = parser.parse_known_args(left)
     if rest:
         options = re.findall(r"--[a-z][a-z-]*", commands[words[0]].format_usage())
-        raise unknown(rest[0], options, keys=words[0] in ("train", "demo", "recipe", "compare"))
+        raise unknown(rest[0], options, keys=words[0] in WITH_KEYS)
     arguments.again = shlex.join(["uncollapse", *words])
     return arguments, overrides
 
@@ -140,8 +155,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     report = commands.add_parser("report", help="write report.html again from finished run folders")
     report.add_argument("runs", nargs="+", type=Path, help="run folders")
-    report.add_argument("--out", type=Path, default=Path("report.html"))
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)")
+    report.add_argument("--json", action="store_true", help="print a JSON list: what is in each run folder")
     report.set_defaults(run=_report)
+
+    add_completion(commands)
     return parser, commands.choices
 
 
@@ -151,7 +169,13 @@ def _report(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from uncollapse.report.page import report_folders
 
     problems = report_folders(arguments.runs, arguments.out)
-    print(f"report      {shown(arguments.out)}")
+    if arguments.json:
+        from uncollapse.run_folder.read import read_run
+
+        records = [read_run(folder) for folder in arguments.runs]
+        print_json([{"run": r.folder, "summary": r.summary, "evaluation": r.evaluation} for r in records if r.summary])
+    else:
+        print(f"report      {shown(arguments.out)}")
     for line in problems:
         print(f"uncollapse: error: {line}", file=sys.stderr)
     if problems:

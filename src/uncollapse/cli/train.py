@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from uncollapse.cli.terminal import print_json
 from uncollapse.config.facts import arm_keys, method_name, mode_name
 from uncollapse.config.load import all_keys, load_config, recipe_names
 from uncollapse.config.plain_yaml import parse_value
@@ -27,6 +28,7 @@ def add_parsers(commands: Any) -> None:
     demo.add_argument("--max-steps", type=int, help="stop every arm after so many steps")
     demo.add_argument("--arms", nargs="+", choices=DEMO_ARMS, default=list(DEMO_ARMS), help="default: all six")
     demo.add_argument("--jobs", type=int, help="arms trained at once (default: one per core)")
+    demo.add_argument("--json", action="store_true", help="print one JSON object, and nothing else on stdout")
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser(
@@ -51,6 +53,7 @@ def add_parsers(commands: Any) -> None:
     train.add_argument("--tiny", action="store_true", help="shrink the recipe to run in seconds")
     train.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR; needs nothing else")
     train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    train.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else on stdout")
     train.set_defaults(run=_train)
 
 
@@ -106,11 +109,14 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from uncollapse.training.run import train
 
     main_rank = os.environ.get("RANK", "0") == "0"
-    with training_bar(show=main_rank) as (say, progress):
+    with training_bar(main_rank, arguments.json) as (say, progress):
         summary = train(config, out, arguments.max_steps, arguments.resume is not None, progress, say, arguments.device)
     if not main_rank:
         return
     write_report([read_run(out)], out / "report.html")
+    if arguments.json:
+        print_json({**summary, "run": str(out), "report": str(out / "report.html")})
+        return
     try:
         print_table([summary])
         for note in summary.get("notes", []):
@@ -194,5 +200,12 @@ def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from uncollapse.cli.demo import run_demo
 
     run_demo(
-        arguments.out, arguments.seeds, arguments.arms, arguments.max_steps, arguments.jobs, overrides, arguments.again
+        arguments.out,
+        arguments.seeds,
+        arguments.arms,
+        arguments.max_steps,
+        arguments.jobs,
+        overrides,
+        arguments.again,
+        arguments.json,
     )

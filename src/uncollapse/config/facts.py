@@ -95,15 +95,26 @@ def mode_name(config: Config) -> str:
     return kind if targets == _own_targets(config) else f"{kind}-{targets}"
 
 
+def _modes() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Ways to learn prototypes, alone and with targets of another kind, each with the keys that make it."""
+    ways: dict[str, dict[str, Any]] = {kind: {"prototypes.kind": kind} for kind in KINDS}
+    ways |= {d: {"prototypes.kind": "koleo", "prototypes.diversity": d} for d in ("koleo", *RIVALS)}
+    pairs = {f"{way}-{t}": {**keys, "prototypes.targets": t} for way, keys in ways.items() for t in TARGETS}
+    return ways, pairs
+
+
+def mode_names() -> list[str]:
+    """Every mode that `arm_keys` knows."""
+    return [name for modes in _modes() for name in modes]
+
+
 def arm_keys(arm: str) -> dict[str, Any]:
     """The keys of a recipe that make a mode, ``KIND`` or ``KIND-TARGETS``; the inverse of `mode_name`.
 
     Raises:
         ConfigError: no such mode.
     """
-    ways: dict[str, dict[str, Any]] = {kind: {"prototypes.kind": kind} for kind in KINDS}
-    ways |= {d: {"prototypes.kind": "koleo", "prototypes.diversity": d} for d in ("koleo", *RIVALS)}
-    pairs = {f"{way}-{t}": {**keys, "prototypes.targets": t} for way, keys in ways.items() for t in TARGETS}
+    ways, pairs = _modes()
     if arm in ways or arm in pairs:
         return (ways | pairs)[arm]
     close = difflib.get_close_matches(arm, [*ways, *pairs], n=1)

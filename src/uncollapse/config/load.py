@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -101,7 +102,10 @@ def _one_line(error: ValidationError, source: str) -> str:
         return f"{source}: unknown key {shortened(key)!r} ({hint})"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     message = message if first["type"] == "value_error" else f"should be {message}"
-    return f"{source}: {key}: {message}, got {shortened(repr(first['input']))}"
+    names = re.findall(r"[\w-]+", message) if location[-1:] == ["name"] or first["type"] == "literal_error" else []
+    close = difflib.get_close_matches(str(first["input"]), names, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"{source}: {key}: {message}, got {shortened(repr(first['input']))}{hint}"
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from rich.text import Text
 from uncollapse.diagnosis.result import Diagnosis
 from uncollapse.measure.catalogue import USED, VIEW_INFORMATION, Measure, effective, information_text, unique
 from uncollapse.measure.sweep import WIDE
+from uncollapse.progress import SteadyConsole
 from uncollapse.shown import shown
 
 
@@ -138,7 +139,7 @@ def facts(d: Diagnosis) -> list[str]:
 
 def print_diagnoses(diagnoses: Sequence[Diagnosis], console: Console | None = None) -> None:
     """A block per set: where it was found, the counts per ε, how it is distributed, the verdict and what to do next."""
-    console = console or Console()
+    console = console or SteadyConsole()
     names = names_of(diagnoses)
     for d, name in zip(diagnoses, names, strict=True):
         family = f" [{d.source.family}]" if d.source.family else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 
 from uncollapse.checkpoints.exported import DINO_CHECKPOINT, ENCODER, HEAD, HUB_ENCODER, is_export
 from uncollapse.data.views import eval_shorter_side
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, meant
 from uncollapse.export.card import card
 from uncollapse.export.content import Content, SetFacts, content_of, encoder_tensors, head_tensors, metadata
 from uncollapse.export.dino import dino_checkpoint, left_out
@@ -62,9 +61,7 @@ def export(run: Path, to: str, out: Path | None = None, side: str | None = None,
         InputError: no run of ours, or a damaged one.
     """
     if to not in FORMATS:
-        close = difflib.get_close_matches(to, FORMATS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(FORMATS)}"
-        raise ConfigError(f"--to: no format {to!r} ({hint})")
+        raise ConfigError(f"--to: no format {to!r} ({meant(to, FORMATS)})")
     content = content_of(run, side)
     write, notes = _format(content, to)
     if out is None:

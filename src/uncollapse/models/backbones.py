@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from uncollapse.config.schema import BackboneConfig
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, meant
 
 
 class Conv3(nn.Sequential):
@@ -88,7 +88,8 @@ def build_backbone(config: BackboneConfig, drop_path: bool = True) -> tuple[nn.M
 
     # A name or an option may be a stranger's: hub names are downloaded, and some options read files or weights.
     if not re.fullmatch(r"[\w.-]+", config.name) or not timm.is_model(config.name):
-        raise ConfigError(f"backbone.name: timm has no model {config.name!r}; timm.list_models() names what it has")
+        hint = meant(config.name, ["conv3", *timm.list_models()], "timm.list_models() names what it has")
+        raise ConfigError(f"backbone.name: timm has no model {config.name!r} ({hint})")
     if refused := [name for name in config.options if name.startswith("pretrained") or name in _NOT_OF_MODELS]:
         raise ConfigError(f"backbone.options: {refused[0]} is no option of a model's architecture; leave it out")
     options = timm_options(config)

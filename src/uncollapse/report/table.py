@@ -11,6 +11,7 @@ from rich.table import Table
 
 from uncollapse.measure.catalogue import Measure, Row, measured
 from uncollapse.measure.verdict import judge_row
+from uncollapse.progress import SteadyConsole
 from uncollapse.report.arms import CONTROL, arm_name, group, set_name
 from uncollapse.report.comparing import stat
 from uncollapse.report.tails import LEGEND, tails
@@ -29,7 +30,7 @@ def cell(measure: Measure, rows: Sequence[Row]) -> str:
 
 def print_table(summaries: list[Row], console: Console | None = None) -> None:
     """Prints a column per arm: the figures of merit, what became of its prototypes, the verdict, the cost of a step."""
-    console = console or Console()
+    console = console or SteadyConsole()
     arms: dict[str, list[Row]] = {}
     several = len({_method(s) for s in summaries}) > 1
     for summary in summaries:
@@ -55,7 +56,7 @@ def print_table(summaries: list[Row], console: Console | None = None) -> None:
 
 def print_tails(runs: Sequence[RunRecord], console: Console | None = None) -> None:
     """Prints what evaluations found of frequent and of rare classes: a column per arm, a table per data set."""
-    console = console or Console()
+    console = console or SteadyConsole()
     grouping = group(runs)
     seeds = max(len(members) for members in grouping.arms.values())
     for key in dict.fromkeys(key for run in runs for key in run.evaluation):
