@@ -44,7 +44,7 @@ MAY_IMPORT = {
         "targets",
     },
     "export": {"checkpoints", "config", "data", "measure", "models", "prototypes", "run_folder"},
-    "cli": {"config", "diagnosis", "evaluate", "export", "measure", "report", "run_folder", "training"},
+    "cli": {"checkpoints", "config", "diagnosis", "evaluate", "export", "measure", "report", "run_folder", "training"},
     "__main__": {"cli"},
 }
 

@@ -51,11 +51,12 @@ def read_tensors(path: Path, trust: bool = False, only: Callable[[str], bool] | 
     if is_sharded(path):
         with damage_is_said(path):
             return read_sharded(path, only)
-    if path.is_dir() and is_export(path):
-        return read_export(path)
-    kind = file_kind(path)
+    kind = "export" if path.is_dir() and is_export(path) else file_kind(path)
+    if kind == "export" or (kind == "safetensors" and is_export(path)):
+        with damage_is_said(path):
+            return read_export(path)
     if kind == "safetensors":
-        return read_export(path) if is_export(path) else read_safetensors(path)
+        return read_safetensors(path)
     if kind in ("npy", "npz"):
         content = read_numpy(path)
         if isinstance(content, np.ndarray):

@@ -122,6 +122,7 @@ def _one(
     import torch
     from rich.console import Console
 
+    from uncollapse.checkpoints.exported import is_export
     from uncollapse.evaluate.record import add_scalars, merge
     from uncollapse.evaluate.run import evaluate, settings_for
     from uncollapse.evaluate.source import open_encoder
@@ -140,7 +141,7 @@ def _one(
         seed=arguments.seed,
     )
     folder = Path(source)
-    of_run = encoder.config is not None and folder.is_dir()
+    of_run = encoder.config is not None and folder.is_dir() and not is_export(folder)
     out = arguments.out or (folder if of_run else Path("runs") / f"evaluate-{_slug(source)}")
     cache = None if arguments.no_cache else arguments.cache or (folder if of_run else Path("runs")) / "features"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
