@@ -55,11 +55,13 @@ def test_bayes_rule_with_a_fixed_temperature_has_the_learned_weights():
 
 
 def test_plain_defaults_are_the_recommended_mixture():
-    """The form that keeps its prototypes is what one gets without asking, and what `decoupled` trains with."""
-    plain, chosen = OnlineMixture(K, D, 64), build_prototypes(PrototypeConfig("decoupled", count=K), D, 64, 0)
-    names = ("covariance", "balance", "temperature", "centred", "log_lambda", "variance_floor", "iterations")
-    assert {n: getattr(plain, n) for n in names} == {n: getattr(chosen.mixture, n) for n in names}
-    assert RECOMMENDED[:5] == ("isotropic", 60.0, "sinkhorn", None, True)
+    """The clustering that keeps its components is what one gets without asking; `decoupled` trains with another one."""
+    plain, named = OnlineMixture(K, D, 64), OnlineMixture(K, D, 64, **RECOMMENDED._asdict())
+    chosen = build_prototypes(PrototypeConfig("decoupled", count=K), D, 64, 0).mixture
+    names = ("covariance", "balance", "temperature", "centred", "renewed", "log_lambda", "variance_floor", "iterations")
+    assert {n: getattr(plain, n) for n in names} == {n: getattr(named, n) for n in names}
+    assert RECOMMENDED == ("isotropic", 60.0, "sinkhorn", None, True, 0.0)
+    assert (chosen.covariance, chosen.balance, chosen.centred, chosen.renewed) == ("shared", "sinkhorn", True, 1.0)
 
 
 def test_the_paper_s_letter_is_a_named_alternative():

@@ -63,11 +63,6 @@ def _prototypes(config: Config) -> Problems:
     if protos.kind == "fixed" and protos.start == "simplex" and protos.count > dim + 1:
         why = f"a simplex in head.bottleneck = {dim} dimensions has at most one corner more than that"
         yield "prototypes.start", f"{why}, not {protos.count}"
-    if protos.count % (protos.mixture.blocks or 1):
-        yield (
-            "prototypes.mixture.blocks",
-            f"{protos.count} prototypes do not divide into {protos.mixture.blocks} blocks",
-        )
     if protos.koleo_every > 1 and protos.diversity not in ("koleo", "mst"):
         yield "prototypes.koleo_every", f"{protos.diversity} looks for no neighbours; leave it at 1"
 

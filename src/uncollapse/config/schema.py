@@ -125,26 +125,10 @@ class MixtureConfig:
     covariance: Literal["shared", "isotropic", "diagonal"] | None = None
     memory_steps: Above0 | None = None
     """Forgetting, as the number of training steps after which half of a component's evidence is new."""
-    balance: Literal["none", "sinkhorn", "floor"] | None = None
-    """How the E-step keeps components alive: not at all, by equal masses over the batch, or by a floor under each, 0.4
-    of an equal mass."""
-    assignment: Literal["soft", "hard"] | None = None
-    """Whether a projection counts for every component as much as its responsibility, or for the likeliest alone."""
-    forgetting: Literal["responsibility", "step"] | None = None
-    """Whether a component forgets as it learns, or all alike every step."""
-    blocks: Positive | None = None
-    """So many mixtures of their own, each of as many of the components."""
-    linear: bool | None = None
-    """Whether means are one linear map of directions that never move, fitted by least squares, as in SimVQ."""
-    saturated: bool | None = None
-    """Whether components start with all the evidence they can have, so that none moves at once, or with none."""
-    whiten: Literal["none", "centred", "whitened"] = "none"
-    """Whether the mixture sees projections as they are, from their running mean, or whitened."""
-    renew_steps: Rate = 0.0
-    """Steps in which every component is put anew where a projection is; 0: none is."""
-    renew: Literal["oldest", "idle"] = "oldest"
-    renew_until: Unit = 1.0
-    """Share of training after which components are renewed no more."""
+    balance: Literal["none", "sinkhorn"] | None = None
+    """How the E-step keeps components alive: not at all, or by equal masses over the batch."""
+    renewed: Unit | None = None
+    """Share of a step's projections each of which takes the place of the oldest component."""
     temperature: Above0 | None = None
     """Fixed temperature of the E-step over cosines; null with no default of the mode: the variances rule."""
     centred: bool | None = None

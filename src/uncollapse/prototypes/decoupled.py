@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uncollapse.config.schema import MixtureConfig
-from uncollapse.prototypes.frame import Frame
-from uncollapse.prototypes.mixture import PAPER, RECOMMENDED, MixtureOptions, OnlineMixture
-from uncollapse.prototypes.renewal import Renewal
+from uncollapse.prototypes.mixture import DISTILLING, PAPER, MixtureOptions, OnlineMixture
 from uncollapse.prototypes.sets import Prototypes, Side
 from uncollapse.targets.softmax import SoftmaxTargets
 
@@ -18,25 +16,14 @@ class MixturePrototypes(Prototypes):
     """Prototypes that are the means of an online Gaussian mixture; no gradient ever reaches them."""
 
     def __init__(
-        self,
-        mixture: OnlineMixture,
-        anneal_start: float = 1.0,
-        anneal_steps: float = 0.0,
-        unit: bool = True,
-        frame: Frame | None = None,
-        renewal: Renewal | None = None,
-        renew_until: float = 1.0,
+        self, mixture: OnlineMixture, anneal_start: float = 1.0, anneal_steps: float = 0.0, unit: bool = True
     ) -> None:
-        """``unit``: whether projections come as unit vectors; else the mixture sees their directions.
-
-        With a ``frame`` it sees projections as they come, from there.
-        """
+        """``unit``: whether projections come as unit vectors; else the mixture sees their directions."""
         super().__init__()
         self.unit = unit
         self.mixture = mixture
         self.anneal_start = anneal_start
         self.anneal_steps = anneal_steps
-        self.frame, self.renewal, self.renew_until = frame, renewal, renew_until
 
     def beta(self, progress: float) -> float:
         """Inverse temperature of the E-step: geometric from ``anneal_start`` to 1."""
@@ -45,24 +32,13 @@ class MixturePrototypes(Prototypes):
         return self.anneal_start ** (1 - progress / self.anneal_steps)
 
     def affine(self, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
-        weight = self.mixture.directions()
-        if self.frame is None:
-            return weight, None
-        weight, bias = self.frame.back(weight)
-        return weight, bias / temperature
+        return self.mixture.directions(), None
 
     def means(self) -> Tensor:
         return self.mixture.mean.detach().float()
 
     def observe(self, z: Tensor, progress: float, weight: Tensor | None = None) -> None:
-        if self.frame is not None and len(z):
-            self.frame.observe(z)
-        x = self._seen(z)
-        self.mixture.observe(x, weight, self.beta(progress))
-        if self.renewal is not None and progress < self.renew_until:
-            x = x if weight is None else x[weight > 0]
-            if len(x):
-                self.renewal(self.mixture, x)
+        self.mixture.observe(self._unit(z), weight, self.beta(progress))
 
     def begin_at(self, vectors: Tensor) -> None:
         self.mixture.mean.copy_(vectors)
@@ -72,11 +48,9 @@ class MixturePrototypes(Prototypes):
 
         The teacher's temperature does not enter: offsets balance the components only as they were found.
         """
-        return self.mixture.targets(self._seen(z))
+        return self.mixture.targets(self._unit(z))
 
-    def _seen(self, z: Tensor) -> Tensor:
-        if self.frame is not None:
-            return self.frame(z.to(self.frame.middle))
+    def _unit(self, z: Tensor) -> Tensor:
         return z if self.unit else F.normalize(z, dim=-1)
 
 
@@ -87,7 +61,7 @@ def mixture_defaults(kind: str, chosen: MixtureConfig) -> MixtureConfig:
     unbalanced mixture over all K.
     """
     defaults = {
-        "decoupled": MixtureConfig(**RECOMMENDED._asdict(), anneal_start=1.0, anneal_steps=0.0),
+        "decoupled": MixtureConfig(**DISTILLING._asdict(), anneal_start=1.0, anneal_steps=0.0),
         "decoupled-paper": MixtureConfig(**PAPER._asdict(), anneal_start=0.05, anneal_steps=0.3),
     }[kind]
     names = MixtureConfig.__dataclass_fields__
@@ -101,8 +75,4 @@ def mixture_set(
     assert config.anneal_start
     options = {name: getattr(config, name) for name in MixtureOptions._fields}
     mixture = OnlineMixture(count, dim, rows, **options, generator=generator)
-    frame = None if config.whiten == "none" else Frame(dim, config.whiten)
-    renewal = Renewal(count, config.renew_steps, config.renew) if config.renew_steps else None
-    return MixturePrototypes(
-        mixture, config.anneal_start, config.anneal_steps or 0.0, unit, frame, renewal, config.renew_until
-    )
+    return MixturePrototypes(mixture, config.anneal_start, config.anneal_steps or 0.0, unit)

@@ -24,23 +24,12 @@ from uncollapse.prototypes.gaussians import (
     natural_parameters,
     update_moments,
 )
-from uncollapse.targets.responsibilities import (
-    BUDGET,
-    FLOOR,
-    Components,
-    Posterior,
-    chunks,
-    hard_sums,
-    log_masses,
-    sums,
-)
+from uncollapse.targets.responsibilities import BUDGET, FLOOR, Components, Posterior, chunks, log_masses, sums
 from uncollapse.targets.softmax import SoftmaxTargets
 
-__all__ = ["PAPER", "RECOMMENDED", "Balance", "Covariance", "MixtureOptions", "OnlineMixture"]
+__all__ = ["DISTILLING", "PAPER", "RECOMMENDED", "Balance", "Covariance", "MixtureOptions", "OnlineMixture"]
 
-Balance = Literal["none", "sinkhorn", "floor"]
-Assignment = Literal["soft", "hard"]
-Forgetting = Literal["responsibility", "step"]
+Balance = Literal["none", "sinkhorn"]
 
 
 class MixtureOptions(NamedTuple):
@@ -51,16 +40,15 @@ class MixtureOptions(NamedTuple):
     balance: Balance
     temperature: float | None
     centred: bool
-    assignment: Assignment = "soft"
-    forgetting: Forgetting = "responsibility"
-    blocks: int = 1
-    linear: bool = False
-    saturated: bool = True
+    renewed: float
 
 
-RECOMMENDED = MixtureOptions("isotropic", 60.0, "sinkhorn", None, True)
-"""The form that keeps its prototypes alive and apart, `decoupled` in training; `OnlineMixture`'s own defaults."""
-PAPER = MixtureOptions("diagonal", 20.0, "none", None, False)
+RECOMMENDED = MixtureOptions("isotropic", 60.0, "sinkhorn", None, True, 0.0)
+"""The clustering that keeps its components alive and apart: `OnlineMixture`'s own defaults."""
+DISTILLING = MixtureOptions("shared", 60.0, "sinkhorn", None, True, 1.0)
+"""`decoupled` in training: components are the teacher's newest projections, which carry more than clusters of them do
+(docs/study.md)."""
+PAPER = MixtureOptions("diagonal", 20.0, "none", None, False, 0.0)
 """`decoupled-paper`: Arteaga et al. as literally as what they published allows; unbalanced, so most components die."""
 
 
@@ -76,18 +64,12 @@ class OnlineMixture(nn.Module):
         memory_steps: steps after which half of a component's evidence is new at a fair share of the rows.
         balance: how the E-step shares out the observations. ``none``: Bayes' rule with learned mixture
             weights. ``sinkhorn``: offsets on the log scores give every component equal mass over the rows
-            at hand (entropic optimal transport). ``floor``: offsets of 0 or above give every component at least 0.4
-            of an equal mass (the duals of CoKe's constraint, Qian et al. 2022, found anew for each batch).
+            at hand (entropic optimal transport).
         temperature: fixed temperature of the E-step over cosines; ``None``: the Gaussian's own variance.
         centred: directions of the components are taken from the middle of all means instead of the origin.
-        assignment: ``soft``: a row counts for every component as much as its responsibility; ``hard``: for the
-            likeliest alone, as in k-means.
-        forgetting: ``responsibility``: a component forgets as it gets rows; ``step``: all forget alike every step, so
-            that one which gets none is moved by its next row all the more.
-        blocks: so many mixtures of their own, each of ``components / blocks``.
-        linear: means are ``codes · W`` with random directions that never move, and the W of least squares (SimVQ, Zhu
-            et al. 2024).
-        saturated: whether components start with all the evidence they can have, or with none.
+        renewed: share of an update's rows each of which then takes the place of the oldest component, with the median
+            variance. With 1 a component lives ``components / rows`` updates, and the rows at hand are among the
+            components that their targets are made of.
         iterations: Sinkhorn iterations per update; offsets start from the last update's.
         variance_floor: smallest variance of one dimension.
         generator: source of the random initial directions.
@@ -104,7 +86,7 @@ class OnlineMixture(nn.Module):
     offset: Tensor
     beta: Tensor
     is_centred: Tensor
-    codes: Tensor
+    renewals: Tensor
 
     def __init__(
         self,
@@ -116,23 +98,18 @@ class OnlineMixture(nn.Module):
         balance: Balance = RECOMMENDED.balance,
         temperature: float | None = RECOMMENDED.temperature,
         centred: bool = RECOMMENDED.centred,
-        assignment: Assignment = "soft",
-        forgetting: Forgetting = "responsibility",
-        blocks: int = 1,
-        linear: bool = False,
-        saturated: bool = True,
+        renewed: float = RECOMMENDED.renewed,
         iterations: int = 3,
         variance_floor: float = 1e-4,
         generator: torch.Generator | None = None,
         budget: int = BUDGET,
     ) -> None:
         super().__init__()
-        choices = {"covariance": Covariance, "balance": Balance, "assignment": Assignment, "forgetting": Forgetting}
-        for name, value in zip(choices, (covariance, balance, assignment, forgetting), strict=True):
-            if value not in get_args(choices[name]):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices[name]))}, got {value!r}")
-        if blocks < 1 or components % blocks:
-            raise ValueError(f"{components} components do not divide into {blocks} blocks")
+        for name, value, choices in (("covariance", covariance, Covariance), ("balance", balance, Balance)):
+            if value not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+        if not 0 <= renewed <= 1:
+            raise ValueError(f"renewed must be between 0 and 1, got {renewed}")
         positive = {"components": components, "dim": dim, "rows": rows, "memory_steps": memory_steps}
         positive["variance_floor"] = variance_floor
         positive |= {} if temperature is None else {"temperature": temperature}
@@ -142,12 +119,10 @@ class OnlineMixture(nn.Module):
         self.covariance: Covariance = covariance
         self.balance: Balance = balance
         self.temperature = temperature
-        self.assignment, self.forgetting, self.blocks, self.linear = assignment, forgetting, blocks, linear
-        self.kept = 0.5 ** (1 / memory_steps)
-        self.fair = rows / components
         self.iterations = iterations
         self.variance_floor = variance_floor
         self.centred = centred
+        self.renewed = renewed
         self.budget = budget
         self._spare: Tensor | None = None
         self.log_lambda = forgetting_factor(memory_steps, components, rows)
@@ -157,12 +132,10 @@ class OnlineMixture(nn.Module):
         self.register_buffer("variance", torch.full(shape, 1.0 / dim))
         # Saturated from the start: with no evidence, the first weak responsibility would move a mean all
         # the way to the data's mean, and all means there together.
-        full = 1 / -math.expm1(self.log_lambda) if forgetting == "responsibility" else 1.0
-        self.register_buffer("evidence", torch.full((components,), full if saturated else 1e-3))
-        if linear:
-            self.register_buffer("codes", self.mean.clone())
+        self.register_buffer("evidence", torch.full((components,), 1 / -math.expm1(self.log_lambda)))
         self.register_buffer("offset", torch.zeros(components))
         self.register_buffer("beta", torch.ones(()))  # of the last update: the offsets fit no other
+        self.register_buffer("renewals", torch.zeros((), dtype=torch.long))  # how many there have been
         self.register_buffer("is_centred", torch.tensor(float(centred)))  # for who has the state alone
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,6 +145,7 @@ class OnlineMixture(nn.Module):
         for name in ("queue", "queued"):  # of versions that balanced over earlier rows as well
             state_dict.pop(prefix + name, None)
         state_dict.setdefault(prefix + "beta", torch.ones(()))
+        state_dict.setdefault(prefix + "renewals", torch.zeros((), dtype=torch.long))  # of versions that had none
         state_dict[prefix + "is_centred"] = self.is_centred  # an option, not a state
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -245,49 +219,29 @@ class OnlineMixture(nn.Module):
             # What was allocated under inference_mode cannot be written to outside of it.
             usable = self._spare is not None and self._spare.is_inference() == torch.is_inference_mode_enabled()
             spare = self._spare if usable else None
-            phi, components = self._features(x), self._components(beta)
+            posterior = Posterior(self._features(x), self._components(beta), self.offset, self.budget, spare)
             self.beta.fill_(beta)
-            size = self.components // self.blocks
-            for start in range(0, self.components, size):
-                of = slice(start, start + size)
-                some = components if self.blocks == 1 else _only(components, of)
-                posterior = Posterior(phi, some, self.offset[of], self.budget, spare)
-                if self.balance != "none":
-                    self._rebalance(posterior, of, count, weight)
-                self._update(start, (hard_sums if self.assignment == "hard" else sums)(posterior, weight))
-                spare = posterior.spare
-            if self.linear:
-                weighted = self.codes * self.evidence[:, None]
-                self.mean.copy_(self.codes @ torch.linalg.lstsq(weighted.T @ self.codes, weighted.T @ self.mean)[0])
-            self._spare = spare if x.device.type == "cpu" else None
+            if self.balance == "sinkhorn":
+                self._rebalance(posterior, count, weight)
+            self._update(sums(posterior, weight))
+            self._spare = posterior.spare if x.device.type == "cpu" else None
+            if self.renewed:
+                self._renew(x, weight)
 
-    def _rebalance(self, posterior: Posterior, of: slice, count: float, weight: Tensor | None) -> None:
+    def _rebalance(self, posterior: Posterior, count: float, weight: Tensor | None) -> None:
         """Sinkhorn's scaling of the components over the rows at hand; a starved one gains about e⁶⁴ an iteration."""
-        size = of.stop - of.start
-        fair = math.log(count / size)
-        if self.balance == "floor":
-            for _ in range(self.iterations):
-                change = fair + math.log(0.4) - log_masses(posterior, row_weight=weight)
-                posterior.add((posterior.offset + change).clamp_min(0) - posterior.offset)
-            self.offset[of] = posterior.offset
-            return
+        fair = math.log(count / self.components)
         for _ in range(self.iterations):
             posterior.add(fair - log_masses(posterior, row_weight=weight))
         # The softmax ignores a common constant, float32 does not.
-        self.offset[of] = posterior.offset - posterior.offset.sum() / size
+        self.offset.copy_(posterior.offset - posterior.offset.sum() / self.components)
 
-    def _update(self, start: int, parts: Iterable[tuple[slice, Tensor]]) -> None:
+    def _update(self, parts: Iterable[tuple[slice, Tensor]]) -> None:
         """The M-step from the sums of some components at a time, in place."""
         shared = self.mean.new_zeros(2)
         for part, summed in parts:
             mass = summed[:, -1]
-            part = slice(part.start + start, part.stop + start) if start else part
-            if self.forgetting == "step":
-                gained = (1 - self.kept) * mass / self.fair
-                self.evidence[part] = evidence = self.kept * self.evidence[part] + gained
-                rho = gained / evidence.clamp_min(1e-30)
-            else:
-                self.evidence[part], rho = forget(self.log_lambda, mass, self.evidence[part])
+            self.evidence[part], rho = forget(self.log_lambda, mass, self.evidence[part])
             old = None if self.temperature is not None else self.variance
             if old is not None and self.covariance != "shared":
                 old = old[part]
@@ -303,6 +257,23 @@ class OnlineMixture(nn.Module):
         if self.covariance == "shared" and self.temperature is None:
             total, mass = shared
             self.variance.copy_(torch.where(mass > 0, total / mass, self.variance)).clamp_min_(self.variance_floor)
+
+    def _renew(self, x: Tensor, weight: Tensor | None) -> None:
+        """Puts the oldest components where rows are: evenly chosen ones, of several weights the heavier the likelier.
+
+        Rows that count once or more are all chosen where every row is to be, so that those of a level with few rows are
+        not crowded out by one with many.
+        """
+        each = x.new_ones(len(x), dtype=torch.float64) if weight is None else weight.double()
+        share = torch.clamp(self.components / each.sum(), max=self.renewed)
+        golden = 0.5 * (math.sqrt(5) - 1)  # where the count starts, so that it is not at the same rows every time
+        counted = (each.cumsum(0) * share + (int(self.renewals) * golden) % 1).floor()
+        rows = torch.diff(counted, prepend=counted.new_zeros(1)).nonzero().squeeze(-1)
+        at = (self.renewals + torch.arange(len(rows), device=x.device)) % self.components
+        self.renewals += len(rows)
+        self.mean[at], self.offset[at] = x[rows], 0
+        if self.covariance != "shared":
+            self.variance[at] = self.variance.median(0).values
 
     # --- what the posterior asks for --------------------------------------------------------------------
 
@@ -345,15 +316,6 @@ class OnlineMixture(nn.Module):
             return _scaled(eta, power)
 
         return Components(self.components, parameters)
-
-
-def _only(components: Components, of: slice) -> Components:
-    def parameters(part: slice | Tensor) -> Tensor:
-        if isinstance(part, slice):
-            return components.parameters(slice(part.start + of.start, part.stop + of.start))
-        return components.parameters(part + of.start)
-
-    return Components(of.stop - of.start, parameters)
 
 
 def _scaled(eta: Tensor, power: float | Tensor) -> Tensor:

@@ -222,17 +222,6 @@ def sums(posterior: Posterior, row_weight: Tensor | None = None) -> Iterator[tup
             yield part, total[part]
 
 
-def hard_sums(posterior: Posterior, row_weight: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """`sums` with every row counting for its likeliest component alone."""
-    features = posterior.features
-    total = features.new_zeros(posterior.components.count, features.shape[1])
-    for tile in posterior.tiles():
-        scaled = tile.weight if tile.scale is None else tile.weight * tile.scale.unsqueeze(-1)
-        x = features[tile.rows]
-        total.index_add_(0, scaled.argmax(0), x if row_weight is None else x * row_weight[tile.rows].unsqueeze(-1))
-    yield slice(0, len(total)), total
-
-
 def _per_total(tile: Tile, row_weight: Tensor | None) -> Tensor:
     """What turns a tile's exponentials into responsibilities, each row as many times as it counts."""
     return 1 / tile.total if row_weight is None else row_weight[tile.rows] / tile.total
