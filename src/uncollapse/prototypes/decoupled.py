@@ -22,6 +22,7 @@ class MixturePrototypes(Prototypes):
         super().__init__()
         self.unit = unit
         self.mixture = mixture
+        self.in_order = mixture.renewed > 0
         self.anneal_start = anneal_start
         self.anneal_steps = anneal_steps
 

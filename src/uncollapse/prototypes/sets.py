@@ -29,6 +29,9 @@ class Prototypes(nn.Module):
     first_view = False
     """Whether it observes the first view of each image alone."""
 
+    in_order = False
+    """Whether it matters in which order rows come that it observes."""
+
     own_loss: Tensor | None = None
     """What a learner of the set's own minimised in the step under way, to be logged; None: there is none."""
 

@@ -20,7 +20,7 @@ def observed(
     counted in.
     """
     most = config.prototypes.patch_rows or (config.run.batch if prototypes.first_view else None)
-    rows = [_rows(everyone, level, prototypes.first_view, most, at) for level in levels]
+    rows = [_rows(everyone, level, prototypes.first_view, most, at, prototypes.in_order) for level in levels]
     if len(levels) == 1 and everyone.z[levels[0]].ndim == 3:
         return rows[0], at.progress, None
     fair = views_assigned(config) * config.run.batch
@@ -36,13 +36,15 @@ def watched(everyone: Seen, level: str, config: Config, at: At) -> Tensor:
     return _rows(everyone, level, True, config.run.batch, at)
 
 
-def _rows(everyone: Seen, level: str, first_view: bool, most: int | None, at: At) -> Tensor:
+def _rows(everyone: Seen, level: str, first_view: bool, most: int | None, at: At, in_order: bool = False) -> Tensor:
     """``(n, D)``: all projections of a level, or the first view's; of tokens and regions at most so many, at random.
 
-    The choice and its order are the same on any number of ranks.
+    The choice and its order are the same on any number of ranks; so is that of all tokens, ``in_order``.
     """
     z = everyone.z[level]
     rows = (z[0] if first_view and z.ndim > 2 else z).flatten(0, -2)
+    if z.ndim == 2 and in_order and most is None:
+        most = len(rows)
     if z.ndim == 3 or most is None:
         return rows
     return at_most(rows, everyone.key[level] if z.ndim == 2 else None, most, at)
