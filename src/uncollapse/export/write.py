@@ -125,16 +125,16 @@ def _format(content: Content, to: str) -> tuple[Write, list[str]]:
     name = HUB_ENCODER if to == "hf" else ENCODER
 
     def write(folder: Path) -> None:
-        if to == "hf":
-            _hub_config(content, folder)
         save_file(encoder_tensors(content), folder / name, metadata(content, head=False))
+        if to == "hf":
+            _hub_config(content, folder / "config.json")
 
     return write, []
 
 
-def _hub_config(content: Content, folder: Path) -> None:
-    """``config.json`` as timm's loader of hub models reads it, written by timm itself beside the weights."""
-    from timm.models import save_for_hf
+def _hub_config(content: Content, path: Any) -> None:
+    """``config.json`` as timm's loader of hub models reads it, written by timm itself."""
+    from timm.models._hub import save_config_for_hf  # what timm exports in its stead needs the hub's own package
 
     config, size = content.config, content.config.views.global_size
     model: Any = plain(content.encoder.backbone)
@@ -153,6 +153,6 @@ def _hub_config(content: Content, folder: Path) -> None:
     model.pretrained_cfg = own | {"architecture": config.backbone.name} | kept
     try:
         options = json.loads(json.dumps(timm_options(config.backbone)))
-        save_for_hf(model, str(folder), model_args=options, safe_serialization=True)
+        save_config_for_hf(model, path, model_args=options)
     finally:
         model.pretrained_cfg = known
