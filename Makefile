@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install demo test lint types bench clean
+.PHONY: install demo test lint types docs bench clean
 
 install: $(VENV)/.installed
 
@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 	  $(PYTHON) -m pip install -q --target $(VENV)-boot virtualenv && \
 	  PYTHONPATH=$(VENV)-boot $(PYTHON) -m virtualenv -q $(VENV); } || \
 	  { rm -rf $(VENV); echo "no virtual environment could be made: $(PYTHON) has neither venv nor pip"; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev,examples]"
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev,examples,docs]"
 	@touch $@
 
 demo: install
@@ -30,6 +30,9 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -f website/mkdocs.yml $(ARGS)
 
 bench: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
