@@ -227,7 +227,7 @@ def make_matrix(folder: Path) -> Path:
     return folder / "w.npy"
 
 
-@pytest.mark.parametrize("words", [["recipe", "demo"], ["recipes"], ["recipe", "demo", "--json"], ["diagnose", "FILE"]])
+@pytest.mark.parametrize("words", [["recipe", "demo"], ["recipes"], ["diagnose", "FILE"]])
 def test_a_reader_that_leaves_is_no_error(words: list[str], tmp_path: Path) -> None:
     words = [str(make_matrix(tmp_path)) if word == "FILE" else word for word in words]
     process = subprocess.Popen(

@@ -167,7 +167,6 @@ METHODS = [
     "carp",
     "ibot-separate",
     "dino-vmf",
-    "dinov2-separate",
     "esvit",
     "wessl",
     "capi capi",
