@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from uncollapse.config.schema import MixtureConfig, PrototypeConfig
+from uncollapse.prototypes.build import build_prototypes
 from uncollapse.prototypes.mixture import OnlineMixture
 
 K, D, N = 12, 6, 4
@@ -79,6 +81,12 @@ def test_rows_without_weight_are_never_taken_and_more_rows_than_components_fit()
     nearest = (m.mean @ x.T).argmax(1)
     assert len(nearest.unique()) == K
     assert bool((nearest % 2 == 1).all())
+
+
+def test_only_prototypes_that_stay_can_be_followed():
+    renewed, clustering = MixtureConfig(), MixtureConfig(renewed=0.0)
+    kinds = [build_prototypes(PrototypeConfig("decoupled", count=K, mixture=m), D, N, 0) for m in (renewed, clustering)]
+    assert [(p.lasting, p.in_order) for p in kinds] == [(False, True), (True, False)]
 
 
 def test_a_state_goes_on_where_it_was():

@@ -171,8 +171,11 @@ def judge_row(row: Mapping[str, Any], mode: str = "") -> Verdict | None:
 
 
 _APART = {
-    "": "in a new run keep them apart with KoLeo-Proto, take them out of the gradient (decoupled), or use fewer",
-    "joint": "train again with --prototypes decoupled, or keep these apart with --prototypes koleo",
+    "": "in a new run balance the targets (Sinkhorn) or take prototypes out of the gradient (decoupled), or use fewer; "
+    "KoLeo-Proto keeps them apart, and no more",
+    "joint": "train again with balanced targets (--prototypes joint-sinkhorn) or with --prototypes decoupled; "
+    "--prototypes koleo keeps them apart, and no more",
+    "joint-sinkhorn": "train again with --prototypes decoupled",
     **dict.fromkeys(
         ("koleo", "repulsion", "energy", "mst"),
         "raise prototypes.koleo_weight, or train again with --prototypes decoupled",

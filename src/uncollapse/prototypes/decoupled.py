@@ -23,6 +23,7 @@ class MixturePrototypes(Prototypes):
         self.unit = unit
         self.mixture = mixture
         self.in_order = mixture.renewed > 0
+        self.lasting = not mixture.renewed
         self.anneal_start = anneal_start
         self.anneal_steps = anneal_steps
 

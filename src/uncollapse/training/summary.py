@@ -64,7 +64,7 @@ def finish_run(job: Job, state: TrainState, steps: int, loss: float, seconds: di
     probes, correct = _probes(job, state, features, labels)
     notes += probes.pop("notes")
     if moved is None:
-        notes.append("neither alive nor movement: a prototype of memory is another vector every step")
+        notes.append("neither alive nor movement: prototypes that are projections are others every step")
     total = sum(seconds.values())
     summary = Summary(
         name=mode_name(config),
