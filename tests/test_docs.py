@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from uncollapse.config.load import all_keys
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "website"))
+import keys  # noqa: E402
 import links  # noqa: E402
 
 PAGES = [
@@ -54,3 +57,14 @@ def test_links_are_found_outside_code_alone():
 def test_every_page_is_in_the_sites_navigation(page):
     nav = (ROOT / "website/mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
     assert re.search(rf": {re.escape(page)}$", nav, re.M), page
+
+
+def test_the_page_of_keys_is_what_the_code_says():
+    assert (ROOT / "docs/keys.md").read_text(encoding="utf-8") == keys.page(), "run python website/keys.py"
+
+
+def test_the_page_of_keys_has_every_key_once():
+    rows = re.findall(r"^\| `([a-z][\w.]*)` \|", keys.page(), re.M)
+    assert set(all_keys()) - {"method.name"} <= set(rows)
+    of_all_methods = [row for row in rows if not row.startswith("method.")]
+    assert len(of_all_methods) == len(set(of_all_methods))

@@ -29,9 +29,11 @@ class IBOT:
 
     name: Literal["ibot"] = "ibot"
     center: Literal["logits", "probabilities"] = "logits"
+    """As DINO's."""
     shared: bool = True
     """Whether class and patch tokens share their prototypes; they always share the head's MLP."""
     patch_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of the patches' term."""
     masked_crops: _Share = 0.5
     """Share of the global crops of which some patches are hidden from the student."""
     mask_ratio: tuple[_Share, _Share] = (0.1, 0.5)
@@ -51,6 +53,7 @@ class DINOv2:
     patch_bottleneck: Annotated[int, Field(ge=1, le=2**16)] | None = None
     """Length of the patches' projections with a head of their own; null: ``head.bottleneck``."""
     patch_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of the patches' term."""
     masked_crops: _Share = 0.5
     """Share of a batch's global crops of which some patches are hidden from the student: exactly this one."""
     mask_ratio: tuple[_Share, _Share] = (0.1, 0.5)
@@ -82,6 +85,7 @@ class CARP:
     block: Annotated[int, Field(ge=2)] = 512
     """Prototypes in each random block."""
     entropy_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of the term that keeps the mean assignment even."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class ESVIT:
 
     name: Literal["esvit"] = "esvit"
     center: Literal["logits", "probabilities"] = "logits"
+    """As DINO's."""
     region_weight: _Share = 0.5
     """Of the regions' term; the views' term has the rest. The released code has a half of each."""
 
@@ -100,6 +105,7 @@ class WESSL:
 
     name: Literal["wessl"] = "wessl"
     center: Literal["logits", "probabilities"] = "logits"
+    """As DINO's."""
     heads: Annotated[int, Field(ge=1, le=64)] = 16
     """Projection heads, each with prototypes of its own."""
     weighting: Literal["entropy", "probability", "uniform"] = "entropy"
@@ -109,6 +115,7 @@ class WESSL:
     gamma_start: Annotated[float, Field(gt=0, le=1e30)] = 0.5
     """Its first value; it goes to ``gamma`` epoch by epoch."""
     gamma_epochs: Annotated[int, Field(ge=0)] = 30
+    """Epochs in which it does."""
 
 
 @dataclass(frozen=True)

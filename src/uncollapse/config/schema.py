@@ -71,22 +71,33 @@ class ViewConfig:
     global_count: Positive = 2
     """Views that the teacher sees too."""
     global_size: Positive = 224
+    """Side of a global view, in pixels."""
     global_scale: Scale = (0.25, 1.0)
+    """Share of the image's area that a global view is cropped from: uniform between these."""
     local_size: Positive = 96
+    """Side of a local view, in pixels."""
     local_scale: Scale = (0.05, 0.25)
+    """Share of the image's area that a local view is cropped from."""
     local_count: Count = 10
+    """Views that the student alone sees."""
     flip: Unit = 0.5
+    """Probability of a horizontal flip."""
     jitter: Unit = 0.8
+    """Probability of a change of colours."""
     jitter_strength: tuple[Rate, Rate, Rate, Annotated[float, Field(ge=0, le=0.5)]] = (0.4, 0.4, 0.2, 0.1)
     """Largest relative change of brightness, contrast, saturation, and largest shift of hue (turns)."""
     grey: Unit = 0.2
+    """Probability of a view in shades of grey."""
     blur: tuple[Unit, Unit, Unit] = (1.0, 0.1, 0.5)
     """Probability of Gaussian blur on the first global, second global and local views."""
     blur_sigma: tuple[Above0, Above0] = (0.1, 2.0)
     """Standard deviation of the blur, in pixels of the view."""
     solarise: tuple[Unit, Unit, Unit] = (0.0, 0.2, 0.0)
+    """Probability of solarisation on the first global, second global and local views."""
     mean: Triple = (0.485, 0.456, 0.406)
+    """Of each channel, from 0 to 1, subtracted from every view."""
     std: Triple = (0.229, 0.224, 0.225)
+    """Of each channel, which every view is divided by."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,7 @@ class BackboneConfig:
     """A timm model by name, or ``conv3`` (three convolutions, for images of a few pixels)."""
 
     name: str = "vit_small_patch16_224"
+    """The model."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Stochastic depth of the student (the teacher has none): of the last block, rising from 0 at the first."""
     drop_path_uniform: bool = False
@@ -109,11 +121,15 @@ class HeadConfig:
     """Projection head: an MLP to ``bottleneck`` dimensions, then the unit sphere."""
 
     hidden: Positive = 2048
+    """Width of the hidden layers."""
     layers: Count = 3
     """0: no MLP, as in CAPI; ``bottleneck`` is the length of the encoder's features then."""
     bottleneck: Positive = 256
+    """D, the length of projections and prototypes."""
     batch_norm: bool = False
+    """Whether a batch norm follows each hidden layer."""
     activation: Literal["gelu", "relu"] = "gelu"
+    """After each hidden layer."""
     normalise: bool = True
     """Whether projections are put on the unit sphere; CARP's are not."""
 
@@ -123,6 +139,7 @@ class MixtureConfig:
     """The online Gaussian mixture of the decoupled modes. ``null`` means: the mode's own default."""
 
     covariance: Literal["shared", "isotropic", "diagonal"] | None = None
+    """One variance for all components, for each, or for each dimension of each."""
     memory_steps: Above0 | None = None
     """Forgetting, as the number of training steps after which half of a component's evidence is new."""
     balance: Literal["none", "sinkhorn"] | None = None
@@ -146,6 +163,7 @@ class ClusteringConfig:
     lr: Above0 = 5e-4
     """Of its AdamW; the batch does not scale it."""
     weight_decay: Rate = 0.01
+    """Of its AdamW."""
     warmup: Unit = 0.1
     """Share of training in which the rate rises to ``lr``."""
     schedule_span: Annotated[float, Field(ge=1, le=1e6)] = 1.225
@@ -161,6 +179,7 @@ class ClusteringConfig:
 @dataclass(frozen=True)
 class PrototypeConfig:
     kind: PrototypeKind = "joint"
+    """The way to learn them; ``--prototypes`` sets it."""
     targets: TargetKind | None = None
     """The teacher's target: DINO's centred softmax over the teacher's logits; balanced by Sinkhorn over the batch, over
     the batch and a queue, or to shares of a power law; with a floor under the size of every cluster; plain softmax; or
@@ -175,6 +194,7 @@ class PrototypeConfig:
     floor_rate: Above0 = 20.0
     """How fast the duals of ``floor`` learn; CoKe's 20."""
     count: Annotated[int, Field(ge=2)] = 65536
+    """K."""
     start: Literal["random", "simplex"] = "random"
     """Where ``fixed`` prototypes stand: random directions, or as far apart as they can be, which takes a
     ``head.bottleneck`` of at least ``count - 1``."""
@@ -210,33 +230,45 @@ class PrototypeConfig:
 @dataclass(frozen=True)
 class TeacherConfig:
     momentum: Unit = 0.996
+    """Share of the teacher that stays at each step, as training begins."""
     momentum_start: Unit | None = None
     """Momentum of the first step, which becomes ``momentum`` as the learning rate warms up; null: no warm-up."""
     momentum_end: Unit = 1.0
+    """The same as training ends."""
     momentum_shape: Literal["cosine", "linear"] = "cosine"
     """How the momentum goes from the one to the other."""
     temperature: Above0 = 0.07
+    """Of the targets, after the warm-up."""
     temperature_start: Above0 = 0.04
+    """Of the targets in the first epoch."""
     temperature_warmup_epochs: Rate = 30
+    """Epochs in which it goes from the one to the other."""
     temperature_by: Literal["epoch", "step"] = "epoch"
     """Whether the warm-up moves the temperature once an epoch (DINO, iBOT) or at every step (DINOv2)."""
     center_momentum: Unit = 0.9
+    """Share of the centre that stays at each step."""
     student_temperature: Above0 = 0.1
+    """Of the student's predictions."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "sgd", "lars"] = "adamw"
+    """The optimiser; SGD and LARS with momentum 0.9."""
     lr: Above0 = 5e-4
     """Learning rate per ``lr_batch`` images; the rate used is lr × batch / lr_batch."""
     lr_batch: Positive = 256
+    """See ``lr``."""
     min_lr: Rate = 1e-5
     """Final learning rate, not scaled by the batch."""
     warmup_epochs: Rate = 10.0
+    """Epochs in which the rate rises."""
     warmup_start: Rate = 0.0
     """Learning rate of the first step where there is a warm-up, per ``lr_batch`` images as ``lr`` is."""
     weight_decay: Rate = 0.04
+    """As training begins."""
     weight_decay_end: Rate = 0.4
+    """As training ends."""
     decay_biases: bool = False
     """Whether biases and norms decay too, and LARS adapts their rate: in SwAV, not in DINO, iBOT and CARP."""
     betas: tuple[Unit, Unit] = (0.9, 0.999)
@@ -256,6 +288,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     epochs: Above0 = 800.0
+    """Passes over the training images; parts of one too."""
     schedule_span: Annotated[float, Field(ge=1, le=1e6)] = 1.0
     """Learning rate, weight decay and the teacher's momentum are planned for so many times these epochs, so that above
     1 the run ends before they do: MSN's recipe has 1.25."""
@@ -275,10 +308,13 @@ class LogConfig:
     """How often things are written. None of these changes what is learned."""
 
     every_steps: Positive = 10
+    """Steps between lines of ``metrics.jsonl``."""
     sweep_epochs: Above0 = 1.0
     """The ε-sweep over the prototypes runs every so many epochs."""
     checkpoint_steps: Count = 1000
+    """Steps between checkpoints; 0: none in between."""
     keep_checkpoints: Positive = 2
+    """So many of the newest stay."""
     alive_window: Count = 0
     """Steps within which a prototype must have been an argmax to count as alive; 0: 20·K / batch. Counted
     on the teacher's first global view."""
@@ -308,6 +344,7 @@ class Config:
     """One run. See the recipes for complete examples."""
 
     seed: Count = 0
+    """Of everything that is drawn: weights, order of images, views, masks."""
     method: Method = field(default_factory=DINO)
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
