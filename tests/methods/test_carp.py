@@ -110,7 +110,7 @@ def test_the_mean_assignment_is_over_student_and_teacher_rows():
 
 def test_the_teacher_follows_before_the_students_step():
     """So that it averages the student of before: after the first step it is still the start."""
-    before, after = Steps(small("carp")), Steps(small("carp"))
+    before, after = (Steps(small("carp", **{"optim.lr": 3e-3})) for _ in range(2))
     assert before.state.parts.average == "before"
     after.state.parts = replace(after.state.parts, average="after")
     start = before.snapshot()

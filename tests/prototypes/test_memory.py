@@ -103,7 +103,7 @@ def test_a_run_does_not_pretend_that_its_prototypes_can_be_followed(tmp_path):
     said = []
     summary = train(c, tmp_path / "run", 3, say=said.append, accelerator="cpu")
     assert (summary["alive"], summary["alive_window"], summary["movement"]) == (None, None, None)
-    assert any("another vector every step" in note for note in summary["notes"])
+    assert any("others every step" in note for note in summary["notes"])
     assert summary["used"] > 0
     assert not [line for line in said if "nearest in the" in line]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
