@@ -50,7 +50,7 @@ def text_of(path: str) -> str:
     if path.endswith(".md"):
         return text
     kind = {".py": "python", ".yaml": "yaml", ".sh": "sh"}.get(place.suffix, "text")
-    return f'# {path}\n\n~~~~{{.{kind} linenums="1"}}\n{text}\n~~~~\n'
+    return f'---\nsearch: {{exclude: true}}\n---\n# {path}\n\n~~~~{{.{kind} linenums="1"}}\n{text}\n~~~~\n'
 
 
 def api() -> str:
