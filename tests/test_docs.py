@@ -56,7 +56,7 @@ def test_links_are_found_outside_code_alone():
 @pytest.mark.parametrize("page", [p.name for p in sorted((ROOT / "docs").glob("*.md"))])
 def test_every_page_is_in_the_sites_navigation(page):
     nav = (ROOT / "website/mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
-    assert re.search(rf": {re.escape(page)}$", nav, re.M), page
+    assert re.search(rf"^ *- .*: {re.escape(page)}$", nav, re.M), page
 
 
 def test_the_page_of_keys_is_what_the_code_says():
