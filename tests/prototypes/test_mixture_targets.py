@@ -85,7 +85,7 @@ def test_a_checkpoint_with_a_queue_still_loads():
     assert torch.equal(other.responsibilities(rows(5, 1)), mixture.responsibilities(rows(5, 1)))
 
 
-@pytest.mark.parametrize("key", ["queue", "top"])
+@pytest.mark.parametrize("key", ["queue", "top", "renew_steps"])
 def test_a_configuration_with_an_option_of_before(key):
     """Every run's own copy of its configuration had the key; only one that used it cannot go on as it was."""
     old = {"prototypes": {"kind": "decoupled", "mixture": {key: None, "covariance": "shared"}}}
@@ -95,3 +95,10 @@ def test_a_configuration_with_an_option_of_before(key):
     with pytest.raises(ConfigError, match=rf"prototypes\.mixture\.{key}: .*removed"):
         build_config(used)
     assert build_config(used, retired=True).prototypes.kind == "decoupled"  # to look at what it made
+
+
+def test_removed_options_that_were_not_used_are_passed_over():
+    old = {"prototypes": {"mixture": {"whiten": "none", "renew": "oldest", "renew_until": 1.0, "assignment": None}}}
+    assert build_config(old) == build_config({})
+    with pytest.raises(ConfigError, match="whiten: this option was removed"):
+        build_config({"prototypes": {"mixture": {"whiten": "centred"}}})

@@ -150,8 +150,14 @@ def build_config(
 _REMOVED = {
     "queue": "rows of earlier steps took the balance and left the batch's own without",
     "top": "it saved part of one product and changed what the mixture learns",
+    **dict.fromkeys(
+        ("assignment", "forgetting", "blocks", "linear", "saturated", "whiten", "renew_steps", "renew", "renew_until"),
+        "the study found no use for it (docs/study.md; commit 4a4952f has it)",
+    ),
 }
 """Options of the mixture that are gone, and why; one that was not used is passed over."""
+_NOT_USED = {"whiten": "none", "renew": "oldest", "renew_until": 1.0}
+"""What those say that had a default."""
 
 
 def _as_now(content: dict[str, Any], source: str, retired: bool) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def _as_now(content: dict[str, Any], source: str, retired: bool) -> dict[str, An
     if not isinstance(mixture, dict):
         return content
     for key, why in _REMOVED.items():
-        if mixture.get(key) and not retired:
+        if mixture.get(key) and mixture[key] != _NOT_USED.get(key) and not retired:
             name = f"{source}: prototypes.mixture.{key}"
             raise ConfigError(f"{name}: this option was removed, because {why}; leave it out")
     rest = {key: value for key, value in mixture.items() if key not in ("target", *_REMOVED)}
