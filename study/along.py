@@ -16,26 +16,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from uncollapse.checkpoints.own import own_encoder
 from uncollapse.config.facts import targets_of
 from uncollapse.config.load import load_config
 from uncollapse.data.load import load_images
 from uncollapse.measure.geometry import effective_rank
+from uncollapse.measure.monitor import nearest_cosine
 from uncollapse.measure.unique import cosine_argmax
 from uncollapse.models.embed import embed
 from uncollapse.prototypes.build import initial_prototypes
-from uncollapse.prototypes.sets import Prototypes
 from uncollapse.run_folder.checkpoint import load_checkpoint
+from uncollapse.targets.softmax import log_marginal
 
 HEAD = "  step   cosine to start   moved not at all   mass ≥ .1 fair   by entropy   used   nearest   rank"
-
-
-def masses(prototypes: Prototypes, z: Tensor, posterior: bool, temperature: float) -> Tensor:
-    """``(K,)``: mean assignment of the projections ``z (n, D)``."""
-    targets = (prototypes.posterior if posterior else prototypes.targets)(z[None], temperature)
-    return torch.stack([p.sum(0) for p in targets.blocks()]).sum(0) / len(z)
 
 
 @torch.no_grad()
@@ -55,8 +49,8 @@ def follow(run: Path) -> None:
         z = embed(encoder, held_out, config.views, config.data.workers, torch.device("cpu"))[1]
         means = F.normalize(prototypes.means(), dim=-1)
         cosine = (means * start).sum(-1)
-        mass = masses(prototypes, z, targets_of(config) == "posterior", config.teacher.temperature)
-        near = (means @ means.T).fill_diagonal_(-1).amax(1)
+        target = prototypes.posterior if targets_of(config) == "posterior" else prototypes.targets
+        mass = log_marginal(target(z[None], config.teacher.temperature)).exp()
         used = len(cosine_argmax(z, prototypes.vectors("teacher")).unique())
         numbers = (
             f"{float(cosine.mean()):15.3f}",
@@ -64,7 +58,7 @@ def follow(run: Path) -> None:
             f"{float((mass * len(mass) >= 0.1).float().mean()):14.1%}",
             f"{float(torch.special.entr(mass).sum().exp()):10.1f}",
             f"{used:4d}",
-            f"{float(near.mean()):7.3f}",
+            f"{nearest_cosine(means, len(means)):7.3f}",
             f"{effective_rank(z):4.1f}",
         )
         print("   ".join([f"{step:6d}", *numbers]))

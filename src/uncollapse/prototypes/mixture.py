@@ -206,7 +206,7 @@ class OnlineMixture(nn.Module):
 
         Raises:
             ValueError: shapes that do not fit, a negative weight, a row that is not finite. Nothing has changed
-                then. To know, a GPU is waited for once.
+                then. To know, a GPU is waited for once; to choose the rows that renew components, again.
         """
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.mean.dtype)
